@@ -1,1 +1,18 @@
-//! Under construction.
+#![doc = include_str!("../README.md")]
+
+mod array;
+mod error;
+mod frequencies;
+mod module;
+mod reposition;
+mod rope;
+#[cfg(feature = "tch")]
+mod torch;
+
+pub use array::Array;
+pub use error::{Error, Result};
+pub use frequencies::Frequencies;
+pub use module::{Module, Repo};
+pub use reposition::Repositioner;
+#[cfg(feature = "tch")]
+pub use torch::{Rotary, TorchModule, TorchRepo, rotate};

@@ -1,0 +1,55 @@
+use crate::{Error, Frequencies, Result};
+
+impl Frequencies {
+    /// Turns heads in place by the angles of their tokens' real-valued positions.
+    ///
+    /// `x` is `[heads, tokens, head_dim]`, queries or keys; `positions` is `[position_heads, tokens]`.
+    /// Each run of `heads / position_heads` heads shares one row of positions: one row for all heads
+    /// is plain rotary embedding, one row a kv head is RePo under grouped-query attention. A batch is
+    /// rotated in one call, as batch and heads together form the first dimension of both.
+    ///
+    /// Dimension `i` is paired with `i + head_dim / 2`. The angle is the f32 product of position and
+    /// frequency, its sine and cosine are libm's with full range reduction, as in transformers; that
+    /// product alone may be off by 0.004 radians at position 131,072. A position that is not finite
+    /// makes its row NaN.
+    ///
+    /// # Errors
+    /// `positions` is not a multiple of `tokens`, or `x` not a multiple of `positions` times
+    /// `head_dim`.
+    pub fn rotate(&self, x: &mut [f32], positions: &[f32], tokens: usize) -> Result<()> {
+        let head_dim = self.head_dim();
+        if x.is_empty() && positions.is_empty() {
+            return Ok(());
+        }
+        if tokens == 0 || positions.is_empty() || !positions.len().is_multiple_of(tokens) {
+            return Err(Error::Shape {
+                name: "positions",
+                expected: format!("[heads * {tokens} tokens]"),
+                found: vec![positions.len() as i64],
+            });
+        }
+        if !x.len().is_multiple_of(positions.len() * head_dim) {
+            return Err(Error::Shape {
+                name: "x",
+                expected: format!(
+                    "a multiple of {} positions * head dim {head_dim}",
+                    positions.len()
+                ),
+                found: vec![x.len() as i64],
+            });
+        }
+        let group = x.len() / (positions.len() * head_dim);
+        let heads = x.chunks_exact_mut(tokens * head_dim);
+        for (head, x) in heads.enumerate() {
+            let positions = &positions[head / group * tokens..][..tokens];
+            for (row, &position) in x.chunks_exact_mut(head_dim).zip(positions) {
+                let (first, second) = row.split_at_mut(head_dim / 2);
+                for ((a, b), &inverse) in first.iter_mut().zip(second).zip(self.inverse()) {
+                    let (sin, cos) = (position * inverse).sin_cos();
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,168 @@
+use tch::{Device, Kind, Tensor};
+
+use crate::{Error, Frequencies, Module, Repo, Repositioner, Result, module::agree};
+
+/// Rotary embedding at real-valued positions, on tch.
+#[derive(Debug)]
+pub struct Rotary {
+    inverse: Tensor, // [head_dim / 2] f32
+}
+
+impl Rotary {
+    /// Puts the frequencies on `device`.
+    pub fn new(frequencies: &Frequencies, device: Device) -> Result<Self> {
+        Ok(Self { inverse: Tensor::f_from_slice(frequencies.inverse())?.f_to_device(device)? })
+    }
+
+    /// Cosine and sine, both f32 `[batch, heads, tokens, head_dim / 2]`, of f32 `positions`
+    /// `[batch, heads, tokens]`; `heads` is 1 where all heads stand alike.
+    pub fn angles(&self, positions: &Tensor) -> Result<(Tensor, Tensor)> {
+        let kind = positions.f_kind()?;
+        if kind != Kind::Float {
+            return Err(Error::PositionKind(kind));
+        }
+        let angles = positions.f_unsqueeze(-1)?.f_mul(&self.inverse)?;
+        Ok((angles.f_cos()?, angles.f_sin()?))
+    }
+}
+
+/// Rotates `x` by the angles of [`Rotary::angles`].
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let kind = x.f_kind()?;
+    let (cos, sin) = (cos.f_to_kind(kind)?, sin.f_to_kind(kind)?);
+    let halves = x.f_chunk(2, -1)?;
+    let [first, second] = halves.as_slice() else {
+        return refuse("x", "an even head dim".into(), x);
+    };
+    let a = first.f_mul(&cos)?.f_sub(&second.f_mul(&sin)?)?;
+    let b = second.f_mul(&cos)?.f_add(&first.f_mul(&sin)?)?;
+    Ok(Tensor::f_cat(&[a, b], -1)?)
+}
+
+/// RePo's position module of one layer (see [`Module`]) on tch.
+#[derive(Debug)]
+pub struct TorchModule {
+    gate_content: Tensor, // [2 * width, hidden], fused as both read the same state
+    last: Tensor,         // [heads, width]
+}
+
+impl TorchModule {
+    /// Takes `gate` and `content` `[width, hidden]` and `last` (the checkpoints' `final_map`)
+    /// `[heads, width]`, of one dtype and device, as [`Module::new`] does.
+    ///
+    /// # Errors
+    /// Shapes that disagree; an error of libtorch for dtypes or devices that do.
+    pub fn new(gate: &Tensor, content: &Tensor, last: &Tensor) -> Result<Self> {
+        let shape = gate.size();
+        let &[width, _] = shape.as_slice() else {
+            return refuse("gate map", "[width, hidden]".into(), gate);
+        };
+        if shape.contains(&0) {
+            return refuse("gate map", "[width, hidden], neither zero".into(), gate);
+        }
+        if content.size() != shape {
+            return refuse("content map", format!("the gate map's {shape:?}"), content);
+        }
+        match last.size().as_slice() {
+            &[heads, found] if heads > 0 && found == width => {}
+            _ => return refuse("final map", format!("[heads, {width} width]"), last),
+        }
+        Ok(Self {
+            gate_content: Tensor::f_cat(&[gate, content], 0)?,
+            last: last.f_to_kind(gate.f_kind()?)?,
+        })
+    }
+
+    /// Positions, f32 `[batch, heads, tokens]`, of `hidden` `[batch, tokens, hidden]`.
+    ///
+    /// Computed in the dtype of the maps: `hidden` is converted to it. Maps in f32 are the accurate
+    /// choice also for a bf16 model; maps in bf16 round positions as the published code does, by up
+    /// to 0.125 near 50, which is as many radians in the fastest pair.
+    ///
+    /// # Errors
+    /// A hidden size that is not the maps'.
+    pub fn positions(&self, hidden: &Tensor) -> Result<Tensor> {
+        let size = self.hidden()?;
+        match hidden.size().as_slice() {
+            &[_, _, found] if found == size => {}
+            _ => {
+                return refuse(
+                    "hidden",
+                    format!("[batch, tokens, {size}], as the maps read"),
+                    hidden,
+                );
+            }
+        }
+        let hidden = hidden.f_to_kind(self.gate_content.f_kind()?)?;
+        let mapped = hidden.f_linear(&self.gate_content, None::<&Tensor>)?; // [B, T, 2 * width]
+        let width = self.last.size()[1];
+        let gated =
+            mapped.f_narrow(-1, 0, width)?.f_silu()?.f_mul(&mapped.f_narrow(-1, width, width)?)?;
+        let positions = gated.f_linear(&self.last, None::<&Tensor>)?; // [B, T, heads]
+        Ok(positions.f_to_kind(Kind::Float)?.f_transpose(1, 2)?)
+    }
+
+    fn hidden(&self) -> Result<i64> {
+        Ok(self.gate_content.size()[1])
+    }
+
+    fn heads(&self) -> Result<i64> {
+        Ok(self.last.size()[0])
+    }
+}
+
+/// [`Repo`] on tch.
+#[derive(Debug)]
+pub struct TorchRepo(Vec<Option<TorchModule>>);
+
+impl TorchRepo {
+    /// Copies plain modules to `device` in `kind`; see [`TorchModule::positions`] for the choice.
+    pub fn new(repo: &Repo, kind: Kind, device: Device) -> Result<Self> {
+        let module = |module: &Module| {
+            let [gate, content, last] = module.maps();
+            let tensor = |map: &[f32], rows: usize| -> Result<Tensor> {
+                Ok(Tensor::f_from_slice(map)?
+                    .f_reshape([rows as i64, -1])?
+                    .f_to_device(device)?
+                    .f_to_kind(kind)?)
+            };
+            let width = module.width();
+            TorchModule::new(
+                &tensor(gate, width)?,
+                &tensor(content, width)?,
+                &tensor(last, module.heads())?,
+            )
+        };
+        repo.layers()
+            .iter()
+            .map(|layer| layer.as_ref().map(module).transpose())
+            .collect::<Result<_>>()
+            .map(Self)
+    }
+
+    /// Takes modules already on tch, one entry a layer of the model.
+    ///
+    /// # Errors
+    /// Two layers disagree about the hidden size or the number of heads.
+    pub fn from_layers(layers: Vec<Option<TorchModule>>) -> Result<Self> {
+        let sizes = layers.iter().map(|layer| {
+            layer.as_ref().map(|m| Ok((m.hidden()? as usize, m.heads()? as usize))).transpose()
+        });
+        agree(sizes.collect::<Result<Vec<_>>>()?.into_iter())?;
+        Ok(Self(layers))
+    }
+}
+
+impl Repositioner<Tensor> for TorchRepo {
+    fn positions(&self, layer: usize, hidden: &Tensor) -> Result<Option<Tensor>> {
+        self.0
+            .get(layer)
+            .and_then(Option::as_ref)
+            .map(|module| module.positions(hidden))
+            .transpose()
+    }
+}
+
+fn refuse<T>(name: &'static str, expected: String, tensor: &Tensor) -> Result<T> {
+    Err(Error::Shape { name, expected, found: tensor.size() })
+}
