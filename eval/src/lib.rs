@@ -1,1 +1,23 @@
-//! Under construction.
+#![doc = include_str!("../README.md")]
+
+mod generate;
+mod haystack;
+mod task;
+mod tasks;
+
+#[cfg(feature = "models")]
+pub mod commands;
+#[cfg(feature = "models")]
+mod method;
+#[cfg(feature = "models")]
+mod runner;
+
+pub use generate::{Answer, Generate, run};
+pub use haystack::{Haystack, documents};
+pub use task::{Sample, Task};
+pub use tasks::needle::Needle;
+
+#[cfg(feature = "models")]
+pub use method::Method;
+#[cfg(feature = "models")]
+pub use runner::Runner;

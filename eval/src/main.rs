@@ -1,2 +1,41 @@
-//! x
-fn main(){}
+//! The `longctx` command: see `longctx --help`.
+
+use clap::{Parser, Subcommand};
+use eval::commands::{bench, demo, generate, train};
+use std::process::ExitCode;
+
+/// Long-context inference from a pruned KV cache.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer a prompt, or a question about a text
+    Generate(generate::Args),
+    /// Hide needles in a long text, and look for them with the full cache and with pruned ones
+    Demo(demo::Args),
+    /// Measure prefill and decode, beside what the memory allows
+    Bench(bench::Args),
+    /// Fit a KVzap surrogate for a model
+    Train(train::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Train(args) => train::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("longctx: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

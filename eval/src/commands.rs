@@ -1,0 +1,127 @@
+//! What the `longctx` command can do, one subcommand a file.
+
+pub mod bench;
+pub mod demo;
+pub mod generate;
+pub mod train;
+
+use anyhow::{Context, Result, bail};
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use kvzap::Surrogate;
+use models::Model;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind};
+
+/// Which model, and how it runs.
+#[derive(clap::Args, Debug)]
+pub struct ModelArgs {
+    /// A GGUF file or a Hugging Face folder
+    #[arg(long, value_name = "PATH")]
+    model: PathBuf,
+    /// Where it runs
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceName,
+    /// What its weights and cache are held in
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DtypeName,
+    /// CPU threads; all cores if left out
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum DeviceName {
+    Cpu,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum DtypeName {
+    F32,
+    Bf16,
+}
+
+impl ModelArgs {
+    /// Loads the model; says so on a terminal.
+    fn load(&self) -> Result<Model> {
+        if matches!(self.device, DeviceName::Cuda) {
+            bail!("--device cuda: paged attention on CUDA is not built yet; use --device cpu");
+        }
+        if self.threads == Some(0) {
+            bail!("--threads 0: give 1 or more, or leave it out for all cores");
+        }
+        let threads = self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
+        models::set_threads(threads)?;
+        let kind = match self.dtype {
+            DtypeName::F32 => Kind::Float,
+            DtypeName::Bf16 => Kind::BFloat16,
+        };
+        let bar = spinner("loading the model");
+        let model = Model::load(&self.model, kind, Device::Cpu)?;
+        bar.finish_and_clear();
+        Ok(model)
+    }
+
+    /// These settings, for a report.
+    fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "model": self.model.display().to_string(),
+            "device": format!("{:?}", self.device).to_lowercase(),
+            "dtype": format!("{:?}", self.dtype).to_lowercase(),
+            "threads": tch::get_num_threads(),
+        })
+    }
+}
+
+fn surrogate(folder: Option<&Path>) -> Result<Option<Surrogate>> {
+    folder.map(|folder| Ok(Surrogate::load(folder)?)).transpose()
+}
+
+/// A table without borders; the columns named in `right` hold numbers.
+fn table(header: &[&str], right: &[usize]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    for &column in right {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+fn spinner(what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(what);
+    bar.enable_steady_tick(std::time::Duration::from_millis(100));
+    bar
+}
+
+fn progress(length: u64, what: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}, {eta} left")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::new(length).with_style(style).with_message(what);
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    bar
+}
+
+/// Writes beside the file and renames, so that a half-written one is never found.
+fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let write = || -> Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        serde_json::to_writer_pretty(&mut file, value)?;
+        file.write_all(b"\n")?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().with_context(|| format!("cannot write {}; does its folder exist, and may you write there?", path.display()))
+}
+
+/// 1234567 bytes as `1.23 MB`.
+fn megabytes(bytes: usize) -> String {
+    format!("{:.2} MB", bytes as f64 / 1e6)
+}

@@ -1,0 +1,177 @@
+//! `longctx bench`: how fast a model reads and writes, beside what the machine allows.
+
+use super::{ModelArgs, megabytes, spinner, table};
+use crate::Method;
+use anyhow::{Result, ensure};
+use models::{Cpu, Model, Paged, Sampler, Sampling, Session, Usage, WINDOW, cache_shape};
+use serde::Serialize;
+use std::ops::ControlFlow;
+use std::time::Instant;
+use tch::{Device, Kind, Tensor};
+
+/// What to measure.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens to read
+    #[arg(long, default_value_t = 2048)]
+    context: usize,
+    /// Tokens to write after them
+    #[arg(long, default_value_t = 64)]
+    decode: usize,
+    /// Shares of the cache to remove, by chance: what is removed does not matter for speed
+    #[arg(long, num_args = 1.., default_values_t = [0.0, 0.6])]
+    remove: Vec<f64>,
+    /// How often; the best counts, and the median is beside it
+    #[arg(long, default_value_t = 3)]
+    repeat: usize,
+    /// Print one JSON object instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the machine can do, measured in the same run.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Machine {
+    read_bytes_per_second: f64,
+    flops_per_second: f64,
+}
+
+/// One share removed.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    removed: f64,
+    kv_bytes: usize,
+    prefill_tps: f64,
+    prefill_tps_median: f64,
+    /// Time over the time that the matrix products alone would take at the measured FLOP rate.
+    prefill_over_floor: f64,
+    decode_tps: f64,
+    decode_tps_median: f64,
+    /// Time over the time that reading weights and cache would take at the measured bandwidth.
+    decode_over_floor: f64,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    ensure!(args.repeat > 0 && args.decode > 1, "--repeat must be 1 or more and --decode 2 or more");
+    let start = Instant::now();
+    let model = args.model.load()?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let bar = spinner("measuring");
+    let machine = machine(model.kind)?;
+    let mut rows = Vec::new();
+    for &remove in &args.remove {
+        rows.push(row(args, &model, machine, remove)?);
+    }
+    bar.finish_and_clear();
+    if args.json {
+        let json = serde_json::json!({
+            "context": args.context,
+            "decode": args.decode,
+            "repeat": args.repeat,
+            "load_seconds": load_seconds,
+            "machine": machine,
+            "rows": rows,
+            "settings": args.model.json(),
+        });
+        println!("{json:#}");
+        return Ok(());
+    }
+    let header = ["removed", "KV held", "prefill", "over floor", "decode", "over floor"];
+    let mut table = table(&header, &[0, 1, 2, 3, 4, 5]);
+    for row in &rows {
+        table.add_row([
+            format!("{:.0} %", 100.0 * row.removed),
+            megabytes(row.kv_bytes),
+            format!("{:.0}/s", row.prefill_tps),
+            format!("{:.2}×", row.prefill_over_floor),
+            format!("{:.1}/s", row.decode_tps),
+            format!("{:.2}×", row.decode_over_floor),
+        ]);
+    }
+    println!("{table}");
+    println!(
+        "{} tokens read, {} written, best of {}; loaded in {load_seconds:.1} s; floors from {:.1} GB/s and {:.0} GFLOP/s measured here",
+        args.context,
+        args.decode,
+        args.repeat,
+        machine.read_bytes_per_second / 1e9,
+        machine.flops_per_second / 1e9,
+    );
+    Ok(())
+}
+
+fn row(args: &Args, model: &Model, machine: Machine, remove: f64) -> Result<Row> {
+    let config = model.lm.config();
+    let method = if remove > 0.0 { Method::Random { remove, seed: 1 } } else { Method::Full };
+    let ids: Vec<u32> =
+        (0..args.context as u64).map(|i| (i * 7919 % (config.vocab_size as u64 - 100) + 50) as u32).collect();
+    let (mut reads, mut writes, mut usage) = (Vec::new(), Vec::new(), Usage::default());
+    for _ in 0..args.repeat {
+        let shape = cache_shape(config, args.context + args.decode, WINDOW, model.kind)?;
+        let hooks = method.hooks(model, None, WINDOW, false)?;
+        let cache = Paged::new(Cpu::new(shape)?)?;
+        let mut session = Session::new(model.lm.as_ref(), model.device, cache, hooks);
+        let start = Instant::now();
+        session.feed(&ids)?;
+        reads.push(start.elapsed().as_secs_f64());
+        usage = session.cache().usage();
+        let mut sampler = Sampler::new(Sampling::default())?;
+        let start = Instant::now();
+        let each = &mut |_| ControlFlow::Continue(());
+        session.generate(&mut sampler, &[], config.vocab_size, args.decode + 1, each)?;
+        writes.push(start.elapsed().as_secs_f64() / args.decode as f64);
+    }
+    let ([read, read_median], [write, write_median]) = (best_and_median(reads), best_and_median(writes));
+    let blocks = matrix_elements(config) - config.vocab_size * config.hidden_size;
+    let attention = config.layers * config.query_heads * config.head_dim * args.context.pow(2);
+    let flops = 2 * blocks * args.context + 2 * attention;
+    let bytes = matrix_elements(config) * model.kind.elt_size_in_bytes() + usage.bytes;
+    Ok(Row {
+        removed: usage.removed(),
+        kv_bytes: usage.bytes,
+        prefill_tps: args.context as f64 / read,
+        prefill_tps_median: args.context as f64 / read_median,
+        prefill_over_floor: read * machine.flops_per_second / flops as f64,
+        decode_tps: 1.0 / write,
+        decode_tps_median: 1.0 / write_median,
+        decode_over_floor: write * machine.read_bytes_per_second / bytes as f64,
+    })
+}
+
+/// Elements of all matrices that a decode step reads, the head among them.
+fn matrix_elements(config: &models::Config) -> usize {
+    let attention = config.hidden_size * config.head_dim * 2 * (config.query_heads + config.kv_heads);
+    let mlp = 3 * config.hidden_size * config.intermediate_size;
+    config.layers * (attention + mlp) + config.vocab_size * config.hidden_size
+}
+
+fn best_and_median(mut seconds: Vec<f64>) -> [f64; 2] {
+    seconds.sort_by(f64::total_cmp);
+    [seconds[0], seconds[seconds.len() / 2]]
+}
+
+fn machine(kind: Kind) -> Result<Machine> {
+    let best = |f: &dyn Fn() -> Result<()>| -> Result<f64> {
+        f()?;
+        let mut best = f64::INFINITY;
+        for _ in 0..5 {
+            let start = Instant::now();
+            f()?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(best)
+    };
+    let options = (Kind::Float, Device::Cpu);
+    let large = Tensor::f_ones([128 << 20], options)?; // 512 MB: far beyond any cache
+    let read = best(&|| Ok(drop(large.f_sum(Kind::Float)?)))?;
+    let side = 1536;
+    let matrix = Tensor::f_rand([side, side], options)?.f_to_kind(kind)?;
+    let product = best(&|| Ok(drop(matrix.f_matmul(&matrix)?)))?;
+    Ok(Machine {
+        read_bytes_per_second: (large.numel() * 4) as f64 / read,
+        flops_per_second: 2.0 * (side as f64).powi(3) / product,
+    })
+}

@@ -1,0 +1,144 @@
+//! `longctx generate`: an answer from a pruned cache.
+
+use super::{ModelArgs, megabytes, surrogate};
+use crate::{Method, Runner, Sample};
+use anyhow::{Context, Result, bail};
+use models::{Sampling, WINDOW};
+use std::io::{Read, Write};
+use std::path::PathBuf;
+
+/// What to answer, and what to forget on the way.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The prompt
+    #[arg(long, conflicts_with = "file")]
+    prompt: Option<String>,
+    /// A file that holds the prompt; `-` reads standard input
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// A question about the prompt, asked after the prompt was read and pruned
+    #[arg(long, default_value = "")]
+    question: String,
+    /// A KVzap surrogate: a folder with config.json and model.safetensors
+    #[arg(long, value_name = "FOLDER")]
+    surrogate: Option<PathBuf>,
+    /// Forget tokens that score under this
+    #[arg(long, requires = "surrogate", allow_negative_numbers = true, conflicts_with = "budget")]
+    threshold: Option<f32>,
+    /// Forget this share of the prompt's cache, from 0 to 1: the lowest scores of each layer
+    #[arg(long, requires = "surrogate", value_name = "SHARE")]
+    budget: Option<f64>,
+    /// The newest tokens, which always stay
+    #[arg(long, default_value_t = WINDOW)]
+    window: usize,
+    /// Prune question and answer too
+    #[arg(long)]
+    prune_while_decoding: bool,
+    /// The most tokens to write
+    #[arg(long, default_value_t = 256)]
+    max_tokens: usize,
+    /// 0 takes the likeliest token
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Draw among this many; 0 is no limit
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Draw among the likeliest that make up this probability
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Of the draws
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    let context = prompt(args)?;
+    if context.trim().is_empty() {
+        bail!("the prompt is empty; give --prompt TEXT or --file FILE");
+    }
+    let method = match (args.threshold, args.budget) {
+        (Some(threshold), _) => Method::Kvzap { threshold },
+        (None, Some(remove)) => Method::KvzapBudget { remove },
+        (None, None) if args.surrogate.is_some() => {
+            bail!("a surrogate alone forgets nothing: give --threshold or --budget as well")
+        }
+        (None, None) => Method::Full,
+    };
+    let surrogate = surrogate(args.surrogate.as_deref())?;
+    let model = args.model.load()?;
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+    };
+    let runner = Runner {
+        model: &model,
+        surrogate: surrogate.as_ref(),
+        method,
+        window: args.window,
+        while_decoding: args.prune_while_decoding,
+        limit: args.max_tokens,
+        sampling,
+    };
+    let question = args.question.clone();
+    let sample = Sample { context, question, answer_prefix: String::new(), answers: Vec::new() };
+    let answer = runner.answer(&sample, &mut |piece| {
+        if !args.json {
+            print!("{piece}");
+            let _ = std::io::stdout().flush(); // a closed pipe ends the text, not the run
+        }
+    })?;
+    let (tokens, seconds) = answer.decode;
+    let decode_tps = tokens as f64 / seconds;
+    let prefill_tps = answer.context_tokens as f64 / answer.prefill_seconds;
+    if args.json {
+        let json = serde_json::json!({
+            "text": answer.text,
+            "method": method.name(),
+            "threshold": method.threshold(),
+            "budget": args.budget,
+            "window": args.window,
+            "prune_while_decoding": args.prune_while_decoding,
+            "context_tokens": answer.context_tokens,
+            "new_tokens": tokens,
+            "removed": answer.removed,
+            "kv_bytes": answer.kv_bytes,
+            "prefill_tps": prefill_tps,
+            "decode_tps": decode_tps,
+            "settings": args.model.json(),
+        });
+        println!("{json:#}");
+    } else {
+        println!();
+        eprintln!(
+            "{} tokens read at {prefill_tps:.0}/s, {:.0} % of their cache removed, {} held; {tokens} written at \
+             {decode_tps:.1}/s",
+            answer.context_tokens,
+            100.0 * answer.removed,
+            megabytes(answer.kv_bytes),
+        );
+    }
+    Ok(())
+}
+
+fn prompt(args: &Args) -> Result<String> {
+    match (&args.prompt, &args.file) {
+        (Some(text), _) => Ok(text.clone()),
+        (None, Some(path)) if path.as_os_str() == "-" => {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).context("cannot read standard input as UTF-8")?;
+            Ok(text)
+        }
+        (None, Some(path)) => {
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+        }
+        (None, None) => bail!("nothing to answer: give --prompt TEXT or --file FILE"),
+    }
+}

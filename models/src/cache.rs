@@ -1,0 +1,188 @@
+//! The seam between a model and its cache, and the cache that says what the other must do.
+
+use crate::error::Result;
+use tch::{Device, Kind, Tensor};
+
+/// A key-value cache of one text: it stores what a layer computed and attends to what it kept.
+///
+/// [`Dense`] keeps every row and masks the dropped ones: the semantics. [`crate::Paged`] frees them.
+/// A forward pass calls [`begin`](KvCache::begin) once, then [`attend`](KvCache::attend) for layer 0, 1, …
+/// After an error in between, the cache is good for nothing but being dropped.
+///
+/// The rule of what a query sees (kvpress's `DMSPress`): all tokens of its own pass up to itself; of the
+/// earlier ones the newest `window`, and the older ones that were not dropped. So a first pass is dense.
+pub trait KvCache {
+    /// Tokens that went through, kept or not: the index of the next token.
+    fn tokens(&self) -> usize;
+
+    /// The newest tokens that a drop bit cannot touch yet.
+    fn window(&self) -> usize;
+
+    /// Announces a pass of `tokens` new tokens; where memory can run out, it does so here.
+    fn begin(&mut self, tokens: usize) -> Result<()>;
+
+    /// Stores `keys` and `values`, and attends.
+    ///
+    /// `queries` are `[batch, query_heads, tokens, head_dim]`, `keys` and `values`
+    /// `[batch, kv_heads, tokens, head_dim]`, rotated; `drops` `[batch, kv_heads, tokens]` bool, `None` drops
+    /// none. Returns `[batch, query_heads, tokens, head_dim]`.
+    fn attend(
+        &mut self,
+        layer: usize,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        drops: Option<&Tensor>,
+    ) -> Result<Tensor>;
+
+    /// What the cache holds now.
+    fn usage(&self) -> Usage;
+}
+
+/// What a cache holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of keys and values held now, page slack included.
+    pub bytes: usize,
+    /// The most that were held at any time.
+    pub peak_bytes: usize,
+    /// Rows (a key and a value of one token, layer and kv head) that a query can see.
+    pub rows: usize,
+    /// Rows that a cache which forgets nothing would hold.
+    pub dense_rows: usize,
+}
+
+impl Usage {
+    /// The share of the rows that is gone: 0 for a full cache, towards 1 for an empty one.
+    pub fn removed(&self) -> f64 {
+        if self.dense_rows == 0 { 0.0 } else { 1.0 - self.rows as f64 / self.dense_rows as f64 }
+    }
+}
+
+/// A cache that keeps every row and masks the dropped ones: as slow and large as without pruning, and the
+/// meaning that [`crate::Paged`] is held to.
+#[derive(Debug)]
+pub struct Dense {
+    window: usize,
+    tokens: usize,
+    before: usize,
+    layers: Vec<Option<Rows>>,
+}
+
+/// One layer's rows, and which may go.
+#[derive(Debug)]
+struct Rows {
+    keys: Tensor,   // [batch, kv_heads, tokens, head_dim]
+    values: Tensor, // [batch, kv_heads, tokens, head_dim]
+    drops: Tensor,  // [batch, kv_heads, tokens] bool
+}
+
+impl Dense {
+    /// An empty cache for a model of `layers` layers.
+    pub fn new(layers: usize, window: usize) -> Self {
+        Self { window, tokens: 0, before: 0, layers: (0..layers).map(|_| None).collect() }
+    }
+
+    /// Which rows of `layer` no later query will see, `[batch, kv_heads, tokens]` bool.
+    pub fn masked(&self, layer: usize) -> Result<Option<Tensor>> {
+        self.layers[layer].as_ref().map(|rows| rows.hidden(self.tokens, self.window)).transpose()
+    }
+}
+
+impl Rows {
+    /// The dropped rows among those older than the newest `window` of the first `tokens`.
+    fn hidden(&self, tokens: usize, window: usize) -> Result<Tensor> {
+        let judged = tokens.saturating_sub(window) as i64;
+        let hidden = self.drops.f_zeros_like()?;
+        if judged > 0 {
+            hidden.f_narrow(2, 0, judged)?.f_copy_(&self.drops.f_narrow(2, 0, judged)?)?;
+        }
+        Ok(hidden)
+    }
+}
+
+impl KvCache for Dense {
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn window(&self) -> usize {
+        self.window
+    }
+
+    fn begin(&mut self, tokens: usize) -> Result<()> {
+        self.before = self.tokens;
+        self.tokens += tokens;
+        Ok(())
+    }
+
+    fn attend(
+        &mut self,
+        layer: usize,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        drops: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let drops = match drops {
+            Some(drops) => drops.shallow_clone(),
+            None => Tensor::f_zeros(&keys.size()[..3], (Kind::Bool, keys.device()))?,
+        };
+        let Some(rows) = &mut self.layers[layer] else {
+            self.layers[layer] =
+                Some(Rows { keys: keys.f_contiguous()?, values: values.f_contiguous()?, drops });
+            return causal(queries, keys, values);
+        };
+        rows.keys = Tensor::f_cat(&[&rows.keys, keys], 2)?;
+        rows.values = Tensor::f_cat(&[&rows.values, values], 2)?;
+        rows.drops = Tensor::f_cat(&[&rows.drops, &drops], 2)?;
+
+        let visible = rows.hidden(self.before, self.window)?.f_logical_not()?; // [B, H, S]
+        let (new, all) = ((self.tokens - self.before) as i64, self.tokens as i64);
+        let later = Tensor::f_ones([new, all], (Kind::Bool, Device::Cpu))?
+            .f_tril(self.before as i64)?
+            .f_to_device(keys.device())?; // [T, S]: up to itself
+        let group = queries.size()[1] / keys.size()[1];
+        let mask = visible
+            .f_repeat_interleave_self_int(group, 1, None)?
+            .f_unsqueeze(2)?
+            .f_logical_and(&later)?; // [B, Hq, T, S]
+        Ok(Tensor::f_scaled_dot_product_attention(
+            queries,
+            &rows.keys,
+            &rows.values,
+            Some(&mask),
+            0.0,
+            false,
+            None,
+            true,
+        )?)
+    }
+
+    fn usage(&self) -> Usage {
+        let mut usage = Usage::default();
+        for rows in self.layers.iter().flatten() {
+            let dense = rows.drops.numel();
+            let hidden = rows.hidden(self.tokens, self.window).and_then(|h| Ok(h.f_sum(Kind::Int64)?));
+            usage.dense_rows += dense;
+            usage.rows += dense - hidden.map_or(0, |h| h.int64_value(&[]) as usize);
+            usage.bytes += 2 * rows.keys.numel() * rows.keys.kind().elt_size_in_bytes();
+        }
+        usage.peak_bytes = usage.bytes;
+        usage
+    }
+}
+
+/// Attention of a first pass: every token sees itself and all before it.
+pub(crate) fn causal(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::f_scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        None::<&Tensor>,
+        0.0,
+        queries.size()[2] > 1,
+        None,
+        true,
+    )?)
+}

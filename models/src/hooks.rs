@@ -1,0 +1,74 @@
+//! What one run adds to a plain model: which tokens may be forgotten, and where tokens stand.
+
+use crate::error::Result;
+use kvzap::{LayerInput, Policy, Scorer};
+use repo_pos::Repositioner;
+use tch::Tensor;
+
+/// The scorer, policy and repositioner of one run. Empty hooks are the plain model.
+#[derive(Default)]
+pub struct Hooks {
+    /// Decides which tokens leave the cache; `None` keeps all.
+    pub pruning: Option<Pruning>,
+    /// Real-valued positions; `None`, and layers for which it returns `None`, use the token's index.
+    pub repositioner: Option<Box<dyn Repositioner<Tensor> + Send>>,
+}
+
+/// A scorer, and the policy that turns its scores into decisions.
+pub struct Pruning {
+    /// Scores each token for each kv head.
+    pub scorer: Box<dyn Scorer<Tensor> + Send>,
+    /// Turns scores into drop bits.
+    pub policy: Box<dyn Policy<Tensor, Drops = Tensor> + Send>,
+    /// Whether tokens that come after the prefill are judged too (kvpress's `decoding`). If not, the
+    /// newest `window` tokens of the prefill are never judged either.
+    pub while_decoding: bool,
+}
+
+impl Hooks {
+    /// Hooks that prune and leave positions alone.
+    pub fn pruning(pruning: Pruning) -> Self {
+        Self { pruning: Some(pruning), repositioner: None }
+    }
+
+    /// The drop bits of a layer's new tokens, `[batch, kv_heads, tokens]` bool; `None` keeps them all.
+    pub(crate) fn drops(
+        &self,
+        input: LayerInput<'_, Tensor>,
+        prefill: bool,
+        window: usize,
+    ) -> Result<Option<Tensor>> {
+        let Some(pruning) = &self.pruning else { return Ok(None) };
+        let tokens = input.hidden.size()[1];
+        let judged = if pruning.while_decoding {
+            tokens
+        } else if prefill {
+            tokens - window as i64
+        } else {
+            0
+        };
+        if judged <= 0 {
+            return Ok(None);
+        }
+        let drops = pruning.policy.drops(&pruning.scorer.score(input)?)?;
+        if judged < tokens {
+            let _ = drops.f_narrow(2, judged, tokens - judged)?.f_zero_()?;
+        }
+        Ok(Some(drops))
+    }
+}
+
+impl std::fmt::Debug for Hooks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hooks")
+            .field("pruning", &self.pruning)
+            .field("repositioner", &self.repositioner.is_some())
+            .finish()
+    }
+}
+
+impl std::fmt::Debug for Pruning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pruning").field("while_decoding", &self.while_decoding).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,60 @@
+//! The few layers that every architecture here is made of.
+
+use crate::error::Result;
+use tch::Tensor;
+
+/// `x · weightᵀ + bias`; `weight` is `[out, in]`.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Several maps of the same input as one: their outputs lie side by side.
+    pub fn joined(parts: Vec<Self>) -> Result<Self> {
+        let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
+        let biases: Vec<_> = parts.iter().filter_map(|part| part.bias.as_ref()).collect();
+        let bias = if biases.is_empty() { None } else { Some(Tensor::f_cat(&biases, 0)?) };
+        Ok(Self { weight: Tensor::f_cat(&weights, 0)?, bias })
+    }
+
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
+    }
+}
+
+/// Root-mean-square normalisation, computed in f32 whatever the dtype of `x`, as transformers does.
+#[derive(Debug)]
+pub(crate) struct RmsNorm {
+    pub weight: Tensor,
+    pub epsilon: f64,
+}
+
+impl RmsNorm {
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (kind, wide) = (x.kind(), x.f_to_kind(tch::Kind::Float)?);
+        let scale = wide
+            .f_square()?
+            .f_mean_dim([-1i64].as_slice(), true, None)?
+            .f_add_scalar(self.epsilon)?
+            .f_rsqrt()?;
+        Ok(wide.f_mul(&scale)?.f_to_kind(kind)?.f_mul(&self.weight)?)
+    }
+}
+
+/// `down(silu(gate(x)) * up(x))`; gate and up are one map.
+#[derive(Debug)]
+pub(crate) struct GatedMlp {
+    pub gate_up: Linear,
+    pub down: Linear,
+}
+
+impl GatedMlp {
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let both = self.gate_up.forward(x)?; // [batch, tokens, 2 * intermediate]
+        let width = both.size()[2] / 2;
+        let gate = both.f_narrow(2, 0, width)?.f_silu()?;
+        self.down.forward(&gate.f_mul(&both.f_narrow(2, width, width)?)?)
+    }
+}

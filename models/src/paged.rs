@@ -1,0 +1,142 @@
+//! A cache that frees what is dropped: each layer and kv head keeps its own pages.
+
+use crate::bridge;
+use crate::cache::{KvCache, Usage, causal};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use paged_kernels::{CacheShape, Dtype, PagedAttention, Sequence, View, ViewMut};
+use tch::{Kind, Tensor};
+
+/// One text in the pool of a [`PagedAttention`] backend.
+///
+/// A first pass attends densely, a layer at a time, and stores what is kept: at most one layer's dense keys
+/// and values are alive beside the pages. Later passes read the pages alone.
+pub struct Paged<B: PagedAttention> {
+    backend: B,
+    sequence: Sequence,
+    tokens: usize,
+    /// Tokens of the pass that is under way, and whether it is the first.
+    pass: (usize, bool),
+}
+
+/// The pool that a model needs to hold `tokens` tokens of one text if nothing is dropped.
+pub fn cache_shape(config: &Config, tokens: usize, window: usize, kind: Kind) -> Result<CacheShape> {
+    let dtype = match kind {
+        Kind::Float => Dtype::F32,
+        Kind::BFloat16 => Dtype::Bf16,
+        found => return Err(Error::CacheKind { found: format!("{found:?}") }),
+    };
+    let page_size = 16;
+    Ok(CacheShape {
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        query_heads: config.query_heads,
+        head_dim: config.head_dim,
+        page_size,
+        window,
+        pages: config.layers * config.kv_heads * tokens.div_ceil(page_size),
+        dtype,
+    })
+}
+
+impl<B: PagedAttention> Paged<B> {
+    /// An empty cache in the pool of `backend`.
+    pub fn new(mut backend: B) -> Result<Self> {
+        let sequence = backend.allocate()?;
+        Ok(Self { backend, sequence, tokens: 0, pass: (0, true) })
+    }
+
+    /// The backend, for its statistics.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The sequence that this cache occupies in its backend.
+    pub fn sequence(&self) -> Sequence {
+        self.sequence
+    }
+
+    fn fill(&mut self, layer: usize, keys: &Tensor, values: &Tensor, drops: &[bool]) -> Result<()> {
+        bridge::with_views(keys, values, |keys, values| {
+            Ok(self.backend.fill(self.sequence, layer, keys, values, drops)?)
+        })
+    }
+
+    fn step(
+        &mut self,
+        layer: usize,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        drops: &[bool],
+    ) -> Result<Tensor> {
+        bridge::with_views(keys, values, |keys, values| {
+            Ok(self.backend.append(layer, keys, values, drops)?)
+        })?;
+        let queries = queries.f_contiguous()?;
+        let out = queries.f_empty_like()?;
+        let scale = 1.0 / (self.backend.shape().head_dim as f32).sqrt();
+        bridge::with_output(&queries, &out, |queries: View<'_>, out: ViewMut<'_>| {
+            Ok(self.backend.attend(layer, queries, scale, out, None)?)
+        })?;
+        Ok(out)
+    }
+}
+
+impl<B: PagedAttention> KvCache for Paged<B> {
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn window(&self) -> usize {
+        self.backend.shape().window
+    }
+
+    fn begin(&mut self, tokens: usize) -> Result<()> {
+        let first = self.tokens == 0;
+        if !first {
+            self.backend.begin_step(&[(self.sequence, tokens)])?;
+        }
+        self.pass = (tokens, first);
+        self.tokens += tokens;
+        Ok(())
+    }
+
+    fn attend(
+        &mut self,
+        layer: usize,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        drops: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (tokens, first) = self.pass;
+        let drops = match drops {
+            Some(drops) => Vec::<bool>::try_from(&drops.f_reshape([-1])?)?,
+            None => vec![false; self.backend.shape().kv_heads * tokens],
+        };
+        if first {
+            let out = causal(queries, keys, values)?;
+            self.fill(layer, keys, values, &drops)?;
+            Ok(out)
+        } else {
+            self.step(layer, queries, keys, values, &drops)
+        }
+    }
+
+    fn usage(&self) -> Usage {
+        let (stats, shape) = (self.backend.stats(), self.backend.shape());
+        Usage {
+            bytes: stats.bytes,
+            peak_bytes: stats.peak_bytes,
+            rows: stats.rows,
+            dense_rows: shape.layers * shape.kv_heads * self.tokens,
+        }
+    }
+}
+
+impl<B: PagedAttention> std::fmt::Debug for Paged<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Paged").field("tokens", &self.tokens).field("usage", &self.usage()).finish()
+    }
+}

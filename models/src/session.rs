@@ -1,0 +1,116 @@
+//! One text through one model: feed it tokens, let it continue.
+
+use crate::cache::KvCache;
+use crate::causal_lm::CausalLm;
+use crate::error::{Error, Result};
+use crate::hooks::Hooks;
+use crate::sampling::Sampler;
+use std::ops::ControlFlow;
+use tch::{Device, Tensor};
+
+/// A model, what it has read so far, and what is forgotten on the way. Knows token ids only.
+pub struct Session<'m> {
+    model: &'m dyn CausalLm,
+    device: Device,
+    cache: Box<dyn KvCache + 'm>,
+    hooks: Hooks,
+    logits: Option<Vec<f32>>,
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The model wrote a stop token; it is not among the tokens.
+    Token(u32),
+    /// The number of tokens asked for was reached.
+    Length,
+    /// The caller's function said so.
+    Caller,
+}
+
+/// What a session wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// The tokens, without the stop token.
+    pub tokens: Vec<u32>,
+    /// Why there are no more.
+    pub stop: Stop,
+}
+
+impl<'m> Session<'m> {
+    /// A session with nothing read yet. `cache` must be empty.
+    pub fn new(model: &'m dyn CausalLm, device: Device, cache: impl KvCache + 'm, hooks: Hooks) -> Self {
+        Self { model, device, cache: Box::new(cache), hooks, logits: None }
+    }
+
+    /// Reads `tokens`: the first call is the prefill, after which the cache is pruned; later calls see what
+    /// was kept. Errors leave the session unusable.
+    pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
+        let config = self.model.config();
+        if tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let wanted = self.cache.tokens() + tokens.len();
+        if wanted > config.max_positions {
+            return Err(Error::ContextTooLong { wanted, limit: config.max_positions });
+        }
+        if let Some(&id) = tokens.iter().find(|&&id| id as usize >= config.vocab_size) {
+            return Err(Error::UnknownToken { id, vocabulary: config.vocab_size });
+        }
+        let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
+        let input = Tensor::f_from_slice(&ids)?.f_to_device(self.device)?.f_unsqueeze(0)?;
+        let hidden = self.model.forward(&input, self.cache.as_mut(), &self.hooks)?;
+        let last = hidden.f_select(1, -1)?; // [1, hidden]: logits of the other tokens are of no use
+        self.logits = Some(Vec::try_from(&self.model.logits(&last)?.f_reshape([-1])?)?);
+        Ok(())
+    }
+
+    /// Continues the text by at most `limit` tokens, ending before any of `stop`.
+    ///
+    /// `vocabulary` bounds the ids that may be chosen: models pad their rows beyond the tokenizer. `each` is
+    /// called with every token as it is chosen. The last token is chosen but not read.
+    pub fn generate(
+        &mut self,
+        sampler: &mut Sampler,
+        stop: &[u32],
+        vocabulary: usize,
+        limit: usize,
+        each: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generated> {
+        let mut tokens = Vec::new();
+        while tokens.len() < limit {
+            let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
+            let token = sampler.sample(&logits[..vocabulary.min(logits.len())])?;
+            if stop.contains(&token) {
+                return Ok(Generated { tokens, stop: Stop::Token(token) });
+            }
+            tokens.push(token);
+            if each(token).is_break() {
+                return Ok(Generated { tokens, stop: Stop::Caller });
+            }
+            if tokens.len() < limit {
+                self.feed(&[token])?;
+            }
+        }
+        Ok(Generated { tokens, stop: Stop::Length })
+    }
+
+    /// The scores of the next token, `[vocabulary]`, once something was read.
+    pub fn logits(&self) -> Option<&[f32]> {
+        self.logits.as_deref()
+    }
+
+    /// The cache, for what it holds.
+    pub fn cache(&self) -> &dyn KvCache {
+        self.cache.as_ref()
+    }
+}
+
+impl std::fmt::Debug for Session<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("tokens", &self.cache.tokens())
+            .field("usage", &self.cache.usage())
+            .finish_non_exhaustive()
+    }
+}
