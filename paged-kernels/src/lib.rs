@@ -1,1 +1,26 @@
-//! Under construction.
+#![doc = include_str!("../README.md")]
+
+mod backend;
+mod book;
+mod error;
+mod host;
+mod page;
+mod pool;
+mod reference;
+mod ring;
+mod shape;
+mod storage;
+mod table;
+mod view;
+
+pub use backend::PagedAttention;
+pub use book::Sequence;
+pub use error::{Error, Result};
+pub use host::Host;
+pub use page::{Move, PageId, Place, Slot};
+pub use pool::PagePool;
+pub use reference::Reference;
+pub use ring::Recent;
+pub use shape::{CacheShape, Dtype, Stats};
+pub use table::PageTable;
+pub use view::{Data, DataMut, View, ViewMut};

@@ -1,0 +1,126 @@
+//! What can go wrong, and what to do about it.
+
+use crate::page::PageId;
+
+/// What can go wrong in this crate. Nothing has changed when an error comes back.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The pool cannot give what a call needs.
+    #[error(
+        "wanted {wanted} pages, {free} are free; release a sequence or build the cache with more pages"
+    )]
+    OutOfPages {
+        /// Pages that the call needs beyond those already held.
+        wanted: usize,
+        /// Pages that are free.
+        free: usize,
+    },
+    /// A page was shared or released that nobody holds.
+    #[error("page {page} is not in use; release each page as often as it was taken or shared")]
+    PageNotInUse {
+        /// The page.
+        page: PageId,
+    },
+    /// A field of [`CacheShape`](crate::CacheShape) that no cache can have.
+    #[error("cache shape: {field} is {found}; {advice}")]
+    CacheShape {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        found: usize,
+        /// What it must be.
+        advice: &'static str,
+    },
+    /// A handle whose sequence was released.
+    #[error("the sequence is not in this cache; do not use a handle after its release")]
+    UnknownSequence,
+    /// A layer that the cache does not have.
+    #[error("layer {found} of {layers}; count layers from 0")]
+    Layer {
+        /// The layer asked for.
+        found: usize,
+        /// Layers of the cache.
+        layers: usize,
+    },
+    /// A tensor of another shape than the call needs.
+    #[error(
+        "{tensor} has shape {found:?}, expected {expected:?}; check heads, tokens and head dim"
+    )]
+    Shape {
+        /// The argument.
+        tensor: &'static str,
+        /// The shape that the call needs.
+        expected: [usize; 3],
+        /// The shape that it got.
+        found: [usize; 3],
+    },
+    /// A flat argument of another length than the call needs.
+    #[error(
+        "{argument} holds {found} elements, expected {expected}; check heads, tokens and strides"
+    )]
+    Length {
+        /// The argument.
+        argument: &'static str,
+        /// The length that the call needs.
+        expected: usize,
+        /// The length that it got.
+        found: usize,
+    },
+    /// A sequence's layer was filled before.
+    #[error("layer {layer} is already filled; fill each layer once, before the first step")]
+    FilledTwice {
+        /// The layer.
+        layer: usize,
+    },
+    /// A sequence has already taken a step without its layers being filled.
+    #[error("the sequence has already taken a step; fill before the first step or not at all")]
+    FilledLate,
+    /// A layer was filled with another number of tokens than the layers before it.
+    #[error(
+        "layer {layer} is filled with {found} tokens, the layers before it with {expected}; fill all alike"
+    )]
+    TokensDiffer {
+        /// The layer.
+        layer: usize,
+        /// Tokens of the layers before.
+        expected: usize,
+        /// Tokens of this layer.
+        found: usize,
+    },
+    /// A step of a sequence of which some layers are filled and some are not.
+    #[error("layer {layer} is not filled but others are; fill every layer before the first step")]
+    NotFilled {
+        /// The first layer without tokens.
+        layer: usize,
+    },
+    /// A sequence stands twice in one step.
+    #[error("a sequence stands twice in the step; ask for all of its tokens in one entry")]
+    SequenceTwice,
+    /// The step before has not reached every layer.
+    #[error(
+        "the step before is not appended to layer {layer}; append every layer or release its sequences"
+    )]
+    StepUnfinished {
+        /// The first layer without the step's tokens.
+        layer: usize,
+    },
+    /// There is no step to append to or attend from.
+    #[error("no step has begun; call begin_step first")]
+    NoStep,
+    /// A layer was given the step's tokens before.
+    #[error("layer {layer} already has the tokens of this step; append each layer once a step")]
+    AppendedTwice {
+        /// The layer.
+        layer: usize,
+    },
+    /// A layer was attended before it was given the step's tokens.
+    #[error("layer {layer} has no tokens of this step yet; append before you attend")]
+    NotAppended {
+        /// The layer.
+        layer: usize,
+    },
+}
+
+/// This crate's results.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,181 @@
+//! Memory of pages on the host, grown as pages come into use and given back when they leave it.
+
+use crate::page::{Move, PageId, Place};
+use crate::pool::PagePool;
+use crate::shape::{CacheShape, Dtype};
+use half::bf16;
+
+/// Bytes of a chunk, about: large enough that the system hands it out and takes it back page by page.
+const CHUNK: usize = 1 << 20;
+
+/// What can be stored.
+pub trait Element: Copy + Default + Send + Sync {
+    fn widen(self) -> f32;
+    fn narrow(x: f32) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        x
+    }
+}
+
+impl Element for bf16 {
+    /// Without `half`'s branch on NaN, so that loops over it vectorise.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+}
+
+/// Pages of one element type: keys, then values, each `page_size` rows of `dim`.
+///
+/// `lanes` keys are interleaved, `[page_size / lanes, dim, lanes]`, so that a dot product can run over several keys at
+/// once without a horizontal sum. One lane is plain `[page_size, dim]`. Values are always `[page_size, dim]`.
+#[derive(Debug)]
+pub struct Storage<E> {
+    page_size: usize,
+    pub dim: usize,
+    lanes: usize,
+    /// Pages of a chunk.
+    span: usize,
+    /// Empty where no page is in use.
+    chunks: Vec<Vec<E>>,
+}
+
+impl<E: Element> Storage<E> {
+    fn new(shape: &CacheShape, lanes: usize) -> Self {
+        let span = (CHUNK / shape.page_bytes()).max(1);
+        let (page_size, dim) = (shape.page_size, shape.head_dim);
+        Self { page_size, dim, lanes, span, chunks: Vec::new() }
+    }
+
+    fn page_len(&self) -> usize {
+        2 * self.page_size * self.dim
+    }
+
+    /// Keys and values of a page in use.
+    #[inline(always)]
+    pub fn page(&self, page: PageId) -> (&[E], &[E]) {
+        let (chunk, page) = (page.index() / self.span, page.index() % self.span);
+        let len = self.page_len();
+        self.chunks[chunk][page * len..][..len].split_at(len / 2)
+    }
+
+    fn page_mut(&mut self, page: PageId) -> (&mut [E], &mut [E]) {
+        let (chunk, page) = (page.index() / self.span, page.index() % self.span);
+        let len = self.page_len();
+        if self.chunks.len() <= chunk {
+            self.chunks.resize_with(chunk + 1, Vec::new);
+        }
+        let chunk = &mut self.chunks[chunk];
+        if chunk.is_empty() {
+            *chunk = vec![E::default(); self.span * len];
+        }
+        chunk[page * len..][..len].split_at_mut(len / 2)
+    }
+
+    /// Where element 0 of a key lies in its page; the next ones are `lanes` apart.
+    fn key_start(&self, row: usize) -> usize {
+        row / self.lanes * self.lanes * self.dim + row % self.lanes
+    }
+
+    fn write(&mut self, place: Place, key: &[f32], value: &[f32]) {
+        let (start, lanes, dim) = (self.key_start(place.row), self.lanes, self.dim);
+        let (keys, values) = self.page_mut(place.page);
+        let slots = keys[start..].iter_mut().step_by(lanes);
+        slots.zip(key).for_each(|(to, &x)| *to = E::narrow(x));
+        let slots = values[place.row * dim..].iter_mut();
+        slots.zip(value).for_each(|(to, &x)| *to = E::narrow(x));
+    }
+
+    fn read(&self, place: Place, key: &mut [f32], value: &mut [f32]) {
+        let (keys, values) = self.page(place.page);
+        let slots = keys[self.key_start(place.row)..].iter().step_by(self.lanes);
+        key.iter_mut().zip(slots).for_each(|(to, x)| *to = x.widen());
+        let slots = &values[place.row * self.dim..];
+        value.iter_mut().zip(slots).for_each(|(to, x)| *to = x.widen());
+    }
+
+    fn trim(&mut self, pool: &PagePool) {
+        let span = self.span;
+        for (i, chunk) in self.chunks.iter_mut().enumerate().filter(|(_, chunk)| !chunk.is_empty())
+        {
+            let mut pages = (i * span..(i + 1) * span).map(|page| PageId(page as u32));
+            if pages.all(|page| pool.holders(page) == 0) {
+                *chunk = Vec::new();
+            }
+        }
+    }
+
+    fn elements(&self) -> usize {
+        self.chunks.iter().map(Vec::len).sum()
+    }
+}
+
+/// Pages of the cache's dtype.
+#[derive(Debug)]
+pub enum Memory {
+    F32(Storage<f32>),
+    Bf16(Storage<bf16>),
+}
+
+impl Memory {
+    pub fn new(shape: &CacheShape, lanes: usize) -> Self {
+        match shape.dtype {
+            Dtype::F32 => Self::F32(Storage::new(shape, lanes)),
+            Dtype::Bf16 => Self::Bf16(Storage::new(shape, lanes)),
+        }
+    }
+
+    pub fn write(&mut self, place: Place, key: &[f32], value: &[f32]) {
+        match self {
+            Self::F32(storage) => storage.write(place, key, value),
+            Self::Bf16(storage) => storage.write(place, key, value),
+        }
+    }
+
+    pub fn read(&self, place: Place, key: &mut [f32], value: &mut [f32]) {
+        match self {
+            Self::F32(storage) => storage.read(place, key, value),
+            Self::Bf16(storage) => storage.read(place, key, value),
+        }
+    }
+
+    pub fn copy(&mut self, step: Move) {
+        let dim = match self {
+            Self::F32(storage) => storage.dim,
+            Self::Bf16(storage) => storage.dim,
+        };
+        let (mut key, mut value) = (vec![0.0; dim], vec![0.0; dim]);
+        self.read(step.from, &mut key, &mut value);
+        self.write(step.to, &key, &value);
+    }
+
+    /// Gives memory back of which no page is in use.
+    pub fn trim(&mut self, pool: &PagePool) {
+        match self {
+            Self::F32(storage) => storage.trim(pool),
+            Self::Bf16(storage) => storage.trim(pool),
+        }
+    }
+
+    /// Bytes taken from the system.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::F32(storage) => storage.elements() * Dtype::F32.bytes(),
+            Self::Bf16(storage) => storage.elements() * Dtype::Bf16.bytes(),
+        }
+    }
+}
