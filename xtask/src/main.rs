@@ -68,6 +68,10 @@ fn main() -> ExitCode {
         eprintln!("error: `{}` takes no arguments, found `{}`", task.name, arguments.join(" "));
         return ExitCode::from(2);
     }
+    if env::var_os(sh::MANIFEST).is_none() {
+        eprintln!("error: run it as `cargo xtask {}`, which tells it the checkout", task.name);
+        return ExitCode::from(2);
+    }
     match (task.run)(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -2,16 +2,18 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+/// What cargo tells a process it runs. The folder where xtask was compiled will not do: checkouts that share a
+/// target directory share one binary, and it would write into the wrong one.
+pub const MANIFEST: &str = "CARGO_MANIFEST_DIR";
+
 /// The root of the checkout.
 pub fn root() -> PathBuf {
-    // Cargo sets it for the process too, which stays true when a checkout and its `target` are moved.
-    let here = env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
-    let mut root = PathBuf::from(here);
+    let mut root = PathBuf::from(env::var_os(MANIFEST).unwrap_or_default());
     root.pop();
     root
 }
@@ -51,10 +53,7 @@ pub fn cargo_without_libtorch(task: &str, manifest: &str) -> Command {
 pub fn run(command: &mut Command) -> Result<()> {
     let line = print(command);
     let status = command.status().with_context(|| format!("cannot start `{line}`"))?;
-    if !status.success() {
-        bail!("`{line}` failed with {status}");
-    }
-    Ok(())
+    succeeded(&line, status)
 }
 
 /// Runs `command` and returns what it wrote to its output.
@@ -64,16 +63,29 @@ pub fn read(command: &mut Command) -> Result<String> {
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("cannot start `{line}`"))?;
-    if !output.status.success() {
-        bail!("`{line}` failed with {}", output.status);
-    }
+    succeeded(&line, output.status)?;
     String::from_utf8(output.stdout).with_context(|| format!("`{line}` wrote what is not UTF-8"))
 }
 
+fn succeeded(line: &str, status: ExitStatus) -> Result<()> {
+    if !status.success() {
+        bail!("`{line}` failed with {status}");
+    }
+    Ok(())
+}
+
+/// Prints `command` and returns its beginning, enough to tell in an error which of the printed ones failed.
 fn print(command: &Command) -> String {
     let line = line(command);
     eprintln!("$ {line}");
-    line
+    let words = [command.get_program()].into_iter().chain(command.get_args());
+    let mut words: Vec<_> =
+        words.map(|word| Path::new(word).file_name().unwrap_or(word)).map(quoted).collect();
+    if words.len() > 4 {
+        words.truncate(4);
+        words.push("…".into());
+    }
+    words.join(" ")
 }
 
 /// `command` as a shell would take it, without the variables taken away.

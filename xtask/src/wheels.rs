@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::Stage;
+use crate::cache::{self, Stage};
 use crate::sh;
 
 /// What a pin file asks for.
@@ -99,7 +99,7 @@ pub fn unpack(name: &str, pins: &Pins, stage: &Stage, instead: &str) -> Result<(
     // Half a gigabyte does not fit everyone's temporary folder; nothing is installed, so no environment is needed.
     pip.env("TMPDIR", &wheels).env("PIP_REQUIRE_VIRTUALENV", "0");
     sh::run(&mut pip).with_context(|| {
-        format!("pip could not fetch the wheels, as it says above: check the network, or {instead}")
+        format!("pip could not fetch the wheels, as it says above: check the network and pip's index, or {instead}")
     })?;
     sh::run(sh::command("python3").arg("xtask/unpack.py").args([
         &wheels,
@@ -133,7 +133,10 @@ fn check_disk(pins: &Pins, stage: &Stage, instead: &str) -> Result<()> {
     let free: u64 = free.trim().parse().context("cannot read the free space")?;
     if free < wanted {
         let folder = stage.path.display();
-        bail!("{} MB are free at {folder}, {} MB are needed: {instead}", free / MB, wanted / MB);
+        let (free, wanted, variable) = (free / MB, wanted / MB, cache::VARIABLE);
+        bail!(
+            "{wanted} MB are needed at {folder}, {free} MB are free: set {variable} to a folder on another disk, or {instead}"
+        );
     }
     Ok(())
 }
