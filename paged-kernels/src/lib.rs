@@ -2,6 +2,7 @@
 
 mod backend;
 mod book;
+mod cpu;
 mod error;
 mod host;
 mod page;
@@ -15,6 +16,7 @@ mod view;
 
 pub use backend::PagedAttention;
 pub use book::Sequence;
+pub use cpu::Cpu;
 pub use error::{Error, Result};
 pub use host::Host;
 pub use page::{Move, PageId, Place, Slot};
