@@ -1,7 +1,8 @@
 //! `golden`: makes the golden files again, with the Python libraries that `xtask/golden.txt` pins.
 
-use std::fs;
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::fs::{self, DirEntry};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -9,21 +10,30 @@ use crate::fetch::fetch;
 use crate::sh;
 
 const PINS: &str = "xtask/golden.txt";
-const SCRIPT: &str = "tests/golden/make.py";
+const SCRIPT: &str = "make.py";
 
-/// Runs `<crate>/tests/golden/make.py`, in its own folder, for the crates named or for all, and says what changed.
+/// Runs the golden scripts, all or those of the names given, each in its own folder, and says what changed.
+///
+/// A script `<crate>/tests/golden/make.py` has the name `<crate>`, one in a folder below that `<crate>/<folder>`; a
+/// crate's name means all of its scripts.
 pub fn golden(names: &[String]) -> Result<()> {
-    let crates = crates()?;
-    if let Some(name) = names.iter().find(|name| !crates.contains(name)) {
-        bail!("there is no {name}/{SCRIPT}; there is one for: {}", crates.join(", "));
+    let scripts = scripts()?;
+    let meant = |script: &str, name: &str| {
+        script.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    if let Some(name) = names.iter().find(|name| !scripts.keys().any(|s| meant(s, name))) {
+        let known: Vec<_> = scripts.into_keys().collect();
+        bail!("no golden files are named `{name}`; there are: {}", known.join(", "));
     }
-    let chosen: Vec<_> = crates.iter().filter(|c| names.is_empty() || names.contains(c)).collect();
+    let chosen = |script: &str| names.is_empty() || names.iter().any(|name| meant(script, name));
+    let folders: Vec<_> =
+        scripts.iter().filter(|(name, _)| chosen(name)).map(|(_, folder)| folder).collect();
+
     let data = fetch()?;
     let python = python()?;
-    let folders: Vec<_> = chosen.iter().map(|name| format!("{name}/tests/golden")).collect();
     for folder in &folders {
         let mut make = sh::command(&python);
-        make.arg("make.py").current_dir(sh::root().join(folder)).envs(data.variables());
+        make.arg(SCRIPT).current_dir(folder).envs(data.variables());
         sh::run(make.env("PYTHONDONTWRITEBYTECODE", "1"))?;
     }
     let status = sh::read(sh::command("git").args(["status", "--short", "--"]).args(&folders))?;
@@ -35,17 +45,30 @@ pub fn golden(names: &[String]) -> Result<()> {
     sh::run(sh::command("git").args(["--no-pager", "diff", "--stat", "--"]).args(&folders))
 }
 
-/// The crates that have a script, sorted.
-fn crates() -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(sh::root()).context("cannot list the checkout")? {
-        let path = entry.context("cannot list the checkout")?.path();
-        if path.join(SCRIPT).exists() {
-            names.extend(path.file_name().map(|name| name.to_string_lossy().into_owned()));
+/// The folders that hold a script, by the script's name.
+fn scripts() -> Result<BTreeMap<String, PathBuf>> {
+    let mut scripts = BTreeMap::new();
+    for (name, path) in folders(&sh::root())? {
+        let golden = path.join("tests/golden");
+        if golden.is_dir() {
+            for (below, path) in folders(&golden)? {
+                scripts.insert(format!("{name}/{below}"), path);
+            }
+            scripts.insert(name, golden);
         }
     }
-    names.sort();
-    Ok(names)
+    scripts.retain(|_, folder| folder.join(SCRIPT).is_file());
+    Ok(scripts)
+}
+
+fn folders(parent: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let list = || -> std::io::Result<_> {
+        let entries = fs::read_dir(parent)?.collect::<Result<Vec<_>, _>>()?;
+        let named =
+            |entry: DirEntry| (entry.file_name().to_string_lossy().into_owned(), entry.path());
+        Ok(entries.into_iter().map(named).filter(|(_, path)| path.is_dir()).collect())
+    };
+    list().with_context(|| format!("cannot list {}", parent.display()))
 }
 
 /// The Python of an environment under `target`, made anew when the pins are not those it was made from.

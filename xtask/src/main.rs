@@ -51,7 +51,7 @@ const TASKS: &[Task] = &[
     },
     Task {
         name: "golden",
-        arguments: "[crate…]",
+        arguments: "[name…]",
         help: "make the golden files again, in a Python environment of their own",
         run: golden::golden,
     },
