@@ -14,8 +14,14 @@ impl Rotary {
         Ok(Self { inverse: Tensor::f_from_slice(frequencies.inverse())?.f_to_device(device)? })
     }
 
-    /// Cosine and sine, both f32 `[batch, heads, tokens, head_dim / 2]`, of f32 `positions`
-    /// `[batch, heads, tokens]`; `heads` is 1 where all heads stand alike.
+    /// Cosine and sine for [`rotate`], both f32 `[batch, heads, tokens, head_dim / 2]`, of
+    /// `positions`, f32 `[batch, heads, tokens]`; one head where all heads stand alike.
+    ///
+    /// The angle is the f32 product of position and frequency, its cosine and sine are reduced in
+    /// full, as in transformers. A model in bf16 converts both once a step, not once a layer.
+    ///
+    /// # Errors
+    /// Positions that are not f32.
     pub fn angles(&self, positions: &Tensor) -> Result<(Tensor, Tensor)> {
         let kind = positions.f_kind()?;
         if kind != Kind::Float {
@@ -26,16 +32,46 @@ impl Rotary {
     }
 }
 
-/// Rotates `x` by the angles of [`Rotary::angles`].
+/// Rotates `x` `[batch, heads, tokens, head_dim]`, queries or keys, by the angles that
+/// [`Rotary::angles`] gave; dimension `i` is paired with `i + head_dim / 2`.
+///
+/// `cos` and `sin` hold one row for all heads, one for each head, or one for each run of heads
+/// (a kv head's queries), and one batch or as many as `x`. The result has x's dtype, and so has
+/// the arithmetic, cosine and sine included: what transformers does.
+///
+/// # Errors
+/// Shapes that do not fit so.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (shape, angles) = (x.size(), cos.size());
+    if sin.size() != angles {
+        return refuse("sine", format!("the cosine's {angles:?}"), sin);
+    }
+    let (&[batch, heads, tokens, head_dim], &[angle_batch, rows, angle_tokens, pairs]) =
+        (shape.as_slice(), angles.as_slice())
+    else {
+        return refuse("x", format!("four dimensions, as the angles' {angles:?}"), x);
+    };
+    let fits = (angle_batch == 1 || angle_batch == batch)
+        && (angle_tokens, 2 * pairs) == (tokens, head_dim)
+        && rows > 0
+        && heads % rows == 0;
+    if !fits {
+        return refuse("angles", format!("one to rotate {shape:?}"), cos);
+    }
+    if rows == 1 || rows == heads {
+        return turn(x, cos, sin);
+    }
+    let grouped = x.f_unflatten(1, [rows, heads / rows])?; // [B, rows, group, T, D]
+    Ok(turn(&grouped, &cos.f_unsqueeze(2)?, &sin.f_unsqueeze(2)?)?.f_flatten(1, 2)?)
+}
+
+fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let kind = x.f_kind()?;
     let (cos, sin) = (cos.f_to_kind(kind)?, sin.f_to_kind(kind)?);
-    let halves = x.f_chunk(2, -1)?;
-    let [first, second] = halves.as_slice() else {
-        return refuse("x", "an even head dim".into(), x);
-    };
-    let a = first.f_mul(&cos)?.f_sub(&second.f_mul(&sin)?)?;
-    let b = second.f_mul(&cos)?.f_add(&first.f_mul(&sin)?)?;
+    let pairs = x.size().last().map_or(0, |head_dim| head_dim / 2);
+    let (first, second) = (x.f_narrow(-1, 0, pairs)?, x.f_narrow(-1, pairs, pairs)?);
+    let a = first.f_mul(&cos)?.f_addcmul_(&second, &sin.f_neg()?)?;
+    let b = second.f_mul(&cos)?.f_addcmul_(&first, &sin)?;
     Ok(Tensor::f_cat(&[a, b], -1)?)
 }
 
