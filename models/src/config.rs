@@ -1,0 +1,132 @@
+//! The shapes and constants of a model, whatever file they come from.
+
+use crate::error::{Error, Result};
+use std::path::Path;
+
+/// A family of models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Architecture {
+    /// Pre-norm, grouped-query attention with rotary positions, gated MLP.
+    Llama,
+}
+
+/// How the rotary frequencies are stretched for contexts beyond the pretraining's.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// Every frequency is divided by one number.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama 3.1: slow frequencies are divided, fast ones kept, those between blended.
+    Llama3 {
+        /// The divisor of slow frequencies.
+        factor: f64,
+        /// Fewer turns than this within `original` make a frequency slow.
+        low: f64,
+        /// More turns than this make it fast.
+        high: f64,
+        /// The context of the pretraining, in tokens.
+        original: usize,
+    },
+    /// One divisor for each pair of dimensions: `rope_freqs.weight` of a GGUF file.
+    Divisors(Vec<f32>),
+}
+
+/// The shapes and constants of a model.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Config {
+    /// The family.
+    pub architecture: Architecture,
+    /// Rows of the embedding. A tokenizer may know fewer ids.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Number of layers.
+    pub layers: usize,
+    /// Query heads of a layer.
+    pub query_heads: usize,
+    /// Key/value heads of a layer; divides `query_heads`.
+    pub kv_heads: usize,
+    /// Width of a head: not always `hidden_size / query_heads`. Even.
+    pub head_dim: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// What the norms add to the mean square.
+    pub norm_epsilon: f64,
+    /// The base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// How these are stretched.
+    pub rope_scaling: RopeScaling,
+    /// The context the model was made for, in tokens.
+    pub max_positions: usize,
+    /// Whether the embedding serves as the output layer; else the files hold `lm_head.weight`.
+    pub tied_embeddings: bool,
+    /// Whether the query, key and value projections have biases.
+    pub attention_bias: bool,
+    /// Whether the attention's output projection has one.
+    pub output_bias: bool,
+    /// Whether the MLP's three projections have them.
+    pub mlp_bias: bool,
+    /// Tokens that end an answer; may be empty.
+    pub eos_tokens: Vec<u32>,
+    /// The token that begins a text.
+    pub bos_token: Option<u32>,
+}
+
+impl Config {
+    /// Query heads that share a key/value head.
+    pub fn group(&self) -> usize {
+        self.query_heads / self.kv_heads
+    }
+
+    /// Refuses what no model can have; `path` is the file to blame.
+    pub(crate) fn checked(self, path: &Path) -> Result<Self> {
+        // Far above any model, and low enough that products of three of them cannot overflow.
+        const LIMIT: usize = 1 << 20;
+        let wrong = |what: &str, found: String, wanted: &str| {
+            Err(Error::Format {
+                path: path.to_owned(),
+                what: what.to_owned(),
+                wanted: wanted.to_owned(),
+                found,
+                advice: "take the config that came with the weights",
+            })
+        };
+        for (what, count) in [
+            ("the vocabulary size", self.vocab_size),
+            ("the hidden size", self.hidden_size),
+            ("the number of layers", self.layers),
+            ("the number of query heads", self.query_heads),
+            ("the number of key/value heads", self.kv_heads),
+            ("the head dim", self.head_dim),
+            ("the MLP's width", self.intermediate_size),
+        ] {
+            if count == 0 || count > LIMIT {
+                return wrong(what, count.to_string(), "1 to 1048576");
+            }
+        }
+        if self.max_positions == 0 || self.max_positions > 1 << 31 {
+            return wrong("the context length", self.max_positions.to_string(), "1 to 2147483648");
+        }
+        if !self.query_heads.is_multiple_of(self.kv_heads) {
+            let found = format!("{} for {} key/value heads", self.query_heads, self.kv_heads);
+            return wrong("the number of query heads", found, "a multiple of these");
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return wrong("the head dim", self.head_dim.to_string(), "an even number");
+        }
+        if !(self.norm_epsilon.is_finite() && self.norm_epsilon >= 0.0) {
+            return wrong("the norm's epsilon", self.norm_epsilon.to_string(), "a number from 0");
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
+            return wrong("the rope theta", self.rope_theta.to_string(), "a number above 0");
+        }
+        Ok(self)
+    }
+}

@@ -1,0 +1,253 @@
+//! What can go wrong, and what to do about it.
+
+use std::path::PathBuf;
+
+/// What this crate's fallible calls return.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong in this crate. A variant's text says all of it: nothing hides in a source.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder cannot be read.
+    #[error("cannot read {}: {cause}; {advice}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+
+    /// A file is not what its format asks for.
+    #[error("{}: {what} is {found}, wanted {wanted}; {advice}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// The field, key or part that is wrong.
+        what: String,
+        /// What it must be.
+        wanted: String,
+        /// What it is.
+        found: String,
+        /// What to do.
+        advice: &'static str,
+    },
+
+    /// A file is well formed and asks for what this crate does not have.
+    #[error("{}: {field} {found} is not supported, only {supported}; {advice}", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The key that asks for it.
+        field: String,
+        /// What it asks for.
+        found: String,
+        /// What there is.
+        supported: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
+
+    /// A model of a family that this crate does not know.
+    #[error(
+        "{}: architecture {found:?} is unknown, supported: {SUPPORTED}; convert the model or choose one of these",
+        path.display()
+    )]
+    UnknownArchitecture {
+        /// The file that names it.
+        path: PathBuf,
+        /// Its name there.
+        found: String,
+    },
+
+    /// A tensor that the config asks for is not in the files.
+    #[error("{}: tensor {tensor} is missing; {advice}", path.display())]
+    MissingTensor {
+        /// The file that should hold it.
+        path: PathBuf,
+        /// Its name in that file.
+        tensor: String,
+        /// What to do.
+        advice: &'static str,
+    },
+
+    /// A tensor has other dimensions than the config says.
+    #[error(
+        "{}: tensor {tensor} has shape {found:?}, the config asks for {wanted:?}; \
+         check that config and weights belong to the same model", path.display()
+    )]
+    WrongShape {
+        /// The file that holds it.
+        path: PathBuf,
+        /// Its name in that file.
+        tensor: String,
+        /// The shape after the config.
+        wanted: Vec<i64>,
+        /// The shape in the file, outermost dimension first.
+        found: Vec<usize>,
+    },
+
+    /// A tensor is stored in a type that cannot be read.
+    #[error("{}: tensor {tensor} is stored as {found}, readable: {}; convert the file to one of these",
+        path.display(), crate::weights::READABLE)]
+    WrongDtype {
+        /// The file that holds it.
+        path: PathBuf,
+        /// Its name in that file.
+        tensor: String,
+        /// Its type there.
+        found: String,
+    },
+
+    /// A weight is NaN or infinite.
+    #[error("{}: tensor {tensor} holds NaN or infinity; fetch or convert the file again", path.display())]
+    NotFinite {
+        /// The file that holds it.
+        path: PathBuf,
+        /// Its name in that file.
+        tensor: String,
+    },
+
+    /// Two weight files hold one tensor, and no index says which counts.
+    #[error(
+        "tensor {tensor} is in both {} and {}; remove the stray file or add model.safetensors.index.json",
+        first.display(), second.display()
+    )]
+    DuplicateTensor {
+        /// The tensor.
+        tensor: String,
+        /// One file.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+
+    /// An index names a weight file that is not inside its own folder.
+    #[error(
+        "{}: weight file {file:?} lies outside the folder; put the files beside the index and name them so",
+        path.display()
+    )]
+    OutsideFolder {
+        /// The index.
+        path: PathBuf,
+        /// The name it gives.
+        file: String,
+    },
+
+    /// Weights were asked for in another dtype than f32 or bf16.
+    #[error("weights in {0} are not supported; ask for f32 or bf16")]
+    WeightKind(String),
+
+    /// The cache was asked to hold another dtype than f32 or bf16.
+    #[error("a cache of {found} is not supported; use f32 or bf16")]
+    CacheKind {
+        /// The dtype asked for.
+        found: String,
+    },
+
+    /// A tokenizer cannot be built, or refuses a text.
+    #[error("{}: tokenizer: {what}; {advice}", path.display())]
+    Tokenizer {
+        /// The file that describes it.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        advice: &'static str,
+    },
+
+    /// A chat template cannot be parsed, or fails on these messages.
+    #[error("{}: chat template {template}, line {line}: {what}; {advice}", path.display())]
+    Template {
+        /// The file it comes from.
+        path: PathBuf,
+        /// Its name: `default`, or `tool_use` where a model has several.
+        template: String,
+        /// The line of the template.
+        line: usize,
+        /// What is wrong, as the template engine says it, or the template's own message.
+        what: String,
+        /// What to do.
+        advice: &'static str,
+    },
+
+    /// There is nothing to continue.
+    #[error("the prompt is empty; give at least one token")]
+    EmptyPrompt,
+
+    /// A text is longer than the model was made for.
+    #[error("{wanted} tokens do not fit the model's context of {limit}; shorten the text")]
+    ContextTooLong {
+        /// Tokens in all.
+        wanted: usize,
+        /// The config's `max_positions`.
+        limit: usize,
+    },
+
+    /// A token id that the model has no embedding for.
+    #[error("token {id} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// Rows of the embedding.
+        vocabulary: usize,
+    },
+
+    /// A repositioner gave positions for a number of heads that does not fit the model.
+    #[error(
+        "layer {layer}: positions for {heads} heads, wanted 1 or {kv_heads}; check the repositioner"
+    )]
+    PositionHeads {
+        /// The layer.
+        layer: usize,
+        /// Heads of the positions.
+        heads: usize,
+        /// Key/value heads of the model.
+        kv_heads: usize,
+    },
+
+    /// A sampling setting is outside its range.
+    #[error("sampling setting {what} is {found}; see its documentation for the range")]
+    Sampling {
+        /// The setting.
+        what: &'static str,
+        /// Its value.
+        found: String,
+    },
+
+    /// There are no logits to choose a token from, or they are NaN.
+    #[error("no finite logits to choose a token from; check weights and dtype")]
+    NoLogits,
+
+    /// A scorer, policy or surrogate failed.
+    #[error(transparent)]
+    Score(#[from] kvzap::Error),
+
+    /// The pool of the cache failed.
+    #[error(transparent)]
+    Cache(#[from] paged_kernels::Error),
+
+    /// The repositioner or the rotary embedding failed.
+    #[error(transparent)]
+    Position(#[from] repo_pos::Error),
+
+    /// libtorch refused an operation. The text is its first line: what follows is a C++ backtrace.
+    #[error("libtorch: {}", first_line(.0))]
+    Torch(tch::TchError),
+}
+
+/// The architectures that there are, by their names in config.json and in a GGUF file.
+const SUPPORTED: &str = "LlamaForCausalLM (GGUF: llama)";
+
+// By hand: `#[from]` would make the error its own source as well, and a chain would print the backtrace after all.
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Torch(error)
+    }
+}
+
+fn first_line(error: &tch::TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}

@@ -1,0 +1,116 @@
+//! One safetensors file: its header parsed, its data mapped.
+
+use crate::bridge;
+use crate::error::{Error, Result};
+use crate::weights::{Encoding, Stored};
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+#[derive(Debug)]
+pub(super) struct Shard {
+    path: PathBuf,
+    map: Mmap,
+    header: Metadata,
+    /// Where in the file the data begins.
+    data: usize,
+}
+
+impl Shard {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let unreadable = |cause| Error::Io {
+            path: path.to_owned(),
+            cause,
+            advice: "check that it is a file that may be read",
+        };
+        let file = File::open(path).map_err(unreadable)?;
+        let map = bridge::map_file(&file).map_err(unreadable)?;
+        let (header, data) = parse(&map).map_err(|(what, wanted, found)| Error::Format {
+            path: path.to_owned(),
+            what: what.to_owned(),
+            wanted,
+            found,
+            advice: "fetch the file again",
+        })?;
+        Ok(Self { path: path.to_owned(), map, header, data })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.header.info(name).is_some()
+    }
+
+    pub(super) fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    /// A tensor that [`Self::has`].
+    pub(super) fn stored(&self, name: &str) -> Result<Stored<'_>> {
+        let missing = || Error::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            advice: "fetch the file again",
+        };
+        let TensorInfo { dtype, shape, data_offsets: (from, to) } =
+            self.header.info(name).ok_or_else(missing)?;
+        let encoding = match dtype {
+            Dtype::F32 => Encoding::F32,
+            Dtype::F16 => Encoding::F16,
+            Dtype::BF16 => Encoding::BF16,
+            _ => {
+                return Err(Error::WrongDtype {
+                    path: self.path.clone(),
+                    tensor: name.to_owned(),
+                    found: dtype.to_string(),
+                });
+            }
+        };
+        Ok(Stored {
+            path: &self.path,
+            name: name.to_owned(),
+            shape: shape.clone(),
+            encoding,
+            bytes: self.map[self.data..].get(*from..*to).ok_or_else(missing)?,
+            interleaved: None,
+        })
+    }
+}
+
+/// The header, and where the data begins; else what is wrong, what was wanted and what was found.
+///
+/// The parts are those of the `safetensors` crate, whose own reader adds lengths that a header can make overflow.
+fn parse(bytes: &[u8]) -> std::result::Result<(Metadata, usize), (&'static str, String, String)> {
+    const LENGTH: usize = 8;
+    let Some((length, rest)) = bytes.split_first_chunk::<LENGTH>() else {
+        return Err((
+            "the file's size",
+            "at least 8 bytes".to_owned(),
+            format!("{} bytes", bytes.len()),
+        ));
+    };
+    let length = u64::from_le_bytes(*length);
+    let Some(header) = usize::try_from(length).ok().and_then(|length| rest.get(..length)) else {
+        return Err((
+            "the header's length",
+            format!("at most the {} bytes that follow", rest.len()),
+            length.to_string(),
+        ));
+    };
+    let data = LENGTH + header.len();
+    let header: Metadata = serde_json::from_slice(header).map_err(|error| {
+        ("the header", "tensors with shapes that fit their offsets".to_owned(), error.to_string())
+    })?;
+    if header.data_len() != bytes.len() - data {
+        let (wanted, found) = (header.data_len(), bytes.len() - data);
+        return Err((
+            "the data",
+            format!("the {wanted} bytes of the header"),
+            format!("{found} bytes"),
+        ));
+    }
+    Ok((header, data))
+}

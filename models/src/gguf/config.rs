@@ -1,0 +1,121 @@
+//! The config of a GGUF file of architecture `llama`.
+
+use super::metadata::Metadata;
+use super::stored;
+use crate::config::{Architecture, Config, RopeScaling};
+use crate::error::{Error, Result};
+use crate::weights::Encoding;
+
+pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
+    let architecture = metadata.required("general.architecture", Metadata::text)?;
+    if architecture != "llama" {
+        let found = architecture.to_owned();
+        return Err(Error::UnknownArchitecture { path: metadata.path.to_owned(), found });
+    }
+    let tensors = &metadata.header.tensors;
+    let hidden_size = metadata.required("llama.embedding_length", Metadata::count)?;
+    let query_heads = metadata.required("llama.attention.head_count", Metadata::count)?;
+    let head_dim = match metadata.count("llama.attention.key_length")? {
+        Some(head_dim) => head_dim,
+        None => hidden_size.checked_div(query_heads).unwrap_or(0),
+    };
+    refuse_unsupported(metadata, head_dim)?;
+    let embedding = stored(metadata, "token_embd.weight")?;
+    let ends =
+        ["eos", "eot", "eom"].map(|end| metadata.token(&format!("tokenizer.ggml.{end}_token_id")));
+    let mut eos_tokens = Vec::new();
+    for end in ends {
+        eos_tokens.extend(end?.filter(|token| !eos_tokens.contains(token)));
+    }
+    Config {
+        architecture: Architecture::Llama,
+        // The embedding's own rows: files differ on whether `llama.vocab_size` counts padding.
+        vocab_size: embedding.shape[0],
+        hidden_size,
+        layers: metadata.required("llama.block_count", Metadata::count)?,
+        query_heads,
+        kv_heads: metadata.count("llama.attention.head_count_kv")?.unwrap_or(query_heads),
+        head_dim,
+        intermediate_size: metadata.required("llama.feed_forward_length", Metadata::count)?,
+        norm_epsilon: metadata
+            .required("llama.attention.layer_norm_rms_epsilon", Metadata::number)?,
+        rope_theta: metadata.number("llama.rope.freq_base")?.unwrap_or(10_000.0),
+        rope_scaling: scaling(metadata)?,
+        max_positions: metadata.required("llama.context_length", Metadata::count)?,
+        tied_embeddings: !tensors.contains_key("output.weight"),
+        attention_bias: tensors.contains_key("blk.0.attn_q.bias"),
+        output_bias: tensors.contains_key("blk.0.attn_output.bias"),
+        mlp_bias: tensors.contains_key("blk.0.ffn_up.bias"),
+        eos_tokens,
+        bos_token: metadata.token("tokenizer.ggml.bos_token_id")?,
+    }
+    .checked(metadata.path)
+}
+
+/// Settings that change what the model computes, and that would be passed over in silence otherwise.
+fn refuse_unsupported(metadata: Metadata<'_>, head_dim: usize) -> Result<()> {
+    let refuse = |key: &str, found: usize, supported, advice| {
+        Err(Error::Unsupported {
+            path: metadata.path.to_owned(),
+            field: key.to_owned(),
+            found: found.to_string(),
+            supported,
+            advice,
+        })
+    };
+    for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
+        if let Some(found) = metadata.count(key)?.filter(|&n| n != head_dim) {
+            return refuse(
+                key,
+                found,
+                "the head dim",
+                "choose a model that rotates whole heads of one width",
+            );
+        }
+    }
+    if let Some(experts) = metadata.count("llama.expert_count")?.filter(|&n| n > 0) {
+        return refuse("llama.expert_count", experts, "0", "choose a dense model");
+    }
+    if let Some(parts) = metadata.count("split.count")?.filter(|&n| n > 1) {
+        return refuse(
+            "split.count",
+            parts,
+            "1",
+            "merge the parts with llama.cpp's gguf-split --merge",
+        );
+    }
+    Ok(())
+}
+
+/// `rope_freqs.weight`, which is how Llama 3.1's scaling is carried; else what the metadata say.
+fn scaling(metadata: Metadata<'_>) -> Result<RopeScaling> {
+    const DIVISORS: &str = "rope_freqs.weight";
+    const TYPE: &str = "llama.rope.scaling.type";
+    const FACTOR: &str = "llama.rope.scaling.factor";
+    if metadata.header.tensors.contains_key(DIVISORS) {
+        let tensor = stored(metadata, DIVISORS)?;
+        let mut divisors = vec![0.0; tensor.shape.iter().product()];
+        if tensor.encoding != Encoding::F32 {
+            return Err(Error::WrongDtype {
+                path: metadata.path.to_owned(),
+                tensor: DIVISORS.to_owned(),
+                found: format!("{:?}", tensor.encoding),
+            });
+        }
+        tensor.encoding.decode(tensor.bytes, &mut divisors);
+        return Ok(RopeScaling::Divisors(divisors));
+    }
+    match metadata.text(TYPE)? {
+        None | Some("none") => Ok(RopeScaling::None),
+        Some("linear") => {
+            Ok(RopeScaling::Linear { factor: metadata.required(FACTOR, Metadata::number)? })
+        }
+        Some(found) => Err(Error::Unsupported {
+            path: metadata.path.to_owned(),
+            field: TYPE.to_owned(),
+            found: format!("{found:?}"),
+            supported: "\"none\", \"linear\" and rope_freqs.weight",
+            advice: "choose a model without it; ignoring it would give wrong answers",
+        }),
+    }
+}

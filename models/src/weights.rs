@@ -1,0 +1,228 @@
+//! An opened model: its config, and its tensors by their Hugging Face names, whatever file holds them.
+
+mod encoding;
+mod half;
+mod quants;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::folder::Folder;
+use crate::gguf::Gguf;
+pub(crate) use encoding::{Encoding, READABLE};
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+/// Opens a GGUF file, or a Hugging Face folder (config.json and safetensors), and reads what precedes the weights.
+pub fn open(path: &Path) -> Result<Source> {
+    let file = std::fs::metadata(path).map_err(|cause| Error::Io {
+        path: path.to_owned(),
+        cause,
+        advice: "give a .gguf file or a Hugging Face folder",
+    })?;
+    if file.is_dir() {
+        Folder::open(path).map(Source::Folder)
+    } else {
+        Gguf::open(path).map(Source::Gguf)
+    }
+}
+
+/// Where a model comes from. Its files are mapped, and must not change as long as this lives.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Source {
+    /// A GGUF file, which also holds the tokenizer and the chat template.
+    Gguf(Gguf),
+    /// A Hugging Face folder.
+    Folder(Folder),
+}
+
+impl Source {
+    /// The model's shapes and constants.
+    pub fn config(&self) -> &Config {
+        match self {
+            Self::Gguf(gguf) => gguf.config(),
+            Self::Folder(folder) => folder.config(),
+        }
+    }
+
+    /// The file or folder it was opened from.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Gguf(gguf) => gguf.path(),
+            Self::Folder(folder) => folder.path(),
+        }
+    }
+
+    /// Whether there is a tensor of this Hugging Face name, such as `model.layers.3.self_attn.q_proj.weight`.
+    pub fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Gguf(gguf) => gguf.has(name),
+            Self::Folder(folder) => folder.has(name),
+        }
+    }
+
+    /// What someone who loads this should be told, a line each; empty for nearly every model.
+    pub fn notes(&self) -> &[String] {
+        match self {
+            Self::Gguf(_) => &[],
+            Self::Folder(folder) => folder.notes(),
+        }
+    }
+
+    fn stored(&self, name: &str) -> Result<Stored<'_>> {
+        match self {
+            Self::Gguf(gguf) => gguf.stored(name),
+            Self::Folder(folder) => folder.stored(name),
+        }
+    }
+}
+
+/// The weights of an opened model, in the dtype and on the device of a run.
+#[derive(Debug)]
+pub struct Weights {
+    source: Source,
+    kind: Kind,
+    device: Device,
+}
+
+impl Weights {
+    /// Weights as `kind`: [`Kind::Float`] or [`Kind::BFloat16`]. Nothing is read yet.
+    pub fn new(source: Source, kind: Kind, device: Device) -> Result<Self> {
+        if !matches!(kind, Kind::Float | Kind::BFloat16) {
+            return Err(Error::WeightKind(format!("{kind:?}")));
+        }
+        Ok(Self { source, kind, device })
+    }
+
+    /// The model's shapes and constants.
+    pub fn config(&self) -> &Config {
+        self.source.config()
+    }
+
+    /// What they are read from.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// Their dtype.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Where they are put.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Reads one tensor by its Hugging Face name, rows of queries and keys in Hugging Face's order.
+    ///
+    /// Beside the tensor itself only a few hundred kilobytes are held. Errors if it is missing, of another shape than
+    /// `shape`, in a type that cannot be read, or not finite throughout.
+    pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let stored = self.source.stored(name)?;
+        if !stored.shape.iter().map(|&n| i64::try_from(n).ok()).eq(shape.iter().map(|&n| Some(n))) {
+            return Err(Error::WrongShape {
+                path: stored.path.to_owned(),
+                tensor: stored.name,
+                wanted: shape.to_vec(),
+                found: stored.shape,
+            });
+        }
+        Ok(stored.read(self.kind)?.f_to_device(self.device)?)
+    }
+}
+
+/// A tensor as it lies in a file.
+pub(crate) struct Stored<'a> {
+    pub path: &'a Path,
+    /// Its name in the file.
+    pub name: String,
+    /// Outermost dimension first.
+    pub shape: Vec<usize>,
+    pub encoding: Encoding,
+    /// As many as shape and encoding ask for.
+    pub bytes: &'a [u8],
+    /// `Some(head_dim)` if the rows of each head lie interleaved for another rotary pairing.
+    pub interleaved: Option<usize>,
+}
+
+/// Elements decoded at once: few enough for the second-level cache, and for libtorch to copy without threads of its own.
+const CHUNK: usize = 1 << 15;
+
+impl Stored<'_> {
+    fn read(&self, kind: Kind) -> Result<Tensor> {
+        let shape: Vec<i64> = self.shape.iter().map(|&n| n as i64).collect();
+        let out = Tensor::f_empty(&shape, (kind, Device::Cpu))?;
+        let (rows, columns) = self.matrix();
+        if rows * columns == 0 {
+            return Ok(out);
+        }
+        let threads =
+            if rows * columns < 8 * CHUNK { 1 } else { tch::get_num_threads().max(1) as usize };
+        let share = rows.div_ceil(threads);
+        let matrix = out.f_view([rows as i64, columns as i64])?;
+        let parts = (0..rows)
+            .step_by(share)
+            .map(|first| {
+                Ok((first, matrix.f_narrow(0, first as i64, share.min(rows - first) as i64)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        std::thread::scope(|scope| {
+            let parts = parts
+                .into_iter()
+                .map(|(first, part)| scope.spawn(move || self.read_rows(first, &part)));
+            let running: Vec<_> = parts.collect();
+            running.into_iter().try_for_each(|part| {
+                part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+        })?;
+        Ok(out)
+    }
+
+    /// Rows and columns to decode: whole rows, of one element each where a vector is to be reordered.
+    fn matrix(&self) -> (usize, usize) {
+        match *self.shape {
+            [n] if self.interleaved.is_some() => (n, 1),
+            [ref outer @ .., columns] => (outer.iter().product(), columns),
+            [] => (1, 1),
+        }
+    }
+
+    /// Fills `out`, `[rows, columns]`, with the rows from `first` on.
+    fn read_rows(&self, first: usize, out: &Tensor) -> Result<()> {
+        let (rows, columns) = (out.size()[0] as usize, out.size()[1] as usize);
+        let row_bytes = self.encoding.bytes(columns);
+        let at_once = (CHUNK / columns).clamp(1, rows);
+        let mut chunk = vec![0.0; at_once * columns];
+        for start in (0..rows).step_by(at_once) {
+            let count = at_once.min(rows - start);
+            let chunk = &mut chunk[..count * columns];
+            for (row, values) in chunk.chunks_exact_mut(columns).enumerate() {
+                let row = self.stored_row(first + start + row);
+                self.encoding.decode(&self.bytes[row * row_bytes..][..row_bytes], values);
+            }
+            if !all_finite(chunk) {
+                return Err(Error::NotFinite {
+                    path: self.path.to_owned(),
+                    tensor: self.name.clone(),
+                });
+            }
+            let values = Tensor::f_from_slice(chunk)?.f_view([count as i64, columns as i64])?;
+            out.f_narrow(0, start as i64, count as i64)?.f_copy_(&values)?;
+        }
+        Ok(())
+    }
+
+    /// The row in the file of our row `row`: within a head, our first half lies in the even rows, our second in the odd.
+    fn stored_row(&self, row: usize) -> usize {
+        let Some(head_dim) = self.interleaved else { return row };
+        let (head, row, half) = (row / head_dim, row % head_dim, head_dim / 2);
+        head * head_dim + if row < half { 2 * row } else { 2 * (row - half) + 1 }
+    }
+}
+
+fn all_finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    // No early exit, so that it vectorises.
+    !values.iter().fold(false, |found, value| found | (value.to_bits() & EXPONENT == EXPONENT))
+}
