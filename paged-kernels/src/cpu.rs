@@ -187,18 +187,24 @@ impl Workers {
         let helpers =
             if work < SMALL { 0 } else { self.threads.min(tasks.len()).saturating_sub(1) };
         let queue = Mutex::new(tasks.into_iter());
-        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-        let work = || {
-            while let Some(task) = next() {
-                self.arch.dispatch(task);
-            }
-        };
         if helpers == 0 {
-            return work();
+            return self.work(&queue);
         }
         rayon::in_place_scope(|scope| {
-            (0..helpers).for_each(|_| scope.spawn(|_| work()));
-            work();
+            (0..helpers).for_each(|_| scope.spawn(|_| self.work(&queue)));
+            self.work(&queue);
         });
+    }
+
+    /// Kept out of line: each copy would hold all of the inner loops.
+    #[inline(never)]
+    fn work<'a, E: Element + 'a, const L: usize>(
+        self,
+        queue: &Mutex<impl Iterator<Item = Run<'a, E, L>>>,
+    ) {
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        while let Some(task) = next() {
+            self.arch.dispatch(task);
+        }
     }
 }
