@@ -61,9 +61,9 @@ pub enum Error {
         /// The first layer that differs.
         layer: usize,
         /// Hidden size and heads of the layers before.
-        expected: (usize, usize),
+        expected: (i64, i64),
         /// Hidden size and heads of this layer.
-        found: (usize, usize),
+        found: (i64, i64),
     },
 
     /// Positions came in another dtype than f32: bf16 knows no integer between 256 and 258.

@@ -108,7 +108,9 @@ impl Repo {
     /// # Errors
     /// Two layers disagree about the hidden size or the number of heads.
     pub fn new(layers: Vec<Option<Module>>) -> Result<Self> {
-        agree(layers.iter().map(|layer| layer.as_ref().map(|m| (m.hidden, m.heads))))?;
+        agree(
+            layers.iter().map(|layer| layer.as_ref().map(|m| (m.hidden as i64, m.heads as i64))),
+        )?;
         Ok(Self(layers))
     }
 
@@ -129,7 +131,7 @@ impl Repositioner<Array> for Repo {
 }
 
 /// Refuses layers whose (hidden, heads) differ.
-pub(crate) fn agree(layers: impl Iterator<Item = Option<(usize, usize)>>) -> Result<()> {
+pub(crate) fn agree(layers: impl Iterator<Item = Option<(i64, i64)>>) -> Result<()> {
     let mut expected = None;
     for (layer, found) in layers.enumerate() {
         let Some(found) = found else { continue };

@@ -18,7 +18,8 @@ impl Rotary {
     /// `positions`, f32 `[batch, heads, tokens]`; one head where all heads stand alike.
     ///
     /// The angle is the f32 product of position and frequency, its cosine and sine are reduced in
-    /// full, as in transformers. A model in bf16 converts both once a step, not once a layer.
+    /// full, as in transformers. A bf16 model does well to convert both to bf16 here, once a step;
+    /// else [`rotate`] does so in every layer.
     ///
     /// # Errors
     /// Positions that are not f32.
@@ -36,8 +37,8 @@ impl Rotary {
 /// [`Rotary::angles`] gave; dimension `i` is paired with `i + head_dim / 2`.
 ///
 /// `cos` and `sin` hold one row for all heads, one for each head, or one for each run of heads
-/// (a kv head's queries), and one batch or as many as `x`. The result has x's dtype, and so has
-/// the arithmetic, cosine and sine included: what transformers does.
+/// (a kv head's queries), and one batch or as many as `x`. In bf16 cosine and sine are rounded to
+/// x's dtype, which the result has, as in transformers; the sum of the products is rounded once.
 ///
 /// # Errors
 /// Shapes that do not fit so.
@@ -84,29 +85,24 @@ pub struct TorchModule {
 
 impl TorchModule {
     /// Takes `gate` and `content` `[width, hidden]` and `last` (the checkpoints' `final_map`)
-    /// `[heads, width]`, of one dtype and device, as [`Module::new`] does.
+    /// `[heads, width]` on one device, `heads` being kv heads as in [`Module::new`]. Maps of
+    /// several dtypes become what torch promotes the first two to.
     ///
     /// # Errors
-    /// Shapes that disagree; an error of libtorch for dtypes or devices that do.
+    /// Shapes that disagree.
     pub fn new(gate: &Tensor, content: &Tensor, last: &Tensor) -> Result<Self> {
         let shape = gate.size();
-        let &[width, _] = shape.as_slice() else {
-            return refuse("gate map", "[width, hidden]".into(), gate);
-        };
-        if shape.contains(&0) {
+        if shape.len() != 2 || shape.contains(&0) {
             return refuse("gate map", "[width, hidden], neither zero".into(), gate);
         }
         if content.size() != shape {
             return refuse("content map", format!("the gate map's {shape:?}"), content);
         }
-        match last.size().as_slice() {
-            &[heads, found] if heads > 0 && found == width => {}
-            _ => return refuse("final map", format!("[heads, {width} width]"), last),
+        if !matches!(last.size()[..], [1.., width] if width == shape[0]) {
+            return refuse("final map", format!("[heads, {} width]", shape[0]), last);
         }
-        Ok(Self {
-            gate_content: Tensor::f_cat(&[gate, content], 0)?,
-            last: last.f_to_kind(gate.f_kind()?)?,
-        })
+        let gate_content = Tensor::f_cat(&[gate, content], 0)?;
+        Ok(Self { last: last.f_to_kind(gate_content.f_kind()?)?, gate_content })
     }
 
     /// Positions, f32 `[batch, heads, tokens]`, of `hidden` `[batch, tokens, hidden]`.
@@ -118,32 +114,21 @@ impl TorchModule {
     /// # Errors
     /// A hidden size that is not the maps'.
     pub fn positions(&self, hidden: &Tensor) -> Result<Tensor> {
-        let size = self.hidden()?;
-        match hidden.size().as_slice() {
-            &[_, _, found] if found == size => {}
-            _ => {
-                return refuse(
-                    "hidden",
-                    format!("[batch, tokens, {size}], as the maps read"),
-                    hidden,
-                );
-            }
+        let (size, _) = self.hidden_and_heads();
+        if !matches!(hidden.size()[..], [_, _, found] if found == size) {
+            let expected = format!("[batch, tokens, {size}], as the maps read");
+            return refuse("hidden", expected, hidden);
         }
         let hidden = hidden.f_to_kind(self.gate_content.f_kind()?)?;
         let mapped = hidden.f_linear(&self.gate_content, None::<&Tensor>)?; // [B, T, 2 * width]
         let width = self.last.size()[1];
-        let gated =
-            mapped.f_narrow(-1, 0, width)?.f_silu()?.f_mul(&mapped.f_narrow(-1, width, width)?)?;
-        let positions = gated.f_linear(&self.last, None::<&Tensor>)?; // [B, T, heads]
-        Ok(positions.f_to_kind(Kind::Float)?.f_transpose(1, 2)?)
+        let (gate, content) = (mapped.f_narrow(-1, 0, width)?, mapped.f_narrow(-1, width, width)?);
+        let positions = gate.f_silu()?.f_mul(&content)?.f_linear(&self.last, None::<&Tensor>)?;
+        Ok(positions.f_to_kind(Kind::Float)?.f_transpose(1, 2)?) // [B, heads, T]
     }
 
-    fn hidden(&self) -> Result<i64> {
-        Ok(self.gate_content.size()[1])
-    }
-
-    fn heads(&self) -> Result<i64> {
-        Ok(self.last.size()[0])
+    fn hidden_and_heads(&self) -> (i64, i64) {
+        (self.gate_content.size()[1], self.last.size()[0])
     }
 }
 
@@ -154,26 +139,17 @@ pub struct TorchRepo(Vec<Option<TorchModule>>);
 impl TorchRepo {
     /// Copies plain modules to `device` in `kind`; see [`TorchModule::positions`] for the choice.
     pub fn new(repo: &Repo, kind: Kind, device: Device) -> Result<Self> {
-        let module = |module: &Module| {
-            let [gate, content, last] = module.maps();
-            let tensor = |map: &[f32], rows: usize| -> Result<Tensor> {
-                Ok(Tensor::f_from_slice(map)?
-                    .f_reshape([rows as i64, -1])?
-                    .f_to_device(device)?
-                    .f_to_kind(kind)?)
-            };
-            let width = module.width();
-            TorchModule::new(
-                &tensor(gate, width)?,
-                &tensor(content, width)?,
-                &tensor(last, module.heads())?,
-            )
+        let tensor = |map: &[f32], rows: usize| -> Result<Tensor> {
+            let map = Tensor::f_from_slice(map)?.f_reshape([rows as i64, -1])?;
+            Ok(map.f_to_device(device)?.f_to_kind(kind)?)
         };
-        repo.layers()
-            .iter()
-            .map(|layer| layer.as_ref().map(module).transpose())
-            .collect::<Result<_>>()
-            .map(Self)
+        let module = |module: &Module| {
+            let ([gate, content, last], width) = (module.maps(), module.width());
+            let (gate, content) = (tensor(gate, width)?, tensor(content, width)?);
+            TorchModule::new(&gate, &content, &tensor(last, module.heads())?)
+        };
+        let layers = repo.layers().iter().map(|layer| layer.as_ref().map(module).transpose());
+        Ok(Self(layers.collect::<Result<_>>()?))
     }
 
     /// Takes modules already on tch, one entry a layer of the model.
@@ -181,10 +157,7 @@ impl TorchRepo {
     /// # Errors
     /// Two layers disagree about the hidden size or the number of heads.
     pub fn from_layers(layers: Vec<Option<TorchModule>>) -> Result<Self> {
-        let sizes = layers.iter().map(|layer| {
-            layer.as_ref().map(|m| Ok((m.hidden()? as usize, m.heads()? as usize))).transpose()
-        });
-        agree(sizes.collect::<Result<Vec<_>>>()?.into_iter())?;
+        agree(layers.iter().map(|layer| layer.as_ref().map(TorchModule::hidden_and_heads)))?;
         Ok(Self(layers))
     }
 }

@@ -3,16 +3,19 @@
 use repo_pos::{Error, Frequencies};
 
 /// Plain over scaled, pair by pair: `kept` pairs as they were, then `between`, the rest by `factor`.
-fn check_llama3(head_dim: usize, factor: f64, kept: usize, between: &[f32]) {
+fn check_llama3(head_dim: usize, factor: f64, kept: usize, between: &[f64]) {
     let plain = Frequencies::plain(500_000.0, head_dim).unwrap();
     let scaled = Frequencies::llama3(500_000.0, head_dim, factor, 1.0, 4.0, 8192).unwrap();
     let ratios: Vec<_> = plain.inverse().iter().zip(scaled.inverse()).map(|(p, s)| p / s).collect();
     for (pair, ratio) in ratios.iter().enumerate() {
         let expected = match pair.checked_sub(kept) {
             None => 1.0,
-            Some(n) => between.get(n).copied().unwrap_or(factor as f32),
+            Some(n) => between.get(n).copied().unwrap_or(factor),
         };
-        assert!((ratio / expected - 1.0).abs() < 1e-6, "pair {pair}: {ratio}, expected {expected}");
+        assert!(
+            (f64::from(*ratio) / expected - 1.0).abs() < 1e-6,
+            "pair {pair}: {ratio}, expected {expected}"
+        );
     }
 
     // A GGUF file holds these ratios instead of the settings.
@@ -31,8 +34,9 @@ fn llama_3_1_8b_scales_as_published() {
         &[1.20748387, 1.55341463, 2.02631321, 2.69452969, 3.68425253, 5.25732659],
     );
     let scaled = Frequencies::llama3(500_000.0, 128, 8.0, 1.0, 4.0, 8192).unwrap();
-    assert!((scaled.inverse()[29] / 0.00216657076 - 1.0).abs() < 1e-6);
-    assert!((scaled.inverse()[35] / 9.55621235e-5 - 1.0).abs() < 1e-6);
+    for (pair, expected) in [(29, 0.00216657076), (35, 9.55621235e-5)] {
+        assert!((f64::from(scaled.inverse()[pair]) / expected - 1.0).abs() < 1e-6, "pair {pair}");
+    }
 }
 
 #[test]
