@@ -98,7 +98,7 @@ impl TorchModule {
         if content.size() != shape {
             return refuse("content map", format!("the gate map's {shape:?}"), content);
         }
-        if !matches!(last.size()[..], [1.., width] if width == shape[0]) {
+        if !matches!(last.size()[..], [heads, width] if heads > 0 && width == shape[0]) {
             return refuse("final map", format!("[heads, {} width]", shape[0]), last);
         }
         let gate_content = Tensor::f_cat(&[gate, content], 0)?;
