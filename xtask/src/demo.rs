@@ -19,7 +19,8 @@ pub fn demo(arguments: &[String]) -> Result<()> {
             run.args([PathBuf::from(flag), default]);
         }
     }
-    sh::run(run.args(arguments))
+    // Where the person is, so that a relative file among the arguments means what it says.
+    sh::run(run.args(arguments).current_dir("."))
 }
 
 fn names(arguments: &[String], flag: &str) -> bool {

@@ -91,7 +91,9 @@ fn print(command: &Command) -> String {
 /// `command` as a shell would take it, without the variables taken away.
 fn line(command: &Command) -> String {
     let mut words = Vec::new();
-    if let Some(folder) = command.get_current_dir().filter(|folder| *folder != root()) {
+    if let Some(folder) =
+        command.get_current_dir().filter(|folder| folder.is_absolute() && *folder != root())
+    {
         words.push(format!("cd {} &&", quoted(folder.as_os_str())));
     }
     for (name, value) in command.get_envs() {
