@@ -179,3 +179,35 @@ impl Memory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Past 2^32 elements, where a 32-bit product of page and page length would come back to page 0.
+    #[test]
+    fn far_pages_are_not_near_ones() {
+        let shape = CacheShape {
+            layers: 1,
+            kv_heads: 1,
+            query_heads: 1,
+            head_dim: 128,
+            page_size: 16,
+            window: 128,
+            pages: 1 << 24,
+            dtype: Dtype::Bf16,
+        };
+        let mut storage = Storage::<bf16>::new(&shape, 1);
+        let place = |page| Place { page: PageId(page), row: 0 };
+        let far = [0, 524_288, 1_048_576, 1_048_577, 2_097_152];
+        for (i, page) in far.into_iter().enumerate() {
+            storage.write(place(page), &[i as f32; 128], &[-(i as f32); 128]);
+        }
+        for (i, page) in far.into_iter().enumerate() {
+            let (mut key, mut value) = ([9.0; 128], [9.0; 128]);
+            storage.read(place(page), &mut key, &mut value);
+            assert_eq!((key, value), ([i as f32; 128], [-(i as f32); 128]));
+        }
+        assert!(storage.elements() <= 5 * CHUNK, "only chunks in use take memory");
+    }
+}

@@ -16,12 +16,12 @@ macro_rules! on_every_backend {
 
             #[test]
             fn reference() {
-                DTYPES.map(|dtype| $body(&Reference::new, dtype));
+                DTYPES.iter().for_each(|&dtype| $body(&Reference::new, dtype));
             }
 
             #[test]
             fn cpu() {
-                DTYPES.map(|dtype| $body(&Cpu::new, dtype));
+                DTYPES.iter().for_each(|&dtype| $body(&Cpu::new, dtype));
             }
         }
     )*};
@@ -46,8 +46,9 @@ on_every_backend! {
 type New<B> = dyn Fn(CacheShape) -> Result<B>;
 
 fn check<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
-    for drop in [0.0, 0.5, 0.9, 1.0] {
-        let mut twins = Twins::new(new(small(dtype)).unwrap(), drop);
+    for (drop, page_size) in [(0.0, 4), (0.5, 4), (0.9, 16), (1.0, 16)] {
+        let shape = CacheShape { page_size, ..small(dtype) };
+        let mut twins = Twins::new(new(shape).unwrap(), drop);
         let (a, b) = (twins.prompt(23), twins.prompt(3));
         for step in [[(a, 1), (b, 1)], [(b, 1), (a, 7)], [(a, 2), (b, 11)], [(a, 1), (b, 0)]] {
             twins.step(&step).unwrap();
@@ -82,7 +83,7 @@ fn check_borders<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
         let shape = CacheShape { page_size: 16, window: 128, layers: 1, ..small(dtype) };
         let mut twins = Twins::new(new(shape).unwrap(), 0.6);
         let text = twins.prompt(tokens);
-        for step in [1, 1, 4, 1, 1] {
+        for step in [1, 1, 4, 1, 30, 1] {
             twins.step(&[(text, step)]).unwrap();
         }
         twins.check_stats();
@@ -142,19 +143,22 @@ fn check_nan<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
 }
 
 fn check_stale_rows<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
-    let mut twins = Twins::new(new(small(dtype)).unwrap(), 0.3);
-    let neighbour = twins.prompt(9);
-    let poison = vec![f32::NAN; 2 * 400 * 16];
-    let poison = View::new(&poison[..], [2, 400, 16]).unwrap();
-    let poisoned = twins.backend.allocate().unwrap();
-    for layer in 0..2 {
-        twins.backend.fill(poisoned, layer, poison, poison, &[false; 800]).unwrap();
-    }
-    twins.backend.release(poisoned).unwrap();
-    // Its pages now hold NaN everywhere.
-    let text = twins.prompt(6);
-    for tokens in [1, 5, 1, 2, 1] {
-        twins.step(&[(text, tokens), (neighbour, 1)]).unwrap();
+    for page_size in [4, 16] {
+        let shape = CacheShape { page_size, ..small(dtype) };
+        let mut twins = Twins::new(new(shape).unwrap(), 0.3);
+        let neighbour = twins.prompt(9);
+        let poison = vec![f32::NAN; 2 * 400 * 16];
+        let poison = common::view(&poison, [2, 400, 16]);
+        let poisoned = twins.backend.allocate().unwrap();
+        for layer in 0..2 {
+            twins.backend.fill(poisoned, layer, poison, poison, &[false; 800]).unwrap();
+        }
+        twins.backend.release(poisoned).unwrap();
+        // The pages it leaves to the next text hold NaN everywhere: the neighbour keeps their memory alive.
+        let text = twins.prompt(6);
+        for tokens in [1, 5, 1, 2, 1] {
+            twins.step(&[(text, tokens), (neighbour, 1)]).unwrap();
+        }
     }
 }
 
@@ -299,7 +303,7 @@ fn check_bytes<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
         assert!(stats.reserved_bytes < stats.bytes + (1 << 20) + 1);
         text
     });
-    texts.map(|text| cache.release(text).unwrap());
+    texts.iter().for_each(|&text| cache.release(text).unwrap());
     let stats = cache.stats();
     assert_eq!((stats.bytes, stats.reserved_bytes, stats.peak_bytes), (0, 0, 2 * each));
 }

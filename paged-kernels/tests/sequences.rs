@@ -1,0 +1,171 @@
+//! Random lives of several texts on both backends, beside dense attention; and what must not change a bit.
+
+mod common;
+
+use common::{Outputs, Twins, small};
+use paged_kernels::{CacheShape, Cpu, Dtype, Error, PagedAttention, Reference, Sequence};
+use proptest::prelude::*;
+
+#[derive(Debug, Clone)]
+enum Operation {
+    /// A text with a prompt.
+    Begin(usize),
+    /// Tokens for the living texts, in turn.
+    Step(Vec<usize>),
+    /// The end of one of them.
+    End(usize),
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    prop_oneof![
+        2 => (0usize..40).prop_map(Operation::Begin),
+        6 => prop::collection::vec(0usize..3, 1..4).prop_map(Operation::Step),
+        1 => prop::collection::vec(0usize..20, 1..4).prop_map(Operation::Step),
+        1 => (0usize..8).prop_map(Operation::End),
+    ]
+}
+
+fn live<B: PagedAttention>(backend: B, drop: f64, operations: &[Operation]) {
+    let mut twins = Twins::new(backend, drop);
+    let mut texts = Vec::<Sequence>::new();
+    for operation in operations {
+        let before = twins.backend.stats();
+        match operation {
+            Operation::Begin(tokens) => {
+                let text = twins.allocate();
+                match twins.fill(text, *tokens) {
+                    Ok(()) => texts.push(text),
+                    // Layers before the one that failed stay filled until the release.
+                    Err(error) => {
+                        assert!(matches!(error, Error::OutOfPages { .. }));
+                        twins.release(text);
+                    }
+                }
+            }
+            Operation::Step(tokens) => {
+                let step = texts.iter().copied().zip(tokens.iter().copied()).collect::<Vec<_>>();
+                if let Err(error) = twins.step(&step) {
+                    assert!(matches!(error, Error::OutOfPages { .. }));
+                    assert_eq!(twins.backend.stats(), before, "nothing changes");
+                }
+            }
+            Operation::End(choice) if !texts.is_empty() => {
+                let text = texts.swap_remove(choice % texts.len());
+                twins.release(text);
+                assert_eq!(twins.backend.release(text), Err(Error::UnknownSequence));
+            }
+            Operation::End(_) => {}
+        }
+        twins.check_stats();
+    }
+    texts.into_iter().for_each(|text| twins.release(text));
+    let stats = twins.backend.stats();
+    assert_eq!((stats.pages_used, stats.rows, stats.reserved_bytes), (0, 0, 0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn random_lives_equal_dense_attention(
+        drop in 0.0..=1.0,
+        page_size in prop::sample::select(vec![1, 3, 4, 16]),
+        pages in 20usize..120,
+        bf16 in any::<bool>(),
+        operations in prop::collection::vec(operation(), 1..24),
+    ) {
+        let dtype = if bf16 { Dtype::Bf16 } else { Dtype::F32 };
+        let shape = CacheShape { page_size, pages, ..small(dtype) };
+        live(Reference::new(shape.clone()).unwrap(), drop, &operations);
+        live(Cpu::new(shape).unwrap(), drop, &operations);
+    }
+}
+
+/// Tokens enough that `Cpu` cuts heads into segments and calls for help.
+fn long() -> CacheShape {
+    let (layers, kv_heads, query_heads, head_dim) = (1, 3, 9, 64);
+    CacheShape { layers, kv_heads, query_heads, head_dim, page_size: 16, ..small(Dtype::F32) }
+}
+
+/// What one text gives, with `neighbours` of other lengths around it and `gaps` in the pool.
+fn outputs(threads: usize, neighbours: &[usize], gaps: usize) -> Vec<Outputs> {
+    let shape = CacheShape { pages: 1 << 14, ..long() };
+    let mut twins = Twins::new(Cpu::with_threads(shape, threads).unwrap(), 0.3);
+    let gaps = (0..gaps).map(|_| (twins.prompt(17), twins.prompt(33))).collect::<Vec<_>>();
+    let neighbours = neighbours.iter().map(|&tokens| twins.prompt(tokens)).collect::<Vec<_>>();
+    gaps.iter().for_each(|(text, _)| twins.release(*text));
+    // Its own data must not depend on theirs.
+    twins.noise = common::Noise(12345);
+    let text = twins.prompt(2500);
+    let mut outputs = Vec::new();
+    for tokens in [1, 1, 12, 1] {
+        let mut step = vec![(text, tokens)];
+        outputs.push(only(&mut twins, &mut step, &neighbours));
+    }
+    outputs
+}
+
+/// Steps `step` and one token for each neighbour; the outputs of the first text alone.
+fn only(
+    twins: &mut Twins<Cpu>,
+    step: &mut Vec<(Sequence, usize)>,
+    neighbours: &[Sequence],
+) -> Outputs {
+    let (text, tokens) = step[0];
+    step.extend(neighbours.iter().map(|&neighbour| (neighbour, 1)));
+    let total: usize = step.iter().map(|(_, tokens)| tokens).sum();
+    twins.backend.begin_step(step).unwrap();
+    let CacheShape { kv_heads, query_heads, head_dim, .. } = *twins.backend.shape();
+    // [heads, total, D] whose first `tokens` of each head are the text's own.
+    let seed = twins.backend.lengths(text).unwrap()[0] as u64;
+    let rows = |heads: usize, salt: u64| {
+        let mut own = common::Noise(seed * 8 + salt);
+        let mut rows = vec![0.5; heads * total * head_dim];
+        for head in rows.chunks_exact_mut(total * head_dim) {
+            head[..tokens * head_dim].copy_from_slice(&own.floats(tokens * head_dim));
+        }
+        rows
+    };
+    let (keys, values, queries) = (rows(kv_heads, 1), rows(kv_heads, 2), rows(query_heads, 3));
+    let shape = [kv_heads, total, head_dim];
+    let views = (common::view(&keys, shape), common::view(&values, shape));
+    twins.backend.append(0, views.0, views.1, &vec![true; kv_heads * total]).unwrap();
+    let (out, lse) = twins.attend(0, total, &queries).unwrap();
+    let own = |width: usize, data: &[f32]| {
+        data.chunks_exact(total * width).flat_map(|head| head[..tokens * width].to_vec()).collect()
+    };
+    vec![(own(head_dim, &out), own(1, &lse))]
+}
+
+#[test]
+fn neighbours_do_not_change_a_bit() {
+    let alone = outputs(2, &[], 0);
+    assert_eq!(alone, outputs(2, &[1, 3000, 40], 0));
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let one = outputs(1, &[], 0);
+    for threads in [2, 3, 7] {
+        assert_eq!(one, outputs(threads, &[], 0));
+    }
+}
+
+#[test]
+fn page_numbers_do_not_change_a_bit() {
+    assert_eq!(outputs(2, &[], 0), outputs(2, &[], 9));
+}
+
+#[test]
+fn a_log_sum_never_falls_when_a_key_is_added() {
+    let mut twins = Twins::new(Cpu::new(CacheShape { window: 10_000, ..long() }).unwrap(), 0.0);
+    let text = twins.prompt(300);
+    let queries = common::Noise(5).floats(9 * 64);
+    let mut last = vec![f32::NEG_INFINITY; 9];
+    for _ in 0..20 {
+        twins.step(&[(text, 1)]).unwrap();
+        let (_, lse) = twins.attend(0, 1, &queries).unwrap();
+        assert!(lse.iter().zip(&last).all(|(new, old)| new >= old));
+        last = lse;
+    }
+}
