@@ -1,7 +1,7 @@
-//! How fast `Cpu` attends in decode: time of a step, bytes of keys and values read, share of the bandwidth that plain
-//! reads of as many bytes reach. `cargo run --release -p paged-kernels --example decode_speed`
+//! How fast `Cpu` decodes: time of a step's attention over all layers, of the rest of the step, keys and values read a
+//! second, and their share of what plain reads of memory reach on as many threads. Fastest of several steps, since
+//! other programs can only add time; the median beside it shows whether they did. `cargo run --release -p paged-kernels --example decode_speed`
 
-use half::bf16;
 use paged_kernels::{CacheShape, Cpu, Dtype, PagedAttention, View, ViewMut};
 use std::time::{Duration, Instant};
 
@@ -16,17 +16,11 @@ struct Case {
     dtype: Dtype,
 }
 
-/// Fastest and median of `steps` runs.
-fn time(steps: usize, mut run: impl FnMut()) -> [Duration; 2] {
-    let mut times = (0..steps)
-        .map(|_| {
-            let start = Instant::now();
-            run();
-            start.elapsed()
-        })
-        .collect::<Vec<_>>();
+/// Fastest and median.
+fn times<E>(mut run: impl FnMut() -> Result<Duration, E>) -> Result<[Duration; 2], E> {
+    let mut times = (0..40).map(|_| run()).collect::<Result<Vec<_>, E>>()?;
     times.sort();
-    [times[0], times[steps / 2]]
+    Ok([times[0], times[times.len() / 2]])
 }
 
 /// Pseudo-random numbers in -1..1.
@@ -43,13 +37,16 @@ fn noise(n: usize) -> Vec<f32> {
 fn read_bandwidth(threads: usize, bytes: usize) -> f64 {
     let data = noise(bytes / 4);
     let part = data.len() / threads;
-    let [fastest, _] = time(10, || {
+    let read = || {
+        let start = Instant::now();
         std::thread::scope(|scope| {
             for data in data.chunks_exact(part) {
                 scope.spawn(|| std::hint::black_box(pulp::Arch::new().dispatch(|| sum(data))));
             }
         });
-    });
+        Ok::<_, std::convert::Infallible>(start.elapsed())
+    };
+    let Ok([fastest, _]) = times(read);
     (part * threads * 4) as f64 / fastest.as_secs_f64()
 }
 
@@ -89,48 +86,42 @@ fn run(case: &Case, threads: usize, bandwidth: f64) -> paged_kernels::Result<()>
     let queries = noise(query_heads * tokens * dim);
     let mut out = vec![0.0; queries.len()];
     let scale = (dim as f32).powf(-0.5);
-    let mut spent = Duration::ZERO;
-    let mut step = |attend: bool| -> paged_kernels::Result<()> {
+    let mut step = |attend: bool| -> paged_kernels::Result<Duration> {
+        let start = Instant::now();
         cache.begin_step(&[(sequence, tokens)])?;
         for layer in 0..layers {
             let new = View::new(&prompt[..kv_heads * tokens * dim], [kv_heads, tokens, dim])?;
             cache.append(layer, new, new, &drops[..kv_heads * tokens])?;
-            if attend {
-                let start = Instant::now();
-                let queries = View::new(&queries[..], [query_heads, tokens, dim])?;
-                let out = ViewMut::new(&mut out[..], [query_heads, tokens, dim])?;
-                cache.attend(layer, queries, scale, out, None)?;
-                spent += start.elapsed();
-            }
         }
-        Ok(())
+        let rest = start.elapsed();
+        let start = Instant::now();
+        for layer in (0..layers).filter(|_| attend) {
+            let queries = View::new(&queries[..], [query_heads, tokens, dim])?;
+            let out = ViewMut::new(&mut out[..], [query_heads, tokens, dim])?;
+            cache.attend(layer, queries, scale, out, None)?;
+        }
+        Ok(if attend { start.elapsed() } else { rest })
     };
-    for _ in 0..3 {
-        step(true)?;
-    }
-    let mut result = Ok(());
-    let steps = 20;
-    let [fastest, median] = time(steps, || result = step(true));
-    let [_, rest] = time(steps, || result = step(false));
-    result?;
-    let bytes = cache.stats().rows * 2 * dim * dtype.bytes();
-    let speed = bytes as f64 / (median - rest.min(median)).as_secs_f64();
+    let [fastest, median] = times(|| step(true))?;
+    let [rest, _] = times(|| step(false))?;
+    let rows = cache.stats().rows;
+    let bytes = rows * 2 * dim * dtype.bytes();
+    let speed = bytes as f64 / fastest.as_secs_f64();
+    let operations = (4 * rows * group * tokens * dim) as f64 / fastest.as_secs_f64();
     println!(
-        "{:<28} {:>5} {:>2} {:>9.0} {:>9.0} {:>9.0} {:>8.1} {:>6.2}",
+        "| {} | {dtype:?} | {threads} | {:.0} | {:.0} | {:.0} | {:.1} | {:.2} | {:.0} |",
         case.name,
-        format!("{dtype:?}"),
-        threads,
         fastest.as_secs_f64() * 1e6,
         median.as_secs_f64() * 1e6,
         rest.as_secs_f64() * 1e6,
         speed / 1e9,
-        speed / bandwidth
+        speed / bandwidth,
+        operations / 1e9,
     );
     Ok(())
 }
 
 fn main() -> paged_kernels::Result<()> {
-    let _ = bf16::ZERO;
     let small = Case {
         name: "SmolLM2-135M, 2k",
         layers: 30,
@@ -142,6 +133,7 @@ fn main() -> paged_kernels::Result<()> {
         dtype: Dtype::F32,
     };
     let cases = [
+        Case { ..small },
         Case { name: "SmolLM2-135M, 2k, 60 % removed", context: 819, ..small },
         Case { name: "SmolLM2-135M, 2k", dtype: Dtype::Bf16, ..small },
         Case { name: "20 tokens over 600 rows", context: 600, tokens: 20, ..small },
@@ -163,14 +155,14 @@ fn main() -> paged_kernels::Result<()> {
             context: 8192,
             ..small
         },
-        small,
     ];
     for threads in [1, 2] {
         let bandwidth = read_bandwidth(threads, 512 << 20);
-        println!("\n{threads} threads read {:.1} GB/s", bandwidth / 1e9);
+        println!("\n{threads} threads read {:.1} GB/s\n", bandwidth / 1e9);
         println!(
-            "case                         dtype  t   min us median us  rest us     GB/s  share"
+            "| case | dtype | threads | attention, µs | median | rest, µs | GB/s | share | GFLOP/s |"
         );
+        println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
         for case in &cases {
             run(case, threads, bandwidth)?;
         }
