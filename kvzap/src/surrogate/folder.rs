@@ -26,17 +26,15 @@ pub enum Dtype {
 }
 
 /// The keys that matter; the file may hold more.
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 struct Config {
-    #[serde(default)]
-    architectures: Vec<String>,
-    #[serde(alias = "torch_dtype")]
-    dtype: Option<Dtype>,
-    hidden_dim: Option<usize>, // null: linear
-    input_dim: usize,
     model_type: String,
     n_modules: usize,
+    input_dim: usize,
     output_dim: usize,
+    hidden_dim: Option<usize>, // none: linear
+    dtype: Option<Dtype>,
+    torch_dtype: Option<Dtype>, // its older name
 }
 
 const CONFIG: &str = "config.json";
@@ -77,7 +75,7 @@ impl Surrogate {
         let bytes = read(&path)?;
         let tensors = SafeTensors::deserialize(&bytes)
             .map_err(|source| Error::Safetensors { path: path.clone(), source })?;
-        let mut file = File { path, tensors, dtype: config.dtype };
+        let mut file = File { path, tensors, dtype: config.dtype.or(config.torch_dtype) };
         let (inputs, outputs) = (config.input_dim, config.output_dim);
         let mut modules = Vec::new();
         for layer in 0..config.n_modules {
@@ -129,21 +127,17 @@ impl Surrogate {
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         let weights = safetensors::serialize(views, Some(metadata)).map_err(wrong)?;
 
-        let config = Config {
-            architectures: vec!["KVzapModel".into()],
-            dtype: Some(self.dtype),
-            hidden_dim: self.modules[0].get(1).map(Affine::inputs),
-            input_dim: self.hidden(),
-            model_type: "kvzap".into(),
-            n_modules: self.layers(),
-            output_dim: self.kv_heads(),
-        };
-        let path = folder.join(CONFIG);
-        let mut config = serde_json::to_string_pretty(&config)
-            .map_err(|source| Error::Config { path, source })?;
-        config.push('\n');
+        let config = serde_json::json!({
+            "architectures": ["KVzapModel"],
+            "dtype": self.dtype,
+            "hidden_dim": self.modules[0].get(1).map(Affine::inputs),
+            "input_dim": self.hidden(),
+            "model_type": "kvzap",
+            "n_modules": self.layers(),
+            "output_dim": self.kv_heads(),
+        });
         write(&folder.join(WEIGHTS), &weights)?;
-        write(&folder.join(CONFIG), config.as_bytes())
+        write(&folder.join(CONFIG), format!("{config:#}\n").as_bytes())
     }
 }
 
