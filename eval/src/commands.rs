@@ -52,8 +52,10 @@ impl ModelArgs {
         if self.threads == Some(0) {
             bail!("--threads 0: give 1 or more, or leave it out for all cores");
         }
-        let threads = self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
-        models::set_threads(threads)?;
+        let threads = self
+            .threads
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
+        tch::set_num_threads(i32::try_from(threads)?);
         let kind = match self.dtype {
             DtypeName::F32 => Kind::Float,
             DtypeName::Bf16 => Kind::BFloat16,
@@ -118,7 +120,9 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
         file.persist(path)?;
         Ok(())
     };
-    write().with_context(|| format!("cannot write {}; does its folder exist, and may you write there?", path.display()))
+    write().with_context(|| {
+        format!("cannot write {}; does its folder exist, and may you write there?", path.display())
+    })
 }
 
 /// 1234567 bytes as `1.23 MB`.

@@ -34,7 +34,8 @@ pub fn run(
     each: &mut dyn FnMut(&Sample, &Answer, f64),
 ) -> Result<()> {
     for index in 0..count {
-        let sample = task.sample(index).with_context(|| format!("{} sample {index}", task.name()))?;
+        let sample =
+            task.sample(index).with_context(|| format!("{} sample {index}", task.name()))?;
         let answer =
             model.generate(&sample).with_context(|| format!("{} sample {index}", task.name()))?;
         let score = task.score(&sample, &answer.text);

@@ -49,11 +49,14 @@ fn push(sentences: &mut Vec<String>, text: &str) {
 /// The documents of a file: of `.jsonl` the field `text` of each line, of `.json` one of the layouts that
 /// [`Haystack::load`] names, of anything else the whole as one.
 pub fn documents(path: &Path) -> Result<Vec<String>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let named = |e: serde_json::Error| anyhow::anyhow!("{}: not JSON: {e}", path.display());
     let documents = match path.extension().and_then(|e| e.to_str()) {
         Some("jsonl") => {
-            let line = |line: &str| Ok(serde_json::from_str::<Value>(line).map_err(named)?["text"].clone());
+            let line = |line: &str| {
+                Ok(serde_json::from_str::<Value>(line).map_err(named)?["text"].clone())
+            };
             let lines: Vec<Value> =
                 text.lines().filter(|l| !l.trim().is_empty()).map(line).collect::<Result<_>>()?;
             strings(&lines)
@@ -124,7 +127,8 @@ mod tests {
         assert_eq!(read("a.json", "{\"text\":\"x\"}").unwrap(), ["x"]);
         let squad = r#"{"data":[{"paragraphs":[{"context":"p"},{"context":"q"}]},{"paragraphs":[{"context":"r"}]}]}"#;
         assert_eq!(read("b.json", squad).unwrap(), ["p\nq", "r"]);
-        let hotpot = r#"[{"context":[["A",["s "," t"]],["B",["u"]]]},{"context":[["A",["s"," t"]]]}]"#;
+        let hotpot =
+            r#"[{"context":[["A",["s "," t"]],["B",["u"]]]},{"context":[["A",["s"," t"]]]}]"#;
         assert_eq!(read("c.json", hotpot).unwrap(), ["s  t", "u"]);
         assert!(read("d.json", "[1, 2]").unwrap_err().contains("holds no text"));
         assert!(read("e.json", "{").unwrap_err().contains("not JSON"));

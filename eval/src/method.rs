@@ -1,7 +1,9 @@
 //! What a run forgets.
 
 use anyhow::{Context, Result};
-use kvzap::{Budget, Policy, Random, Scope, Scorer, StreamingLlm, Surrogate, Threshold, TorchSurrogate};
+use kvzap::{
+    Budget, Policy, Random, Scope, Scorer, StreamingLlm, Surrogate, Threshold, TorchSurrogate,
+};
 use models::{Hooks, Model, Pruning};
 use tch::Tensor;
 
@@ -61,7 +63,8 @@ impl Method {
         while_decoding: bool,
     ) -> Result<Hooks> {
         let learned = || -> Result<Box<dyn Scorer<Tensor> + Send>> {
-            let surrogate = surrogate.context("KVzap needs a surrogate: give --surrogate FOLDER")?;
+            let surrogate =
+                surrogate.context("KVzap needs a surrogate: give --surrogate FOLDER")?;
             let config = model.lm.config();
             surrogate.check(config.layers, config.hidden_size, config.kv_heads)?;
             Ok(Box::new(TorchSurrogate::new(surrogate, model.kind, model.device)?))
@@ -73,8 +76,12 @@ impl Method {
             Self::Full => return Ok(Hooks::default()),
             Self::Kvzap { threshold } => (learned()?, Box::new(Threshold::new(threshold)?) as _),
             Self::KvzapBudget { remove } => (learned()?, budget(remove, Scope::Layer)?),
-            Self::Random { remove, seed } => (Box::new(Random::new(seed)), budget(remove, Scope::Head)?),
-            Self::Recency { remove } => (Box::new(StreamingLlm::new(4)), budget(remove, Scope::Head)?),
+            Self::Random { remove, seed } => {
+                (Box::new(Random::new(seed)), budget(remove, Scope::Head)?)
+            }
+            Self::Recency { remove } => {
+                (Box::new(StreamingLlm::new(4)), budget(remove, Scope::Head)?)
+            }
         };
         Ok(Hooks::pruning(Pruning { scorer, policy, while_decoding }))
     }

@@ -35,18 +35,19 @@ impl Runner<'_> {
     /// Answers, and hands out the text as it is written.
     pub fn answer(&self, sample: &Sample, each: &mut dyn FnMut(&str)) -> Result<Answer> {
         let Model { lm, tokenizer, template, .. } = self.model;
-        let (before, after) = match template {
-            Some(template) => template.around()?,
-            None => (String::new(), "\n".to_owned()),
+        let (context, after) = match template {
+            Some(template) => template.around(&sample.context)?,
+            None => (sample.context.clone(), "\n".to_owned()),
         };
-        let context = tokenizer.encode(&(before + &sample.context), Specials::Parse)?;
+        let context = tokenizer.encode(&context, Specials::Parse)?;
         let question = [sample.question.as_str(), &after, &sample.answer_prefix].concat();
         let question = tokenizer.encode(&question, Specials::Parse)?;
 
         let room = context.len() + question.len() + self.limit;
         let shape = cache_shape(lm.config(), room, self.window, self.model.kind)?;
         let cache = Paged::new(Cpu::new(shape)?)?;
-        let hooks = self.method.hooks(self.model, self.surrogate, self.window, self.while_decoding)?;
+        let hooks =
+            self.method.hooks(self.model, self.surrogate, self.window, self.while_decoding)?;
         let mut session = Session::new(lm.as_ref(), self.model.device, cache, hooks);
 
         let start = Instant::now();

@@ -1,8 +1,12 @@
 //! The one place for `unsafe`: memory that Rust cannot see the owner of.
 #![allow(unsafe_code)]
 
+use crate::error::{Error, Result};
+use half::bf16;
 use memmap2::Mmap;
+use paged_kernels::{View, ViewMut};
 use std::{fs::File, io};
+use tch::{Device, Kind, Tensor};
 
 /// Maps a file for reading.
 pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
@@ -10,4 +14,64 @@ pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
     // truncates it meanwhile, which no reader of a model file can survive or prevent; they are read as plain numbers, and
     // every length taken from them is checked where it is read, so that a change gives wrong weights at worst, or SIGBUS.
     unsafe { Mmap::map(file) }
+}
+
+/// A `[1, heads, tokens, dim]` tensor, or a slice or transpose of one, as a view of its own memory.
+///
+/// Its last dimension must be contiguous, its dtype f32 or bf16, its device the CPU.
+pub(crate) fn view(tensor: &Tensor) -> Result<View<'_>> {
+    let (shape, strides) = parts(tensor)?;
+    let length = if shape.contains(&0) {
+        0
+    } else {
+        (shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1] + shape[2]
+    };
+    // SAFETY: `parts` has checked that the tensor is a strided CPU tensor of which the last element of
+    // `[heads, tokens, dim]` lies `length - 1` elements after `data_ptr`, so all of them are in its storage. The view
+    // borrows the tensor, which keeps the storage alive, and nothing in this crate writes to a tensor in place while
+    // a view of it lives.
+    Ok(match tensor.kind() {
+        Kind::Float => View::strided(unsafe { slice::<f32>(tensor, length) }, shape, strides)?,
+        _ => View::strided(unsafe { slice::<bf16>(tensor, length) }, shape, strides)?,
+    })
+}
+
+/// A contiguous `[1, heads, tokens, dim]` tensor that nothing else shares, to write to.
+pub(crate) fn view_mut(tensor: &mut Tensor) -> Result<ViewMut<'_>> {
+    let (shape, _) = parts(tensor)?;
+    if !tensor.is_contiguous() {
+        return Err(layout(tensor, "contiguous memory"));
+    }
+    let (data, length) = (tensor.data_ptr(), tensor.numel());
+    // SAFETY: as in `view`; besides, the tensor is contiguous and borrowed mutably, and its maker has given out no
+    // other tensor over the same storage.
+    Ok(match tensor.kind() {
+        Kind::Float => {
+            ViewMut::new(unsafe { std::slice::from_raw_parts_mut(data.cast::<f32>(), length) }, shape)?
+        }
+        _ => ViewMut::new(unsafe { std::slice::from_raw_parts_mut(data.cast::<bf16>(), length) }, shape)?,
+    })
+}
+
+/// # Safety
+/// The first `length` elements from the tensor's `data_ptr` must be in its storage and of type `E`.
+unsafe fn slice<E>(tensor: &Tensor, length: usize) -> &[E] {
+    // SAFETY: the caller's promise; libtorch aligns its storage to 64 bytes and offsets are whole elements.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<E>(), length) }
+}
+
+/// `[heads, tokens, dim]` and the strides of the first two, in elements.
+fn parts(tensor: &Tensor) -> Result<([usize; 3], [usize; 2])> {
+    if tensor.device() != Device::Cpu || !matches!(tensor.kind(), Kind::Float | Kind::BFloat16) {
+        return Err(layout(tensor, "f32 or bf16 on the CPU"));
+    }
+    let (size, strides) = (tensor.size(), tensor.stride());
+    let (&[1, heads, tokens, dim], &[_, head, token, 1]) = (size.as_slice(), strides.as_slice()) else {
+        return Err(layout(tensor, "[1, heads, tokens, dim] with contiguous rows"));
+    };
+    Ok(([heads as usize, tokens as usize, dim as usize], [head as usize, token as usize]))
+}
+
+fn layout(tensor: &Tensor, wanted: &'static str) -> Error {
+    Error::TensorLayout { wanted, found: format!("{tensor:?}, strides {:?}", tensor.stride()) }
 }

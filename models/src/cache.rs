@@ -163,7 +163,8 @@ impl KvCache for Dense {
         let mut usage = Usage::default();
         for rows in self.layers.iter().flatten() {
             let dense = rows.drops.numel();
-            let hidden = rows.hidden(self.tokens, self.window).and_then(|h| Ok(h.f_sum(Kind::Int64)?));
+            let hidden =
+                rows.hidden(self.tokens, self.window).and_then(|h| Ok(h.f_sum(Kind::Int64)?));
             usage.dense_rows += dense;
             usage.rows += dense - hidden.map_or(0, |h| h.int64_value(&[]) as usize);
             usage.bytes += 2 * rows.keys.numel() * rows.keys.kind().elt_size_in_bytes();

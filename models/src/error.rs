@@ -233,6 +233,17 @@ pub enum Error {
     #[error(transparent)]
     Position(#[from] repo_pos::Error),
 
+    /// A tensor cannot be handed to the cache.
+    #[error(
+        "the cache cannot read {found}, wanted {wanted}; make the tensor so before it is cached"
+    )]
+    TensorLayout {
+        /// What it must be.
+        wanted: &'static str,
+        /// What it is.
+        found: String,
+    },
+
     /// libtorch refused an operation. The text is its first line: what follows is a C++ backtrace.
     #[error("libtorch: {}", first_line(.0))]
     Torch(tch::TchError),

@@ -69,6 +69,8 @@ impl std::fmt::Debug for Hooks {
 
 impl std::fmt::Debug for Pruning {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pruning").field("while_decoding", &self.while_decoding).finish_non_exhaustive()
+        f.debug_struct("Pruning")
+            .field("while_decoding", &self.while_decoding)
+            .finish_non_exhaustive()
     }
 }

@@ -1,1 +1,36 @@
-//! Under construction.
+#![doc = include_str!("../README.md")]
+
+mod bridge;
+mod cache;
+mod causal_lm;
+mod chat;
+mod config;
+mod error;
+mod folder;
+mod gguf;
+mod hooks;
+mod layers;
+mod llama;
+mod model;
+mod paged;
+mod sampling;
+mod session;
+mod tokenizer;
+mod weights;
+
+pub use cache::{Dense, KvCache, Usage};
+pub use causal_lm::CausalLm;
+pub use chat::{ChatTemplate, Message, RenderOptions};
+pub use config::{Architecture, Config, RopeScaling};
+pub use error::{Error, Result};
+pub use hooks::{Hooks, Pruning};
+pub use llama::Llama;
+pub use model::Model;
+pub use paged::{Paged, cache_shape};
+pub use paged_kernels::{Cpu, Reference};
+pub use sampling::{Sampler, Sampling};
+pub use session::{Generated, Session, Stop};
+pub use tokenizer::{GgufVocabulary, Specials, Tokenizer};
+pub use weights::{Source, Weights, open};
+
+pub use kvzap::WINDOW;

@@ -9,7 +9,7 @@ use crate::layers::{GatedMlp, Linear, RmsNorm};
 use crate::weights::Weights;
 use kvzap::LayerInput;
 use repo_pos::{Frequencies, Rotary, rotate};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// A Llama model, its weights in one dtype on one device.
 #[derive(Debug)]
@@ -37,7 +37,8 @@ impl Llama {
         let config = weights.config().clone();
         let (hidden, vocab) = (config.hidden_size as i64, config.vocab_size as i64);
         let embedding = weights.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
-        let blocks = (0..config.layers).map(|layer| Block::load(weights, layer)).collect::<Result<_>>()?;
+        let blocks =
+            (0..config.layers).map(|layer| Block::load(weights, layer)).collect::<Result<_>>()?;
         let head = if config.tied_embeddings {
             embedding.shallow_clone()
         } else {
@@ -71,7 +72,11 @@ impl Llama {
             let queries = positions.f_repeat_interleave_self_int(group, 1, None)?;
             Tensor::f_cat(&[queries, positions], 1)?
         } else {
-            return Err(Error::PositionHeads { layer, heads: heads as usize, kv_heads: self.config.kv_heads });
+            return Err(Error::PositionHeads {
+                layer,
+                heads: heads as usize,
+                kv_heads: self.config.kv_heads,
+            });
         };
         Ok(Some(self.rotary.angles(&positions)?))
     }
@@ -115,8 +120,11 @@ impl CausalLm for Llama {
     fn forward(&self, tokens: &Tensor, cache: &mut dyn KvCache, hooks: &Hooks) -> Result<Tensor> {
         let (first, count) = (cache.tokens(), tokens.size()[1]);
         cache.begin(count as usize)?;
-        let index =
-            Tensor::f_arange_start(first as i64, first as i64 + count, (Kind::Float, tokens.device()))?;
+        let index = Tensor::f_arange_start(
+            first as i64,
+            first as i64 + count,
+            (Kind::Float, tokens.device()),
+        )?;
         let angles = self.rotary.angles(&index.f_view([1, 1, count])?)?;
 
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
@@ -140,8 +148,10 @@ impl CausalLm for Llama {
 impl Block {
     fn load(weights: &Weights, layer: usize) -> Result<Self> {
         let config = weights.config();
-        let [hidden, intermediate] = [config.hidden_size, config.intermediate_size].map(|n| n as i64);
-        let [queries, kv] = [config.query_heads, config.kv_heads].map(|n| (n * config.head_dim) as i64);
+        let [hidden, intermediate] =
+            [config.hidden_size, config.intermediate_size].map(|n| n as i64);
+        let [queries, kv] =
+            [config.query_heads, config.kv_heads].map(|n| (n * config.head_dim) as i64);
         let prefix = format!("model.layers.{layer}");
         let attention = |name, out, input, bias| {
             linear(weights, &format!("{prefix}.self_attn.{name}_proj"), out, input, bias)

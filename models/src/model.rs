@@ -2,10 +2,13 @@
 
 use crate::causal_lm::CausalLm;
 use crate::chat::ChatTemplate;
+use crate::config::Architecture;
 use crate::error::Result;
+use crate::gguf::Gguf;
 use crate::llama::Llama;
-use crate::tokenizer::Tokenizer;
-use crate::weights::{Weights, open};
+use crate::tokenizer::{GgufVocabulary, Tokenizer};
+use crate::weights::{Source, Weights, open};
+use std::collections::BTreeMap;
 use std::path::Path;
 use tch::{Device, Kind};
 
@@ -31,13 +34,55 @@ impl Model {
     /// Weights become `kind`, [`Kind::Float`] or [`Kind::BFloat16`], one tensor at a time.
     pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Self> {
         let source = open(path)?;
-        let tokenizer = source.tokenizer()?;
-        let template = source.chat_template()?;
+        let (tokenizer, template) = match &source {
+            Source::Gguf(file) => from_gguf(file)?,
+            Source::Folder(folder) => {
+                let path = folder.path();
+                (
+                    Tokenizer::from_file(&path.join("tokenizer.json"))?,
+                    ChatTemplate::from_folder(path)?,
+                )
+            }
+        };
         let weights = Weights::new(source, kind, device)?;
-        let lm = Llama::load(&weights)?;
+        let lm = match weights.config().architecture {
+            Architecture::Llama => Box::new(Llama::load(&weights)?),
+        };
         let stop = lm.config().eos_tokens.clone();
-        Ok(Self { lm: Box::new(lm), tokenizer, template, stop, kind, device })
+        Ok(Self { lm, tokenizer, template, stop, kind, device })
     }
+}
+
+fn from_gguf(file: &Gguf) -> Result<(Tokenizer, Option<ChatTemplate>)> {
+    let metadata = file.metadata();
+    let key = |name: &str| format!("tokenizer.ggml.{name}");
+    let owned = |texts: Option<Vec<&str>>| -> Vec<String> {
+        texts.unwrap_or_default().into_iter().map(str::to_owned).collect()
+    };
+    let tokens = owned(metadata.texts(&key("tokens"))?);
+    let token = |name: &str| -> Result<Option<String>> {
+        let id = metadata.token(&key(name))?;
+        Ok(id.and_then(|id| tokens.get(id as usize)).cloned())
+    };
+    let mut specials = BTreeMap::new();
+    for name in ["bos_token", "eos_token"] {
+        specials.extend(token(&format!("{name}_id"))?.map(|text| (name.to_owned(), text)));
+    }
+    let template = metadata
+        .text("tokenizer.chat_template")?
+        .map(|source| ChatTemplate::from_source(file.path(), source, specials))
+        .transpose()?;
+    let tokenizer = Tokenizer::from_gguf(&GgufVocabulary {
+        path: file.path().to_owned(),
+        model: metadata.text(&key("model"))?.unwrap_or_default().to_owned(),
+        pre: metadata.text(&key("pre"))?.map(str::to_owned),
+        token_types: metadata.i32s(&key("token_type"))?.unwrap_or_default(),
+        merges: owned(metadata.texts(&key("merges"))?),
+        bos: metadata.token(&key("bos_token_id"))?,
+        add_bos: metadata.flag(&key("add_bos_token"))?,
+        tokens,
+    })?;
+    Ok((tokenizer, template))
 }
 
 impl std::fmt::Debug for Model {

@@ -4,7 +4,7 @@ use crate::bridge;
 use crate::cache::{KvCache, Usage, causal};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use paged_kernels::{CacheShape, Dtype, PagedAttention, Sequence, View, ViewMut};
+use paged_kernels::{CacheShape, Dtype, PagedAttention, Sequence};
 use tch::{Kind, Tensor};
 
 /// One text in the pool of a [`PagedAttention`] backend.
@@ -20,7 +20,12 @@ pub struct Paged<B: PagedAttention> {
 }
 
 /// The pool that a model needs to hold `tokens` tokens of one text if nothing is dropped.
-pub fn cache_shape(config: &Config, tokens: usize, window: usize, kind: Kind) -> Result<CacheShape> {
+pub fn cache_shape(
+    config: &Config,
+    tokens: usize,
+    window: usize,
+    kind: Kind,
+) -> Result<CacheShape> {
     let dtype = match kind {
         Kind::Float => Dtype::F32,
         Kind::BFloat16 => Dtype::Bf16,
@@ -54,32 +59,6 @@ impl<B: PagedAttention> Paged<B> {
     /// The sequence that this cache occupies in its backend.
     pub fn sequence(&self) -> Sequence {
         self.sequence
-    }
-
-    fn fill(&mut self, layer: usize, keys: &Tensor, values: &Tensor, drops: &[bool]) -> Result<()> {
-        bridge::with_views(keys, values, |keys, values| {
-            Ok(self.backend.fill(self.sequence, layer, keys, values, drops)?)
-        })
-    }
-
-    fn step(
-        &mut self,
-        layer: usize,
-        queries: &Tensor,
-        keys: &Tensor,
-        values: &Tensor,
-        drops: &[bool],
-    ) -> Result<Tensor> {
-        bridge::with_views(keys, values, |keys, values| {
-            Ok(self.backend.append(layer, keys, values, drops)?)
-        })?;
-        let queries = queries.f_contiguous()?;
-        let out = queries.f_empty_like()?;
-        let scale = 1.0 / (self.backend.shape().head_dim as f32).sqrt();
-        bridge::with_output(&queries, &out, |queries: View<'_>, out: ViewMut<'_>| {
-            Ok(self.backend.attend(layer, queries, scale, out, None)?)
-        })?;
-        Ok(out)
     }
 }
 
@@ -115,13 +94,17 @@ impl<B: PagedAttention> KvCache for Paged<B> {
             Some(drops) => Vec::<bool>::try_from(&drops.f_reshape([-1])?)?,
             None => vec![false; self.backend.shape().kv_heads * tokens],
         };
+        let (keys_view, values_view) = (bridge::view(keys)?, bridge::view(values)?);
         if first {
-            let out = causal(queries, keys, values)?;
-            self.fill(layer, keys, values, &drops)?;
-            Ok(out)
-        } else {
-            self.step(layer, queries, keys, values, &drops)
+            self.backend.fill(self.sequence, layer, keys_view, values_view, &drops)?;
+            return causal(queries, keys, values);
         }
+        self.backend.append(layer, keys_view, values_view, &drops)?;
+        let scale = 1.0 / (self.backend.shape().head_dim as f32).sqrt();
+        let mut out = Tensor::f_empty(queries.size(), (queries.kind(), queries.device()))?;
+        let (queries, view) = (bridge::view(queries)?, bridge::view_mut(&mut out)?);
+        self.backend.attend(layer, queries, scale, view, None)?;
+        Ok(out)
     }
 
     fn usage(&self) -> Usage {

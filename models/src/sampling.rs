@@ -55,7 +55,8 @@ impl Sampler {
         if self.sampling.top_k > 0 {
             order.truncate(self.sampling.top_k);
         }
-        let weight = |i: usize| f64::from((logits[i] - logits[best]) / self.sampling.temperature).exp();
+        let weight =
+            |i: usize| f64::from((logits[i] - logits[best]) / self.sampling.temperature).exp();
         let mut weights: Vec<f64> = order.iter().map(|&i| weight(i)).collect();
         let wanted = f64::from(self.sampling.top_p) * weights.iter().sum::<f64>();
         let mut reached = 0.0;

@@ -39,7 +39,12 @@ pub struct Generated {
 
 impl<'m> Session<'m> {
     /// A session with nothing read yet. `cache` must be empty.
-    pub fn new(model: &'m dyn CausalLm, device: Device, cache: impl KvCache + 'm, hooks: Hooks) -> Self {
+    pub fn new(
+        model: &'m dyn CausalLm,
+        device: Device,
+        cache: impl KvCache + 'm,
+        hooks: Hooks,
+    ) -> Self {
         Self { model, device, cache: Box::new(cache), hooks, logits: None }
     }
 

@@ -57,7 +57,12 @@ pub struct GgufVocabulary {
 impl Tokenizer {
     /// Reads a `tokenizer.json`. Truncation and padding saved in it are ignored, as `transformers` does.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_file(path)
+        let json = std::fs::read(path).map_err(|cause| Error::Io {
+            path: path.to_owned(),
+            cause,
+            advice: "put the model's tokenizer.json there",
+        })?;
+        let inner = tokenizers::Tokenizer::from_bytes(json)
             .map_err(|error| failed(path, error, "check that it is a whole tokenizer.json"))?;
         Self::new(path, inner)
     }
@@ -169,7 +174,7 @@ impl DecodeStream<'_> {
         for _ in 0..3 {
             sure = sure.strip_suffix(REPLACEMENT).unwrap_or(sure);
         }
-        let piece = self.take(sure);
+        let piece = self.take(&text, sure.len());
         if sure.len() == text.len() && self.ids.len() > 1 {
             let last = self.tokenizer.decode(&[id], true).unwrap_or_default();
             if !last.is_empty() {
@@ -182,18 +187,22 @@ impl DecodeStream<'_> {
     /// What is left when no more tokens come: U+FFFD for a character that was never finished.
     pub fn finish(mut self) -> Option<String> {
         let text = self.decode();
-        self.take(&text)
+        self.take(&text, text.len())
     }
 
     fn decode(&self) -> String {
         self.tokenizer.decode(&self.ids, true).unwrap_or_default()
     }
 
-    fn take(&mut self, text: &str) -> Option<String> {
-        let piece = text.strip_prefix(self.written.as_str())?;
-        let piece = (!piece.is_empty()).then(|| piece.to_owned());
-        self.written = text.to_owned();
-        piece
+    /// Hands out `text[..end]` as far as it is not out.
+    fn take(&mut self, text: &str, end: usize) -> Option<String> {
+        if !text.starts_with(&self.written) {
+            // A byte-fallback decoder takes back the whole run of bytes that a bad one ends. What is out is out.
+            self.written = text.to_owned();
+        }
+        let piece = text.get(self.written.len()..end).filter(|piece| !piece.is_empty())?;
+        self.written += piece;
+        Some(piece.to_owned())
     }
 }
 
@@ -289,7 +298,7 @@ fn build(vocabulary: &GgufVocabulary) -> Result<tokenizers::Tokenizer> {
             )
         })?;
         let processor = TemplateProcessing::builder()
-            .try_single(format!("{token} $A"))
+            .try_single(vec![token.as_str(), "$A"])
             .map_err(|error| fail(error, "report this"))?
             .special_tokens(vec![(token.as_str(), id)])
             .build()

@@ -55,7 +55,10 @@ struct Row {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    ensure!(args.repeat > 0 && args.decode > 1, "--repeat must be 1 or more and --decode 2 or more");
+    ensure!(
+        args.repeat > 0 && args.decode > 1,
+        "--repeat must be 1 or more and --decode 2 or more"
+    );
     let start = Instant::now();
     let model = args.model.load()?;
     let load_seconds = start.elapsed().as_secs_f64();
@@ -106,8 +109,9 @@ pub fn run(args: &Args) -> Result<()> {
 fn row(args: &Args, model: &Model, machine: Machine, remove: f64) -> Result<Row> {
     let config = model.lm.config();
     let method = if remove > 0.0 { Method::Random { remove, seed: 1 } } else { Method::Full };
-    let ids: Vec<u32> =
-        (0..args.context as u64).map(|i| (i * 7919 % (config.vocab_size as u64 - 100) + 50) as u32).collect();
+    let ids: Vec<u32> = (0..args.context as u64)
+        .map(|i| (i * 7919 % (config.vocab_size as u64 - 100) + 50) as u32)
+        .collect();
     let (mut reads, mut writes, mut usage) = (Vec::new(), Vec::new(), Usage::default());
     for _ in 0..args.repeat {
         let shape = cache_shape(config, args.context + args.decode, WINDOW, model.kind)?;
@@ -124,7 +128,8 @@ fn row(args: &Args, model: &Model, machine: Machine, remove: f64) -> Result<Row>
         session.generate(&mut sampler, &[], config.vocab_size, args.decode + 1, each)?;
         writes.push(start.elapsed().as_secs_f64() / args.decode as f64);
     }
-    let ([read, read_median], [write, write_median]) = (best_and_median(reads), best_and_median(writes));
+    let ([read, read_median], [write, write_median]) =
+        (best_and_median(reads), best_and_median(writes));
     let blocks = matrix_elements(config) - config.vocab_size * config.hidden_size;
     let attention = config.layers * config.query_heads * config.head_dim * args.context.pow(2);
     let flops = 2 * blocks * args.context + 2 * attention;
@@ -143,7 +148,8 @@ fn row(args: &Args, model: &Model, machine: Machine, remove: f64) -> Result<Row>
 
 /// Elements of all matrices that a decode step reads, the head among them.
 fn matrix_elements(config: &models::Config) -> usize {
-    let attention = config.hidden_size * config.head_dim * 2 * (config.query_heads + config.kv_heads);
+    let attention =
+        config.hidden_size * config.head_dim * 2 * (config.query_heads + config.kv_heads);
     let mlp = 3 * config.hidden_size * config.intermediate_size;
     config.layers * (attention + mlp) + config.vocab_size * config.hidden_size
 }

@@ -111,8 +111,8 @@ type Scored = (Sample, Box<dyn Fn(&str) -> f64>);
 
 fn samples(args: &Args, model: &Model) -> Result<Vec<Scored>> {
     if let (Some(path), Some(question)) = (&args.prompt, &args.question) {
-        let context =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let context = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
         let sample = Sample {
             context,
             question: question.clone(),
@@ -137,7 +137,8 @@ fn samples(args: &Args, model: &Model) -> Result<Vec<Scored>> {
 
 fn summary(method: Method, answers: &[(f64, Answer)], scored: bool) -> Run {
     let n = answers.len() as f64;
-    let mean = |value: &dyn Fn(&Answer) -> f64| answers.iter().map(|(_, a)| value(a)).sum::<f64>() / n;
+    let mean =
+        |value: &dyn Fn(&Answer) -> f64| answers.iter().map(|(_, a)| value(a)).sum::<f64>() / n;
     Run {
         method: method.name(),
         threshold: method.threshold(),
@@ -177,7 +178,8 @@ fn print(runs: &[Run], asked: usize) {
 fn seen(runs: &[Run], asked: usize) -> String {
     let [full, kvzap, .., random, recency] = runs else { return String::new() };
     let ratio = full.kv_bytes as f64 / kvzap.kv_bytes.max(1) as f64;
-    let held = format!("KVzap held {ratio:.1}× less cache ({:.0} % removed)", 100.0 * kvzap.removed);
+    let held =
+        format!("KVzap held {ratio:.1}× less cache ({:.0} % removed)", 100.0 * kvzap.removed);
     match (full.right, kvzap.right, random.right, recency.right) {
         (Some(full), Some(kvzap), Some(random), Some(recency)) => format!(
             "{held} and found {kvzap} of {asked} where the full cache found {full}; with the same budget chance \

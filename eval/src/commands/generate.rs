@@ -133,7 +133,9 @@ fn prompt(args: &Args) -> Result<String> {
         (Some(text), _) => Ok(text.clone()),
         (None, Some(path)) if path.as_os_str() == "-" => {
             let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).context("cannot read standard input as UTF-8")?;
+            std::io::stdin()
+                .read_to_string(&mut text)
+                .context("cannot read standard input as UTF-8")?;
             Ok(text)
         }
         (None, Some(path)) => {

@@ -19,12 +19,12 @@ pub struct Needle<'a> {
 }
 
 const ADJECTIVES: [&str; 16] = [
-    "amber", "brisk", "curious", "dusty", "eager", "faint", "gentle", "hollow", "idle", "jolly", "keen", "lucid",
-    "mellow", "nimble", "opaque", "placid",
+    "amber", "brisk", "curious", "dusty", "eager", "faint", "gentle", "hollow", "idle", "jolly",
+    "keen", "lucid", "mellow", "nimble", "opaque", "placid",
 ];
 const NOUNS: [&str; 16] = [
-    "anchor", "bridge", "candle", "dolphin", "engine", "feather", "garden", "harbor", "island", "jacket", "kettle",
-    "ladder", "magnet", "needle", "orchard", "pencil",
+    "anchor", "bridge", "candle", "dolphin", "engine", "feather", "garden", "harbor", "island",
+    "jacket", "kettle", "ladder", "magnet", "needle", "orchard", "pencil",
 ];
 
 impl<'a> Needle<'a> {
@@ -39,7 +39,14 @@ impl<'a> Needle<'a> {
     }
 
     /// The sample with the needle after `sentences` sentences, at `depth` percent of them.
-    fn build(&self, start: usize, sentences: usize, depth: usize, key: &str, value: &str) -> Sample {
+    fn build(
+        &self,
+        start: usize,
+        sentences: usize,
+        depth: usize,
+        key: &str,
+        value: &str,
+    ) -> Sample {
         let hay = &self.haystack.sentences()[start..start + sentences];
         let at = sentences * depth / 100;
         let needle = format!("One of the special magic numbers for {key} is: {value}.");
@@ -52,7 +59,9 @@ impl<'a> Needle<'a> {
                  quiz you about the number afterwards.\n{}\n",
                 text.join(" ")
             ),
-            question: format!("What is the special magic number for {key} mentioned in the provided text?"),
+            question: format!(
+                "What is the special magic number for {key} mentioned in the provided text?"
+            ),
             answer_prefix: format!(
                 " The special magic number for {key} mentioned in the provided text is"
             ),
@@ -104,6 +113,9 @@ impl Task for Needle<'_> {
 
 impl std::fmt::Debug for Needle<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Needle").field("tokens", &self.tokens).field("seed", &self.seed).finish_non_exhaustive()
+        f.debug_struct("Needle")
+            .field("tokens", &self.tokens)
+            .field("seed", &self.seed)
+            .finish_non_exhaustive()
     }
 }

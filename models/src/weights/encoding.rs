@@ -85,3 +85,31 @@ fn blocks<const BYTES: usize, const ELEMENTS: usize>(
     let (bytes, out) = (bytes.as_chunks::<BYTES>().0, out.as_chunks_mut::<ELEMENTS>().0);
     bytes.iter().zip(out).for_each(|(bytes, out)| decode(bytes, out));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Encoding;
+    use safetensors::SafeTensors;
+
+    #[test]
+    fn every_block_is_what_ggufs_own_reader_makes_of_it() {
+        use Encoding::*;
+        let golden = include_bytes!("../../tests/golden/gguf/blocks.safetensors");
+        let golden = SafeTensors::deserialize(golden).unwrap();
+        for encoding in [F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K] {
+            let bytes = golden.tensor(&format!("{encoding:?}.bytes")).unwrap();
+            let wanted = golden.tensor(&format!("{encoding:?}.values")).unwrap();
+            let wanted: Vec<f32> = wanted
+                .data()
+                .as_chunks()
+                .0
+                .iter()
+                .map(|value| f32::from_le_bytes(*value))
+                .collect();
+            assert_eq!(encoding.bytes(wanted.len()), bytes.data().len(), "{encoding:?}");
+            let mut values = vec![f32::NAN; wanted.len()];
+            encoding.decode(bytes.data(), &mut values);
+            assert_eq!(values, wanted, "{encoding:?}");
+        }
+    }
+}

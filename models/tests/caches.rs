@@ -1,0 +1,196 @@
+//! The two caches against each other, and what both must keep to, on the tiny model of tests/golden/kvzap.
+
+mod common;
+
+use anyhow::Result;
+use common::{assert_close, difference, golden, logits};
+use kvzap::{Random, StreamingLlm, Threshold};
+use models::{
+    CausalLm, Cpu, Dense, Hooks, KvCache, Llama, Paged, Pruning, Usage, Weights, cache_shape, open,
+};
+use paged_kernels::{PagedAttention, Reference};
+use repo_pos::Repositioner;
+use tch::{Device, Kind, Tensor};
+
+const WINDOW: usize = 32;
+
+fn model() -> Result<Llama> {
+    let source = open(&golden("kvzap/model"))?;
+    Ok(Llama::load(&Weights::new(source, Kind::Float, Device::Cpu)?)?)
+}
+
+fn ids(tokens: i64) -> Tensor {
+    (Tensor::arange(tokens, (Kind::Int64, Device::Cpu)) * 37 + 11).remainder(128)
+}
+
+/// About half of all tokens go, another half in every head.
+fn half(while_decoding: bool) -> Result<Hooks> {
+    let (scorer, policy) = (Box::new(Random::new(5)), Box::new(Threshold::new(0.5)?));
+    Ok(Hooks::pruning(Pruning { scorer, policy, while_decoding }))
+}
+
+fn cpu(lm: &Llama, tokens: usize) -> Result<Paged<Cpu>> {
+    Ok(Paged::new(Cpu::new(cache_shape(lm.config(), tokens, WINDOW, Kind::Float)?)?)?)
+}
+
+fn reference(lm: &Llama, tokens: usize) -> Result<Paged<Reference>> {
+    Ok(Paged::new(Reference::new(cache_shape(lm.config(), tokens, WINDOW, Kind::Float)?)?)?)
+}
+
+/// Logits of passes of these lengths, one after another.
+fn passes(lm: &Llama, cache: &mut dyn KvCache, hooks: &Hooks, lengths: &[i64]) -> Result<Tensor> {
+    let (ids, mut at, mut all) = (ids(lengths.iter().sum()), 0, Vec::new());
+    for &length in lengths {
+        all.push(logits(lm, &ids.narrow(0, at, length), cache, hooks)?);
+        at += length;
+    }
+    Ok(Tensor::cat(&all, 0))
+}
+
+#[test]
+fn paged_equals_dense_whatever_is_dropped() -> Result<()> {
+    let lm = model()?;
+    let plans: [&[i64]; 4] =
+        [&[100, 1, 1, 1, 1, 1], &[100, 9, 1, 20, 1, 1, 40, 1], &[1, 1, 50, 1, 1], &[33, 1, 1]];
+    for lengths in plans {
+        for hooks in [Hooks::default(), half(false)?, half(true)?] {
+            let total = lengths.iter().sum::<i64>() as usize;
+            let mut dense = Dense::new(lm.config().layers, WINDOW);
+            let (mut cpu, mut reference) = (cpu(&lm, total)?, reference(&lm, total)?);
+            let wanted = passes(&lm, &mut dense, &hooks, lengths)?;
+            let what = format!("{lengths:?}, {hooks:?}");
+            assert_close(&passes(&lm, &mut cpu, &hooks, lengths)?, &wanted, 2e-5, &what);
+            assert_close(&passes(&lm, &mut reference, &hooks, lengths)?, &wanted, 2e-5, &what);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pruned_prefill_holds_the_kept_pages_and_never_more() -> Result<()> {
+    let lm = model()?;
+    // All that may go goes: the window stays, in every layer and head.
+    let (scorer, policy) = (Box::new(Random::new(1)), Box::new(Threshold::new(f32::INFINITY)?));
+    let hooks = Hooks::pruning(Pruning { scorer, policy, while_decoding: false });
+    let mut paged = cpu(&lm, 300)?;
+    let _ = passes(&lm, &mut paged, &hooks, &[300])?;
+    let heads = lm.config().layers * lm.config().kv_heads;
+    let bytes = heads * WINDOW * 2 * lm.config().head_dim * 4; // the window is whole pages
+    let wanted = Usage { bytes, peak_bytes: bytes, rows: heads * WINDOW, dense_rows: heads * 300 };
+    assert_eq!(paged.usage(), wanted);
+    assert!((paged.usage().removed() - (1.0 - WINDOW as f64 / 300.0)).abs() < 1e-12);
+    Ok(())
+}
+
+#[test]
+fn decoding_with_pruning_stops_growing() -> Result<()> {
+    let lm = model()?;
+    let (scorer, policy) = (Box::new(Random::new(1)), Box::new(Threshold::new(f32::INFINITY)?));
+    let hooks = Hooks::pruning(Pruning { scorer, policy, while_decoding: true });
+    let mut paged = cpu(&lm, 200)?;
+    let _ = passes(&lm, &mut paged, &hooks, &[50])?;
+    let _ = passes(&lm, &mut paged, &hooks, &[1])?;
+    let after_one = paged.usage().rows;
+    let _ = passes(&lm, &mut paged, &hooks, &[1; 100])?;
+    assert_eq!(paged.usage().rows, after_one);
+    assert_eq!(after_one, lm.config().layers * lm.config().kv_heads * (WINDOW + 1));
+    Ok(())
+}
+
+/// A cache that takes its rows for its tokens, the fault of pruning caches elsewhere.
+struct Forgetful(Dense, usize);
+
+impl KvCache for Forgetful {
+    fn tokens(&self) -> usize {
+        self.1
+    }
+    fn window(&self) -> usize {
+        self.0.window()
+    }
+    fn begin(&mut self, tokens: usize) -> models::Result<()> {
+        self.0.begin(tokens)
+    }
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        drops: Option<&Tensor>,
+    ) -> models::Result<Tensor> {
+        self.0.attend(layer, q, k, v, drops)
+    }
+    fn usage(&self) -> Usage {
+        self.0.usage()
+    }
+}
+
+#[test]
+fn a_position_is_the_index_in_the_text_not_the_place_in_the_cache() -> Result<()> {
+    let (lm, hooks) = (model()?, half(false)?);
+    let question = ids(320).narrow(0, 300, 20);
+    let after = |tokens: usize| -> Result<Tensor> {
+        let mut cache = Forgetful(Dense::new(lm.config().layers, WINDOW), 0);
+        let _ = logits(&lm, &ids(300), &mut cache, &hooks)?;
+        cache.1 = tokens;
+        logits(&lm, &question, &mut cache, &hooks)
+    };
+    let mut paged = cpu(&lm, 320)?;
+    let _ = logits(&lm, &ids(300), &mut paged, &hooks)?;
+    let found = logits(&lm, &question, &mut paged, &hooks)?;
+    assert_close(&found, &after(300)?, 2e-5, "position 300");
+    assert!(
+        difference(&found, &after(120)?) > 0.05,
+        "the model is blind to positions: the test proves nothing"
+    );
+    Ok(())
+}
+
+/// Positions that stretch the index, another stretch in each kv head; layer 0 keeps the index.
+struct Stretch(Vec<f64>);
+
+impl Repositioner<Tensor> for Stretch {
+    fn positions(&self, layer: usize, hidden: &Tensor) -> repo_pos::Result<Option<Tensor>> {
+        if layer == 0 {
+            return Ok(None);
+        }
+        let index = Tensor::arange(hidden.size()[1], (Kind::Float, Device::Cpu));
+        let heads: Vec<Tensor> = self.0.iter().map(|factor| &index * *factor).collect();
+        Ok(Some(Tensor::stack(&heads, 0).unsqueeze(0)))
+    }
+}
+
+#[test]
+fn positions_of_a_hook_replace_the_index_and_the_index_changes_nothing() -> Result<()> {
+    let lm = model()?;
+    let with = |factors: Vec<f64>| -> Result<Tensor> {
+        let hooks = Hooks { repositioner: Some(Box::new(Stretch(factors))), ..Hooks::default() };
+        logits(&lm, &ids(60), &mut Dense::new(lm.config().layers, WINDOW), &hooks)
+    };
+    let plain =
+        logits(&lm, &ids(60), &mut Dense::new(lm.config().layers, WINDOW), &Hooks::default())?;
+    assert_close(&with(vec![1.0])?, &plain, 1e-6, "one position for all heads");
+    assert_close(&with(vec![1.0, 1.0])?, &plain, 1e-6, "one position a kv head");
+    assert!(difference(&with(vec![1.0, 0.25])?, &plain) > 0.01);
+    assert!(with(vec![1.0; 3]).is_err(), "three positions for two kv heads");
+    Ok(())
+}
+
+#[test]
+fn recency_keeps_the_sinks() -> Result<()> {
+    let lm = model()?;
+    let budget = kvzap::Budget::new(0.5, WINDOW, kvzap::Scope::Head)?;
+    let scorer = Box::new(StreamingLlm::new(4));
+    let hooks = Hooks::pruning(Pruning { scorer, policy: Box::new(budget), while_decoding: false });
+    let mut dense = Dense::new(lm.config().layers, WINDOW);
+    let _ = logits(&lm, &ids(100), &mut dense, &hooks)?;
+    for layer in 0..lm.config().layers {
+        let masked = dense.masked(layer)?.expect("rows").squeeze_dim(0);
+        for head in 0..lm.config().kv_heads as i64 {
+            let masked = Vec::<bool>::try_from(&masked.get(head))?;
+            let wanted: Vec<bool> = (0..100).map(|i| (4..54).contains(&i)).collect();
+            assert_eq!(masked, wanted);
+        }
+    }
+    Ok(())
+}
