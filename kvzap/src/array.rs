@@ -28,7 +28,8 @@ impl Array {
         &self.shape
     }
 
-    /// The shape, if it has `N` dimensions; else an error that calls the array `name` and wants `expected`.
+    /// The shape, if it has `N` dimensions; else an error that calls the array `name` and wants
+    /// `expected`.
     pub(crate) fn dims<const N: usize>(
         &self,
         name: &'static str,

@@ -4,11 +4,11 @@ use crate::{Error, LayerInput, Result, Ridge, Scorer, Spans, kvzip_plus};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Kind, Tensor};
 
-/// Makes a plain forward pass a training pass: a [`Scorer`] that adds each layer's hidden states and
-/// [`kvzip_plus`] scores to a [`Ridge`], and returns +inf, so that nothing is forgotten.
+/// Makes a plain forward pass a training pass: a [`Scorer`] that adds each layer's hidden states
+/// and [`kvzip_plus`] scores to a [`Ridge`], and returns +inf, so that nothing is forgotten.
 ///
-/// Clones share what they gather: give one to the model, and keep one to call [`begin`](Self::begin) before each
-/// text and [`take`](Self::take) after the last.
+/// Clones share what they gather: give one to the model, and keep one to call
+/// [`begin`](Self::begin) before each text and [`take`](Self::take) after the last.
 #[derive(Clone, Debug)]
 pub struct Collector(Arc<Mutex<Inner>>);
 
@@ -17,12 +17,13 @@ struct Inner {
     output_projections: Vec<Tensor>,
     ridge: Ridge,
     rows: usize,
-    text: Option<(Spans, Vec<i64>)>, // and the tokens to learn from, counted from the original's first
+    text: Option<(Spans, Vec<i64>)>, // and which tokens of the original to learn from
 }
 
 impl Collector {
-    /// For a model with these `output_projections`, one `[hidden, query_heads * head_dim]` for each layer, and
-    /// `kv_heads`. Of each text it learns from `rows` tokens, or from all if there are fewer.
+    /// For a model with these `output_projections`, one `[hidden, query_heads * head_dim]` for each
+    /// layer, and `kv_heads`. Of each text it learns from `rows` tokens, or from all if there are
+    /// fewer.
     pub fn new(output_projections: Vec<Tensor>, kv_heads: usize, rows: usize) -> Result<Self> {
         let hidden = match output_projections.first() {
             Some(first) => {
@@ -35,8 +36,8 @@ impl Collector {
         Ok(Self(Arc::new(Mutex::new(Inner { output_projections, ridge, rows, text: None }))))
     }
 
-    /// Announces the next forward pass: one sequence, whole, with its text at `spans`. `seed` chooses the tokens to
-    /// learn from, the same in all layers.
+    /// Announces the next forward pass: one sequence, whole, with its text at `spans`. `seed`
+    /// chooses the tokens to learn from, the same in all layers.
     pub fn begin(&self, spans: Spans, seed: u64) {
         let mut inner = self.inner();
         let tokens = choose(spans.original.len(), inner.rows, seed);

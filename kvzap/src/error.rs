@@ -61,7 +61,10 @@ pub enum Error {
     },
 
     /// A field of config.json with a value that we can't use.
-    #[error("{}: {field} is {found}, expected {expected}; use a surrogate in the published layout", path.display())]
+    #[error(
+        "{}: {field} is {found}, expected {expected}; use a surrogate in the published layout",
+        path.display()
+    )]
     Field {
         /// The file.
         path: PathBuf,
@@ -83,7 +86,10 @@ pub enum Error {
     },
 
     /// A tensor that config.json promises is not there.
-    #[error("{}: no tensor {tensor}; config.json and model.safetensors must come from one surrogate", path.display())]
+    #[error(
+        "{}: no tensor {tensor}; take it and config.json from one surrogate",
+        path.display()
+    )]
     NoTensor {
         /// The file.
         path: PathBuf,
@@ -93,7 +99,8 @@ pub enum Error {
 
     /// A tensor has another shape than config.json says.
     #[error(
-        "{}: {tensor} has shape {found:?}, config.json says {expected:?}; take both from one surrogate",
+        "{}: {tensor} has shape {found:?}, config.json says {expected:?}; \
+         take both from one surrogate",
         path.display()
     )]
     TensorShape {
@@ -118,8 +125,12 @@ pub enum Error {
         found: String,
     },
 
-    /// A weight is NaN or infinite. NaN scores are never forgotten, so the cache would silently stay whole.
-    #[error("{}: {tensor} holds {value} at {index}; train or fetch the surrogate again", path.display())]
+    /// A weight is NaN or infinite. NaN scores are never forgotten, so the cache would silently
+    /// stay whole.
+    #[error(
+        "{}: {tensor} holds {value} at {index}; train or fetch the surrogate again",
+        path.display()
+    )]
     Weight {
         /// The file.
         path: PathBuf,
@@ -133,7 +144,8 @@ pub enum Error {
 
     /// A surrogate made for another model.
     #[error(
-        "surrogate of another model: it has {field} {found}, the model {expected}; use the one made for this model"
+        "surrogate of another model: it has {field} {found}, the model {expected}; \
+         use the one made for this model"
     )]
     OtherModel {
         /// `layers`, `hidden size` or `kv heads`.
@@ -155,7 +167,7 @@ pub enum Error {
 
     /// Rows for a fit, or their targets, that are NaN or infinite.
     #[error(
-        "layer {layer}: rows or targets hold NaN or infinity; nothing of them was added, leave them out"
+        "layer {layer}: rows or scores hold NaN or infinity; none were added, leave such rows out"
     )]
     Rows {
         /// The layer.
@@ -171,7 +183,8 @@ pub enum Error {
 
     /// Rows that do not determine the weights.
     #[error(
-        "layer {layer}: its rows do not determine the weights; add more rows, or raise alpha above {alpha}"
+        "layer {layer}: its rows do not determine the weights; \
+         add more rows, or raise alpha above {alpha}"
     )]
     Singular {
         /// The layer.
@@ -203,7 +216,8 @@ pub enum Error {
     /// Hidden states in another dtype than the surrogate was cast to.
     #[cfg(feature = "tch")]
     #[error(
-        "hidden states are {found:?}, the surrogate is {expected:?}; build it with the model's dtype"
+        "hidden states are {found:?}, the surrogate is {expected:?}; \
+         build it with the model's dtype"
     )]
     Kind {
         /// The surrogate's.

@@ -3,7 +3,8 @@ use crate::{Error, LayerInput, Result};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// Where a text stands twice in one sequence: first as the user gives it, then as the model repeats it.
+/// Where a text stands twice in one sequence: first as the user gives it, then as the model repeats
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spans {
     /// The tokens that are scored.
@@ -12,21 +13,23 @@ pub struct Spans {
     pub repeat: Range<usize>,
 }
 
-/// The KVzip+ score of each token of a text's first copy, which KVzap is trained to predict (arXiv 2601.07891,
-/// section 3): `[1, kv_heads, original]` f32, the logarithm of
+/// The KVzip+ score of each token of a text's first copy, which KVzap is trained to predict (arXiv
+/// 2601.07891, section 3): `[1, kv_heads, original]` f32, the logarithm of
 ///
 /// ```text
-/// s+[h, i] = max over query heads g of h and tokens j of the repeat:  a[g, j, i] |W_O^(g) v_i| / |h_j|
+/// s+[h, i] = max over g, j of  a[g, j, i] |W_O^(g) v_i| / |h_j|
 /// ```
 ///
-/// `input` is one layer over the whole sequence, batch 1, of any float dtype; `a` is causal softmax attention
-/// over all of it. `output_projection` is `[hidden, query_heads * head_dim]`; `W_O^(g)` is its columns that read
-/// query head g, and its factor differs within a group, so it comes before the maximum. Everything is added as
-/// logarithms, so that no small weight becomes -inf; a norm of zero counts as the least positive number. Rows are
-/// taken in blocks, so that memory does not grow with the square of the text.
+/// over the query heads g that read kv head h and the tokens j of the repeat. `input` is one layer
+/// over the whole sequence, batch 1, of any float dtype; `a` is causal softmax attention over all
+/// of it. `output_projection` is `[hidden, query_heads * head_dim]`; `W_O^(g)` is its columns that
+/// read query head g, and its factor differs within a group, so it comes before the maximum.
+/// Everything is added as logarithms, so that no small weight becomes -inf; a norm of zero counts
+/// as the least positive number. Rows are taken in blocks, so that memory does not grow with the
+/// square of the text.
 ///
-/// kvpress's KVzip+ *press* gives other numbers: its softmax runs over a chunk's keys, and the rows of the
-/// instruction count.
+/// kvpress's KVzip+ *press* gives other numbers: its softmax runs over a chunk's keys, and the rows
+/// of the instruction count.
 pub fn kvzip_plus(
     input: LayerInput<'_, Tensor>,
     output_projection: &Tensor,
@@ -61,7 +64,8 @@ pub fn kvzip_plus(
         .f_unsqueeze(0)?)
 }
 
-/// `[kv_heads, group, original]`: the maximum over j of `log a[g, j, i] - log |h_j|`, `block` rows j at a time.
+/// `[kv_heads, group, original]`: the maximum over j of `log a[g, j, i] - log |h_j|`, `block` rows
+/// j at a time.
 fn attention(
     input: LayerInput<'_, Tensor>,
     group: i64,
@@ -73,7 +77,8 @@ fn attention(
     let [heads, dim, tokens] = dims(&keys, "keys", "[kv_heads, head_dim, tokens]")?;
     let queries = float(input.queries)?.f_multiply_scalar((dim as f64).powf(-0.5))?;
     let queries = queries.f_reshape([heads, group, tokens, dim])?;
-    let hidden = float(input.hidden)?.f_norm_scalaropt_dim(2, [-1].as_slice(), true)?; // [tokens, 1]
+    let hidden = float(input.hidden)?; // [tokens, hidden]
+    let hidden = hidden.f_norm_scalaropt_dim(2, [-1].as_slice(), true)?; // [tokens, 1]
     let hidden = hidden.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?;
 
     let (first, columns) = (spans.original.start as i64, spans.original.len() as i64);
@@ -89,16 +94,19 @@ fn attention(
         let later = Tensor::f_ones([rows, rows], (Kind::Bool, keys.device()))?.f_triu(1)?;
         let _ = logits.f_narrow(3, start, rows)?.f_masked_fill_(&later, f64::NEG_INFINITY)?;
         let scale = logits.f_logsumexp([3], true)?.f_add(&hidden.f_narrow(0, start, rows)?)?;
-        let weights = logits.f_narrow(3, first, columns)?.f_sub(&scale)?; // [kv_heads, group, rows, columns]
+        // [kv_heads, group, rows, columns]
+        let weights = logits.f_narrow(3, first, columns)?.f_sub(&scale)?;
         best = best.f_maximum(&weights.f_amax([2], false)?)?;
         start = end;
     }
     Ok(best)
 }
 
-/// `[kv_heads, group, tokens]` f32: `log |W_O^(g) v_i|`, for `values` `[kv_heads, tokens, head_dim]`.
+/// `[kv_heads, group, tokens]` f32: `log |W_O^(g) v_i|`, for `values` `[kv_heads, tokens,
+/// head_dim]`.
 ///
-/// As `|W v|² = vᵀ (Wᵀ W) v`, in f64: a small matrix for each query head, and no wide vector for each token.
+/// As `|W v|² = vᵀ (Wᵀ W) v`, in f64: a small matrix for each query head, and no wide vector for
+/// each token.
 fn projected_norms(values: &Tensor, output_projection: &Tensor, group: i64) -> Result<Tensor> {
     let [heads, _, dim] = dims(values, "values", "[kv_heads, tokens, head_dim]")?;
     let projection = output_projection.f_to_kind(Kind::Double)?.f_view([-1, heads * group, dim])?;

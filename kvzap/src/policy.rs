@@ -8,12 +8,13 @@ use crate::Result;
 
 /// Decides from scores which tokens may be forgotten.
 ///
-/// The deciding seam: it takes `[batch, kv_heads, tokens]` scores of a forward pass's new tokens, as a
-/// [`Scorer`](crate::Scorer) made them, and returns as many bools, true for a token that goes once it has left
-/// the window ([`judged`](crate::judged)). Bits are decided early and obeyed late: whoever holds the cache keeps
-/// them until then. Implemented by [`Threshold`] and [`Budget`] for [`Array`](crate::Array) with
-/// `Drops = Vec<bool>`, row-major, and with the feature `tch` for `tch::Tensor` with `Drops = tch::Tensor`,
-/// Bool, on the device of the scores and without waiting for it.
+/// The deciding seam: it takes `[batch, kv_heads, tokens]` scores of a forward pass's new tokens,
+/// as a [`Scorer`](crate::Scorer) made them, and returns as many bools, true for a token that goes
+/// once it has left the window ([`judged`](crate::judged)). Bits are decided early and obeyed late:
+/// whoever holds the cache keeps them until then. Implemented by [`Threshold`] and [`Budget`] for
+/// [`Array`](crate::Array) with `Drops = Vec<bool>`, row-major, and with the feature `tch` for
+/// `tch::Tensor` with `Drops = tch::Tensor`, Bool, on the device of the scores and without waiting
+/// for it.
 pub trait Policy<T> {
     /// The bools.
     type Drops;

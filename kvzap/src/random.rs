@@ -2,8 +2,8 @@ use crate::{Array, LayerInput, Result, Scorer};
 
 /// The baseline of chance: uniform scores in [0, 1).
 ///
-/// Each is a hash of the seed, layer, kv head and place in the forward pass: the same on any device and in any
-/// batch.
+/// Each is a hash of the seed, layer, kv head and place in the forward pass: the same on any device
+/// and in any batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Random {
     seed: u64,
@@ -25,8 +25,8 @@ impl Random {
     }
 }
 
-/// A step of the generator SplitMix64 (Steele, Lea, Flood 2014), a bijection whose every output bit depends on
-/// every input bit.
+/// A step of the generator SplitMix64 (Steele, Lea, Flood 2014), a bijection whose every output bit
+/// depends on every input bit.
 pub(crate) fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

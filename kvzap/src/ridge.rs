@@ -2,8 +2,9 @@ use crate::{Affine, Error, Result, Surrogate};
 
 /// Fits a linear surrogate by ridge regression, a batch of rows at a time.
 ///
-/// For each layer it keeps the second moments of `z = [hidden state, 1, scores]` in f64, and no rows: they hold
-/// all that the fit needs, and all that its R² on other rows needs. `8 (hidden + kv_heads + 1)²` bytes a layer.
+/// For each layer it keeps the second moments of `z = [hidden state, 1, scores]` in f64, and no
+/// rows: they hold all that the fit needs, and all that its R² on other rows needs. `8 (hidden +
+/// kv_heads + 1)²` bytes a layer.
 #[derive(Clone, Debug)]
 pub struct Ridge {
     hidden: usize,
@@ -35,8 +36,8 @@ impl Ridge {
             .map_or(0, |moments| moments[self.hidden * (self.size() + 1)] as usize)
     }
 
-    /// Adds rows of a layer: `hidden` is `[rows, hidden]`, `scores` `[rows, kv_heads]`, row-major. NaN and infinity
-    /// are an error that adds nothing.
+    /// Adds rows of a layer: `hidden` is `[rows, hidden]`, `scores` `[rows, kv_heads]`, row-major.
+    /// NaN and infinity are an error that adds nothing.
     pub fn add(&mut self, layer: usize, hidden: &[f32], scores: &[f32]) -> Result<()> {
         let rows = hidden.len() / self.hidden.max(1);
         if hidden.len() != rows * self.hidden || scores.len() != rows * self.kv_heads {
@@ -68,7 +69,8 @@ impl Ridge {
         Ok(())
     }
 
-    /// [`add`](Self::add) for tensors on any device: `hidden` is `[rows, hidden]`, `scores` `[rows, kv_heads]`.
+    /// [`add`](Self::add) for tensors on any device: `hidden` is `[rows, hidden]`, `scores` `[rows,
+    /// kv_heads]`.
     #[cfg(feature = "tch")]
     pub fn add_tensors(
         &mut self,
@@ -96,8 +98,8 @@ impl Ridge {
         Ok(())
     }
 
-    /// The linear surrogate that minimises squared error plus `alpha` times squared weights, the bias free of
-    /// penalty, as scikit-learn's `Ridge`; KVzap has alpha 1.
+    /// The linear surrogate that minimises squared error plus `alpha` times squared weights, the
+    /// bias free of penalty, as scikit-learn's `Ridge`; KVzap has alpha 1.
     pub fn solve(&self, alpha: f64) -> Result<Surrogate> {
         if !(alpha.is_finite() && alpha >= 0.0) {
             return Err(Error::Alpha(alpha));
@@ -109,7 +111,8 @@ impl Ridge {
                 moments.covariance[i * size + i] += alpha;
             }
             let singular = || Error::Singular { layer, alpha };
-            let weight = moments.regress(self.hidden, self.kv_heads).ok_or_else(singular)?; // [kv_heads, hidden]
+            // [kv_heads, hidden]
+            let weight = moments.regress(self.hidden, self.kv_heads).ok_or_else(singular)?;
             let bias = (weight.chunks_exact(self.hidden).zip(&moments.mean[self.hidden + 1..]))
                 .map(|(weight, mean)| (mean - dot(weight, &moments.mean[..self.hidden])) as f32)
                 .collect();
@@ -118,9 +121,9 @@ impl Ridge {
         Surrogate::linear((0..self.layers.len()).map(fit).collect::<Result<_>>()?)
     }
 
-    /// How well a linear surrogate ranks the rows added here, which should be others than it was fitted to:
-    /// the squared Pearson correlation of predictions and scores, for each kv head of a layer; NaN where either
-    /// is constant.
+    /// How well a linear surrogate ranks the rows added here, which should be others than it was
+    /// fitted to: the squared Pearson correlation of predictions and scores, for each kv head of a
+    /// layer; NaN where either is constant.
     pub fn r2(&self, surrogate: &Surrogate, layer: usize) -> Result<Vec<f64>> {
         surrogate.check(self.layers.len(), self.hidden, self.kv_heads)?;
         let Some([map]) = surrogate.maps(layer) else {
@@ -171,7 +174,8 @@ struct Centred {
 }
 
 impl Centred {
-    /// Solves for the weights `[outputs, inputs]` by Cholesky; None where the covariance is not positive definite.
+    /// Solves for the weights `[outputs, inputs]` by Cholesky; None where the covariance is not
+    /// positive definite.
     fn regress(&self, inputs: usize, outputs: usize) -> Option<Vec<f64>> {
         let size = inputs + 1 + outputs;
         let mut lower = vec![0.0; inputs * inputs];
@@ -203,9 +207,11 @@ impl Centred {
     }
 }
 
-/// Factors the lower triangle of a `[size, size]` matrix in place; None where it is not positive definite.
+/// Factors the lower triangle of a `[size, size]` matrix in place; None where it is not positive
+/// definite.
 ///
-/// Sixteen rows at a time pass over the rows before them, so that those are fetched from memory once for all.
+/// Sixteen rows at a time pass over the rows before them, so that those are fetched from memory
+/// once for all.
 fn cholesky(a: &mut [f64], size: usize) -> Option<()> {
     // A pivot of rounding's size says that the rows of the matrix depend on one another.
     let tiny: Vec<f64> = (0..size).map(|i| a[i * size + i] * size as f64 * f64::EPSILON).collect();
@@ -224,7 +230,7 @@ fn cholesky(a: &mut [f64], size: usize) -> Option<()> {
             }
             let i = first + i;
             let pivot = row[i] - dot(&row[..i], &row[..i]);
-            if !(pivot > tiny[i]) {
+            if pivot.is_nan() || pivot <= tiny[i] {
                 return None;
             }
             row[i] = pivot.sqrt();

@@ -2,13 +2,13 @@ use crate::Result;
 
 /// Predicts how much later tokens will need each token of one layer.
 ///
-/// The scoring seam: a model calls it once a layer and forward pass, with that pass's new tokens alone, and
-/// hands the scores to a [`Policy`](crate::Policy). It returns `[batch, kv_heads, tokens]`, one score for each
-/// kv head and not for each query head (a scorer that looks at queries says how it reduces a group); the
-/// larger, the longer the token is kept; NaN and +inf keep it for good, -inf gives it up first. Implemented by
-/// [`Surrogate`](crate::Surrogate), [`Random`](crate::Random) and [`StreamingLlm`](crate::StreamingLlm) for
-/// `T = `[`Array`](crate::Array), and with the feature `tch` for `tch::Tensor`, where scores stay on the
-/// device of the input.
+/// The scoring seam: a model calls it once a layer and forward pass, with that pass's new tokens
+/// alone, and hands the scores to a [`Policy`](crate::Policy). It returns `[batch, kv_heads,
+/// tokens]`; a scorer that looks at queries says how it reduces a group of query heads to one kv
+/// head. The larger a score, the longer its token is kept; NaN counts as the largest.
+/// Implemented by [`Surrogate`](crate::Surrogate), [`Random`](crate::Random) and
+/// [`StreamingLlm`](crate::StreamingLlm) for `T` = [`Array`](crate::Array), and with the feature
+/// `tch` for `tch::Tensor`, where scores stay on the device of the input.
 pub trait Scorer<T> {
     /// The scores of `input`'s tokens, `[batch, kv_heads, tokens]`.
     fn score(&self, input: LayerInput<'_, T>) -> Result<T>;
@@ -16,7 +16,8 @@ pub trait Scorer<T> {
 
 /// What self-attention computes in one layer, for the new tokens of one forward pass.
 ///
-/// `query_heads` is `kv_heads` times the size of a group; query heads `h * group..(h + 1) * group` read kv head `h`.
+/// `query_heads` is `kv_heads` times the size of a group; query heads `h * group..(h + 1) * group`
+/// read kv head `h`.
 #[derive(Debug)]
 pub struct LayerInput<'a, T> {
     /// The layer, from 0.

@@ -2,8 +2,9 @@ use crate::{Array, LayerInput, Result, Scorer};
 
 /// The baseline of recency: the first few tokens, then the newest (StreamingLLM, arXiv 2309.17453).
 ///
-/// A token's score is its place in the forward pass, that of the first `sinks` +inf. Models lean on their first
-/// tokens whatever these say; without sinks, recency breaks them and any method looks good beside it.
+/// A token's score is its place in the forward pass, that of the first `sinks` +inf. Models lean on
+/// their first tokens whatever these say; without sinks, recency breaks them and any method looks
+/// good beside it.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamingLlm {
     sinks: usize,

@@ -4,12 +4,12 @@ pub use folder::Dtype;
 
 use crate::{Array, Error, LayerInput, Result, Scorer};
 
-/// KVzap's surrogate (arXiv 2601.07891): for each layer a small module that reads a token's hidden state and
-/// predicts the logarithm of its KVzip+ score for each kv head.
+/// KVzap's surrogate (arXiv 2601.07891): for each layer a small module that reads a token's hidden
+/// state and predicts the logarithm of its KVzip+ score for each kv head.
 ///
-/// A module is linear, `W h + b`, or has one hidden layer, `W2 gelu(W1 h + b1) + b2`, with the exact GELU. This
-/// is the plain-Rust one, f32, written for reading; [`TorchSurrogate`](crate::TorchSurrogate) is its twin on
-/// libtorch.
+/// A module is linear, `W h + b`, or has one hidden layer, `W2 gelu(W1 h + b1) + b2`, with the
+/// exact GELU. This is the plain-Rust one, f32, written for reading;
+/// [`TorchSurrogate`](crate::TorchSurrogate) is its twin on libtorch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Surrogate {
     modules: Vec<Vec<Affine>>, // each of one map, or of two with GELU between
@@ -24,10 +24,10 @@ pub struct Affine {
 }
 
 impl Affine {
-    /// `weight` is `[outputs, inputs]` row-major, `bias` `[outputs]`; an error unless both sizes are above zero
-    /// and divide.
+    /// `weight` is `[outputs, inputs]` row-major, `bias` `[outputs]`; an error unless both sizes
+    /// are above zero and divide.
     pub fn new(weight: Vec<f32>, bias: Vec<f32>) -> Result<Self> {
-        if weight.is_empty() || bias.is_empty() || weight.len() % bias.len() != 0 {
+        if weight.is_empty() || bias.is_empty() || !weight.len().is_multiple_of(bias.len()) {
             let expected = format!("as many rows as the bias, {}", bias.len());
             return Err(Error::shape("weight", expected, &[weight.len()]));
         }
@@ -117,7 +117,8 @@ impl Surrogate {
         self.dtype
     }
 
-    /// An error that names the difference, unless it was made for a model of `layers`, `hidden` and `kv_heads`.
+    /// An error that names the difference, unless it was made for a model of `layers`, `hidden` and
+    /// `kv_heads`.
     pub fn check(&self, layers: usize, hidden: usize, kv_heads: usize) -> Result<()> {
         let pairs = [
             ("layers", layers, self.layers()),
@@ -182,8 +183,8 @@ fn gelu(x: f32) -> f32 {
     (0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2))) as f32
 }
 
-/// `erf x = 2/√π exp(-x²) Σ 2ⁿ x²ⁿ⁺¹ / (2n+1)!!` (Abramowitz and Stegun 7.1.6): no cancellation, as all terms
-/// have one sign.
+/// `erf x = 2/√π exp(-x²) Σ 2ⁿ x²ⁿ⁺¹ / (2n+1)!!` (Abramowitz and Stegun 7.1.6): no cancellation, as
+/// all terms have one sign.
 fn erf(x: f64) -> f64 {
     if x.abs() > 6.0 {
         return x.signum(); // to the last bit of f64

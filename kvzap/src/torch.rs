@@ -3,11 +3,11 @@ use tch::{Device, Kind, Tensor};
 
 /// A [`Surrogate`] on libtorch: `Scorer<Tensor>`, in the model's dtype on the model's device.
 ///
-/// As in kvpress the weights are cast to the dtype of the hidden states, so bf16 in is bf16 scores out, spaced
-/// 1/32 apart between 4 and 8.
+/// As in kvpress the weights are cast to the dtype of the hidden states, so bf16 in is bf16 scores
+/// out, spaced 1/32 apart between 4 and 8.
 #[derive(Debug)]
 pub struct TorchSurrogate {
-    modules: Vec<Vec<(Tensor, Tensor)>>, // as Surrogate's: weights [outputs, inputs] and biases [outputs]
+    modules: Vec<Vec<(Tensor, Tensor)>>, // weights [outputs, inputs], biases [outputs]
     hidden: i64,
     kind: Kind,
 }
@@ -46,7 +46,8 @@ impl Scorer<Tensor> for TorchSurrogate {
     }
 }
 
-/// The shape of `tensor`, if it has `N` dimensions; else an error that calls it `name` and wants `expected`.
+/// The shape of `tensor`, if it has `N` dimensions; else an error that calls it `name` and wants
+/// `expected`.
 pub(crate) fn dims<const N: usize>(
     tensor: &Tensor,
     name: &'static str,

@@ -137,7 +137,7 @@ struct Layer {
 }
 
 impl Layer {
-    /// `sharp` scales the queries: at 1 attention is even, at 100 most weights underflow.
+    /// `sharp` scales the queries: at 1 attention is even, at 300 most weights underflow.
     fn new(tokens: i64, sharp: f64) -> Self {
         Self {
             hidden: random(&[1, tokens, 10]),
@@ -199,9 +199,9 @@ impl Layer {
 #[test]
 fn the_oracle_is_its_definition_even_where_weights_underflow() {
     tch::manual_seed(5);
-    let spans = Spans { original: 2..9, repeat: 11..18 };
+    let spans = Spans { original: 2..9, repeat: 12..14 };
     // Sharp logits are in the hundreds, where f32 numbers are 3e-5 apart.
-    for (sharp, tolerance) in [(1.0, 1e-5), (100.0, 1e-4)] {
+    for (sharp, tolerance) in [(1.0, 1e-5), (300.0, 1e-4)] {
         let layer = Layer::new(20, sharp);
         let found = kvzip_plus(layer.input(0), &layer.output_projection, &spans).unwrap();
         assert_eq!((found.size(), found.kind()), (vec![1, 2, 7], Kind::Float));
@@ -306,7 +306,7 @@ fn a_collector_learns_the_oracle_from_forward_passes_and_forgets_nothing() {
     let fit = |seed| -> (usize, Affine) {
         few.begin(spans.clone(), seed);
         for (index, layer) in layers.iter().enumerate() {
-            few.score(layer.input(index)).unwrap();
+            let _ = few.score(layer.input(index)).unwrap();
         }
         let ridge = few.take();
         (ridge.rows(1), ridge.solve(1.0).unwrap().maps(1).unwrap()[0].clone())

@@ -1,12 +1,13 @@
 use crate::{Array, Error, Policy, Result, judged};
 
-/// A fixed share: of all tokens of a prefill, as many of the lowest scores go, so that methods can be compared
-/// at equal cost.
+/// A fixed share: of all tokens of a prefill, as many of the lowest scores go, so that methods can
+/// be compared at equal cost.
 ///
-/// It judges only tokens older than the newest `window`, but counts all: of T tokens `round(remove * T)` go from
-/// each head, or `round(remove * heads * T)` from a layer, and never more than have left the window. Equal
-/// scores go oldest first (in a layer then by head), so the same scores give the same set anywhere; NaN counts
-/// as the largest. It sees one forward pass at a time: of a step of `window` tokens or fewer it forgets nothing.
+/// It judges only tokens older than the newest `window`, but counts all: of T tokens `round(remove
+/// * T)` go from each head, or `round(remove * heads * T)` from a layer, and never more than have
+/// left the window. Equal scores go oldest first (in a layer then by head), so the same scores give
+/// the same set anywhere; NaN counts as the largest. It sees one forward pass at a time: of a step
+/// of `window` tokens or fewer it forgets nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Budget {
     remove: f64,
@@ -32,7 +33,8 @@ impl Budget {
         Ok(Self { remove, window, scope })
     }
 
-    /// How many go out of `heads` heads of `tokens` tokens that are judged together, `old` of each out of the window.
+    /// How many go out of `heads` heads of `tokens` tokens that are judged together, `old` of each
+    /// out of the window.
     fn count(&self, heads: usize, tokens: usize, old: usize) -> usize {
         ((self.remove * (heads * tokens) as f64).round() as usize).min(heads * old)
     }
@@ -83,7 +85,7 @@ impl Policy<tch::Tensor> for Budget {
         let lowest = rows.f_sort_stable(true, 1, false)?.1.f_narrow(1, 0, count)?;
         let goes =
             rows.f_zeros_like()?.f_to_kind(tch::Kind::Bool)?.f_scatter_value(1, &lowest, 1)?;
-        let goes = goes.f_reshape([batch, old, heads])?.f_transpose(1, 2)?; // [batch, kv_heads, old]
+        let goes = goes.f_reshape([batch, old, heads])?.f_transpose(1, 2)?;
         Ok(goes.f_constant_pad_nd([0, tokens - old])?)
     }
 }

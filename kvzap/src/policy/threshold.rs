@@ -1,10 +1,11 @@
 use crate::{Array, Error, Policy, Result};
 
-/// KVzap's rule: a token goes if its score is below the threshold, strictly; an equal score and NaN are kept.
+/// KVzap's rule: a token goes if its score is below the threshold, strictly; an equal score and NaN
+/// are kept.
 ///
-/// The share that goes follows from the text. Published thresholds are -6 to -3 for Qwen3 and -9 to -6 for
-/// Llama-3.1 (arXiv 2601.07891). Against bf16 scores libtorch rounds the threshold to bf16 first, as kvpress
-/// has it: -4.1 means -4.09375 there, whole numbers are exact.
+/// The share that goes follows from the text. Published thresholds are -6 to -3 for Qwen3 and -9 to
+/// -6 for Llama-3.1 (arXiv 2601.07891). Against bf16 scores libtorch rounds the threshold to bf16
+/// first, as kvpress has it: -4.1 means -4.09375 there, whole numbers are exact.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Threshold(f32);
 

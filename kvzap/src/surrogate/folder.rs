@@ -1,4 +1,5 @@
-//! The published layout: a folder of config.json and model.safetensors, as kvpress's `KVzapModel` saves it.
+//! The published layout: a folder of config.json and model.safetensors, as kvpress's `KVzapModel`
+//! saves it.
 
 use super::{Affine, Surrogate};
 use crate::{Error, Result};
@@ -41,10 +42,12 @@ const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 
 impl Surrogate {
-    /// Reads the folder of a published surrogate: config.json and model.safetensors in F32, F16 or BF16.
+    /// Reads the folder of a published surrogate: config.json and model.safetensors in F32, F16 or
+    /// BF16.
     ///
-    /// Unknown keys of config.json are ignored, and the dtype it names is what the numbers are rounded to, as
-    /// transformers does. Errors name file, field or tensor; NaN and infinite weights are refused.
+    /// Unknown keys of config.json are ignored, and the dtype it names is what the numbers are
+    /// rounded to, as transformers does. Errors name file, field or tensor; NaN and infinite
+    /// weights are refused.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join(CONFIG);
@@ -90,11 +93,11 @@ impl Surrogate {
         Self::new(modules, file.dtype.unwrap_or(Dtype::F32))
     }
 
-    /// Writes the folder that [`load`](Self::load) and kvpress's `KVzapModel.from_pretrained` read, making it if
-    /// need be.
+    /// Writes the folder that [`load`](Self::load) and kvpress's `KVzapModel.from_pretrained` read,
+    /// making it if need be.
     ///
-    /// Each file is written beside its place and renamed into it, so that no reader sees half a file and a
-    /// failure leaves what was there.
+    /// Each file is written beside its place and renamed into it, so that no reader sees half a
+    /// file and a failure leaves what was there.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         fs::create_dir_all(folder).map_err(|source| Error::File { path: folder.into(), source })?;
