@@ -95,23 +95,27 @@ impl<E: Element, const L: usize> WithSimd for Run<'_, E, L> {
     fn with_simd<S: Simd>(self, _: S) {
         let Segments { storage, span, page_size, .. } = self.segments;
         let width = State::width(storage.dim);
+        // Larger tiles only where they are fast: each is a copy of all the loops.
+        let wide = L > 1 && !S::IS_SCALAR;
+        let tile = if wide { ROWS } else { 1 };
         let mut scratch = Scratch {
-            queries: vec![0.0; ROWS * storage.dim],
-            weights: vec![0.0; ROWS * span * page_size],
-            part: vec![0.0; ROWS * width],
+            queries: vec![0.0; tile * storage.dim],
+            weights: vec![0.0; tile * span * page_size],
+            part: vec![0.0; tile * width],
         };
         self.states.chunks_exact_mut(width).for_each(State::clear);
         for index in self.segments.range.clone() {
             let segment = self.segments.get(index, self.group);
-            let queries = self.queries.chunks(ROWS * storage.dim);
-            let states = self.states.chunks_mut(ROWS * width);
+            let queries = self.queries.chunks(tile * storage.dim);
+            let states = self.states.chunks_mut(tile * width);
             for (i, (queries, states)) in queries.zip(states).enumerate() {
-                let tile = Tile { queries, first: self.first + i * ROWS, scale: self.scale };
-                match queries.len() / storage.dim {
-                    1 => tile.run::<S, E, L, 1>(&segment, &mut scratch, states),
-                    2 => tile.run::<S, E, L, 2>(&segment, &mut scratch, states),
-                    3 => tile.run::<S, E, L, 3>(&segment, &mut scratch, states),
-                    _ => tile.run::<S, E, L, ROWS>(&segment, &mut scratch, states),
+                let rows = queries.len() / storage.dim;
+                let tile = Tile { queries, first: self.first + i * tile, scale: self.scale };
+                match rows {
+                    4 if wide => tile.run::<S, E, L, 4>(&segment, &mut scratch, states),
+                    3 if wide => tile.run::<S, E, L, 3>(&segment, &mut scratch, states),
+                    2 if wide => tile.run::<S, E, L, 2>(&segment, &mut scratch, states),
+                    _ => tile.run::<S, E, L, 1>(&segment, &mut scratch, states),
                 }
             }
         }
