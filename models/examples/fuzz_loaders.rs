@@ -1,6 +1,7 @@
-//! Spoils small models at random and loads them: a typed error or success is fine, a panic is not, nor memory beyond the
-//! file's means. `cargo run --release --example fuzz_loaders -- gguf 300` for 300 seconds of GGUF files, `folder` for
-//! Hugging Face folders; a third argument is the seed. A panic names the seed of its case, which `… gguf 1 SEED` repeats.
+//! Spoils small models at random and loads them: success and typed errors are fine, a panic is not, nor memory beyond
+//! the files' means. `cargo run --example fuzz_loaders -- gguf 300` spends 300 seconds on GGUF files, `folder` instead
+//! of `gguf` on Hugging Face folders; a third argument is the first seed. Leave it unoptimised: overflow is a panic then.
+//! A panic names the seed of its case, which `-- gguf 1 SEED` repeats.
 
 use anyhow::{Context, Result, bail};
 use models::{Error, Source, Weights, open};
