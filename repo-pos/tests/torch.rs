@@ -70,10 +70,10 @@ fn cosines_are_of_the_f32_product_however_far() {
 #[test]
 fn the_plain_and_the_tch_side_agree_in_batches_and_groups() {
     let frequencies = Frequencies::plain(10_000.0, 6).unwrap();
-    let data = wave(3, 2 * 4 * 3 * 6, 1.0);
+    let data = wave(3, 2 * 6 * 3 * 6, 1.0);
     // As a model hands it over: a transposed view, [batch, heads, tokens, head_dim].
-    let x = tensor(&data, &[2, 4, 3, 6]).transpose(1, 2).contiguous().transpose(1, 2);
-    for rows in [1, 2, 4] {
+    let x = tensor(&data, &[2, 6, 3, 6]).transpose(1, 2).contiguous().transpose(1, 2);
+    for rows in [1, 2, 3, 6] {
         let positions = wave(4, 2 * rows * 3, 40.0);
         let mut plain = data.clone();
         frequencies.rotate(&mut plain, &positions, 3).unwrap();
@@ -81,7 +81,7 @@ fn the_plain_and_the_tch_side_agree_in_batches_and_groups() {
         let positions = tensor(&positions, &[2, rows as i64, 3]);
         let (cos, sin) = rotary(10_000.0, 6).angles(&positions).unwrap();
         let found = rotate(&x, &cos, &sin).unwrap();
-        assert_eq!(found.size(), [2, 4, 3, 6]);
+        assert_eq!(found.size(), [2, 6, 3, 6]);
         assert_close(&format!("{rows} rows"), &values(&found), &plain, 1e-6);
     }
 }
