@@ -1,6 +1,8 @@
 //! How fast `Cpu` decodes: time of a step's attention over all layers, of the rest of the step, keys and values read a
-//! second, and their share of what plain reads of memory reach on as many threads. Fastest of several steps, since
-//! other programs can only add time; the median beside it shows whether they did. `cargo run --release -p paged-kernels --example decode_speed`
+//! second, and their share of what plain reads of memory reach on as many threads.
+//!
+//! Other programs can only add time, so each layer counts with its fastest of many calls; the sum of the medians beside
+//! it shows how busy the machine was. `cargo run --release -p paged-kernels --example decode_speed`
 
 use paged_kernels::{CacheShape, Cpu, Dtype, PagedAttention, View, ViewMut};
 use std::time::{Duration, Instant};
@@ -16,11 +18,13 @@ struct Case {
     dtype: Dtype,
 }
 
-/// Fastest and median.
-fn times<E>(mut run: impl FnMut() -> Result<Duration, E>) -> Result<[Duration; 2], E> {
-    let mut times = (0..40).map(|_| run()).collect::<Result<Vec<_>, E>>()?;
-    times.sort();
-    Ok([times[0], times[times.len() / 2]])
+/// Steps that are timed.
+const STEPS: usize = 40;
+
+/// Sums over the parts of a step: of the fastest run of each, and of the median.
+fn sums(mut runs: Vec<Vec<Duration>>) -> [Duration; 2] {
+    runs.iter_mut().for_each(|part| part.sort());
+    [runs.iter().map(|part| part[0]).sum(), runs.iter().map(|part| part[part.len() / 2]).sum()]
 }
 
 /// Pseudo-random numbers in -1..1.
@@ -33,21 +37,30 @@ fn noise(n: usize) -> Vec<f32> {
     (0..n).map(|_| next()).collect()
 }
 
-/// Bytes a second that `threads` threads read from memory, the fastest of several passes over `bytes` bytes.
-fn read_bandwidth(threads: usize, bytes: usize) -> f64 {
-    let data = noise(bytes / 4);
-    let part = data.len() / threads;
-    let read = || {
-        let start = Instant::now();
-        std::thread::scope(|scope| {
-            for data in data.chunks_exact(part) {
-                scope.spawn(|| std::hint::black_box(pulp::Arch::new().dispatch(|| sum(data))));
-            }
-        });
-        Ok::<_, std::convert::Infallible>(start.elapsed())
-    };
-    let Ok([fastest, _]) = times(read);
-    (part * threads * 4) as f64 / fastest.as_secs_f64()
+/// Bytes a second that `threads` threads read from memory, 16 MiB at a time.
+fn read_bandwidth(threads: usize) -> f64 {
+    const PART: usize = 4 << 20;
+    let data = noise(16 * PART);
+    let mut runs = vec![Vec::new(); 16];
+    for _ in 0..STEPS {
+        for (part, run) in data.chunks_exact(PART).zip(&mut runs) {
+            let start = Instant::now();
+            std::thread::scope(|scope| {
+                let mut shares = part.chunks_exact(PART / threads);
+                let own = shares.next();
+                for share in shares {
+                    scope.spawn(|| read(share));
+                }
+                own.map(read);
+            });
+            run.push(start.elapsed());
+        }
+    }
+    (data.len() * 4) as f64 / sums(runs)[0].as_secs_f64()
+}
+
+fn read(data: &[f32]) {
+    std::hint::black_box(pulp::Arch::new().dispatch(|| sum(data)));
 }
 
 #[inline(always)]
@@ -86,24 +99,24 @@ fn run(case: &Case, threads: usize, bandwidth: f64) -> paged_kernels::Result<()>
     let queries = noise(query_heads * tokens * dim);
     let mut out = vec![0.0; queries.len()];
     let scale = (dim as f32).powf(-0.5);
-    let mut step = |attend: bool| -> paged_kernels::Result<Duration> {
+    let (mut attention, mut rest) = (vec![Vec::new(); layers], vec![Vec::new(); layers + 1]);
+    for _ in 0..STEPS {
         let start = Instant::now();
         cache.begin_step(&[(sequence, tokens)])?;
+        rest[layers].push(start.elapsed());
         for layer in 0..layers {
+            let start = Instant::now();
             let new = View::new(&prompt[..kv_heads * tokens * dim], [kv_heads, tokens, dim])?;
             cache.append(layer, new, new, &drops[..kv_heads * tokens])?;
-        }
-        let rest = start.elapsed();
-        let start = Instant::now();
-        for layer in (0..layers).filter(|_| attend) {
+            rest[layer].push(start.elapsed());
+            let start = Instant::now();
             let queries = View::new(&queries[..], [query_heads, tokens, dim])?;
             let out = ViewMut::new(&mut out[..], [query_heads, tokens, dim])?;
             cache.attend(layer, queries, scale, out, None)?;
+            attention[layer].push(start.elapsed());
         }
-        Ok(if attend { start.elapsed() } else { rest })
-    };
-    let [fastest, median] = times(|| step(true))?;
-    let [rest, _] = times(|| step(false))?;
+    }
+    let ([fastest, median], [rest, _]) = (sums(attention), sums(rest));
     let rows = cache.stats().rows;
     let bytes = rows * 2 * dim * dtype.bytes();
     let speed = bytes as f64 / fastest.as_secs_f64();
@@ -157,7 +170,7 @@ fn main() -> paged_kernels::Result<()> {
         },
     ];
     for threads in [1, 2] {
-        let bandwidth = read_bandwidth(threads, 512 << 20);
+        let bandwidth = read_bandwidth(threads);
         println!("\n{threads} threads read {:.1} GB/s\n", bandwidth / 1e9);
         println!(
             "| case | dtype | threads | attention, µs | median | rest, µs | GB/s | share | GFLOP/s |"

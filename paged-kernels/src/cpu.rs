@@ -41,8 +41,9 @@ struct Workers {
 const SEGMENT: usize = 256;
 /// Query rows (tokens times group) that are worth a task of their own over a whole head; fewer share out its segments.
 const MANY_ROWS: usize = 32;
-/// Multiply-adds below which waking another thread costs more than it saves.
-const SMALL: usize = 1 << 18;
+/// Products of a query's and a key's element below which waking another thread costs more than it saves: some 40 µs on
+/// one thread, keys and values coming from memory (BENCHMARKS.md).
+const SMALL: usize = 100_000;
 
 impl Cpu {
     /// An empty cache whose attention uses all of rayon's threads. Memory grows with the pages in use.
