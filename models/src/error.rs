@@ -52,7 +52,8 @@ pub enum Error {
 
     /// A model of a family that this crate does not know.
     #[error(
-        "{}: architecture {found:?} is unknown, supported: {SUPPORTED}; convert the model or choose one of these",
+        "{}: architecture {found:?} is unknown, supported: {SUPPORTED}; \
+         choose a model of these",
         path.display()
     )]
     UnknownArchitecture {
@@ -90,8 +91,10 @@ pub enum Error {
     },
 
     /// A tensor is stored in a type that cannot be read.
-    #[error("{}: tensor {tensor} is stored as {found}, readable: {}; convert the file to one of these",
-        path.display(), crate::weights::READABLE)]
+    #[error(
+        "{}: tensor {tensor} is stored as {found}, readable: {}; convert it to one of these",
+        path.display(), crate::weights::READABLE
+    )]
     WrongDtype {
         /// The file that holds it.
         path: PathBuf,
@@ -102,7 +105,10 @@ pub enum Error {
     },
 
     /// A weight is NaN or infinite.
-    #[error("{}: tensor {tensor} holds NaN or infinity; fetch or convert the file again", path.display())]
+    #[error(
+        "{}: tensor {tensor} holds NaN or infinity; fetch or convert the file again",
+        path.display()
+    )]
     NotFinite {
         /// The file that holds it.
         path: PathBuf,
@@ -112,7 +118,8 @@ pub enum Error {
 
     /// Two weight files hold one tensor, and no index says which counts.
     #[error(
-        "tensor {tensor} is in both {} and {}; remove the stray file or add model.safetensors.index.json",
+        "tensor {tensor} is in both {} and {}; \
+         remove the stray file or add model.safetensors.index.json",
         first.display(), second.display()
     )]
     DuplicateTensor {
@@ -126,7 +133,8 @@ pub enum Error {
 
     /// An index names a weight file that is not inside its own folder.
     #[error(
-        "{}: weight file {file:?} lies outside the folder; put the files beside the index and name them so",
+        "{}: weight file {file:?} lies outside the folder; \
+         put the files beside the index and name them so",
         path.display()
     )]
     OutsideFolder {
@@ -252,7 +260,8 @@ pub enum Error {
 /// The architectures that there are, by their names in config.json and in a GGUF file.
 const SUPPORTED: &str = "LlamaForCausalLM (GGUF: llama)";
 
-// By hand: `#[from]` would make the error its own source as well, and a chain would print the backtrace after all.
+// By hand: `#[from]` would make the error its own source as well, and a chain would print the
+// backtrace after all.
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
         Self::Torch(error)

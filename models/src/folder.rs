@@ -1,4 +1,5 @@
-//! A Hugging Face folder: config.json, generation_config.json and the safetensors files of its index.
+//! A Hugging Face folder: config.json, generation_config.json and the safetensors files of its
+//! index.
 
 mod config;
 mod fields;
@@ -29,8 +30,8 @@ pub struct Folder {
 impl Folder {
     /// Reads the configs and the headers of the weight files, and maps these.
     ///
-    /// If there is an index, the files it names are opened and no other; else model.safetensors; else every
-    /// safetensors file, which must not share a tensor.
+    /// If there is an index, the files it names are opened and no other; else model.safetensors;
+    /// else every safetensors file, which must not share a tensor.
     pub fn open(path: &Path) -> Result<Self> {
         let mut config = config::read(path)?;
         let index = path.join(INDEX);
@@ -41,7 +42,7 @@ impl Folder {
             // As transformers 5 does.
             config.tied_embeddings = false;
             notes.push(format!(
-                "{}: tie_word_embeddings is true, but the weights hold lm_head.weight, which is used",
+                "{}: tie_word_embeddings is true, but there is lm_head.weight, which is used",
                 path.join(config::FILE).display()
             ));
         }
@@ -71,9 +72,9 @@ impl Folder {
             Some(&shard) => self.shards[shard].stored(name),
             None if name == "lm_head.weight" => Err(self.missing(
                 name,
-                "set tie_word_embeddings to true if the embedding is the output layer, else fetch the weights again",
+                "set tie_word_embeddings to true, or fetch the weights again if they should hold it",
             )),
-            None => Err(self.missing(name, "check that config.json and the weights belong to the same model")),
+            None => Err(self.missing(name, "take config.json and weights of the same model")),
         }
     }
 
@@ -101,7 +102,8 @@ fn open_index(folder: &Path, index: &Path) -> Result<Opened> {
     }
     let mut opened = Opened::default();
     for (file, tensors) in files {
-        // Links are followed, for Hugging Face's cache consists of them; it is the name that must not lead elsewhere.
+        // Links are followed, for Hugging Face's cache consists of them; it is the name that must
+        // not lead elsewhere.
         let inside = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
         if !inside || file.is_empty() {
             return Err(Error::OutsideFolder { path: index.to_owned(), file: file.to_owned() });

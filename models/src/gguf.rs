@@ -61,8 +61,21 @@ impl Gguf {
     pub(crate) fn stored(&self, name: &str) -> Result<Stored<'_>> {
         let in_file = names::in_gguf(name).unwrap_or_else(|| name.to_owned());
         let mut stored = stored(self.metadata(), &in_file)?;
-        // llama.cpp's converter interleaves the rows of queries and keys for arch `llama`, the only one read here.
-        stored.interleaved = names::interleaved(name).then_some(self.config.head_dim);
+        // llama.cpp's converter interleaves the rows of queries and keys for arch `llama`, the only
+        // one read here.
+        if names::interleaved(name) {
+            let (rows, head_dim) = (stored.shape[0], self.config.head_dim);
+            if !rows.is_multiple_of(head_dim) {
+                return Err(Error::Format {
+                    path: self.path.clone(),
+                    what: format!("the rows of tensor {in_file}"),
+                    wanted: format!("a multiple of the head dim {head_dim}"),
+                    found: rows.to_string(),
+                    advice: "convert the model again",
+                });
+            }
+            stored.interleaved = Some(head_dim);
+        }
         Ok(stored)
     }
 }

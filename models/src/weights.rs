@@ -1,4 +1,5 @@
-//! An opened model: its config, and its tensors by their Hugging Face names, whatever file holds them.
+//! An opened model: its config, and its tensors by their Hugging Face names, whatever file holds
+//! them.
 
 mod encoding;
 mod half;
@@ -12,7 +13,8 @@ pub(crate) use encoding::{Encoding, READABLE};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
-/// Opens a GGUF file, or a Hugging Face folder (config.json and safetensors), and reads what precedes the weights.
+/// Opens a GGUF file, or a Hugging Face folder (config.json and safetensors), and reads what
+/// precedes the weights.
 pub fn open(path: &Path) -> Result<Source> {
     let file = std::fs::metadata(path).map_err(|cause| Error::Io {
         path: path.to_owned(),
@@ -53,7 +55,8 @@ impl Source {
         }
     }
 
-    /// Whether there is a tensor of this Hugging Face name, such as `model.layers.3.self_attn.q_proj.weight`.
+    /// Whether there is a tensor of this Hugging Face name, such as
+    /// `model.layers.3.self_attn.q_proj.weight`.
     pub fn has(&self, name: &str) -> bool {
         match self {
             Self::Gguf(gguf) => gguf.has(name),
@@ -116,8 +119,8 @@ impl Weights {
 
     /// Reads one tensor by its Hugging Face name, rows of queries and keys in Hugging Face's order.
     ///
-    /// Beside the tensor itself only a few hundred kilobytes are held. Errors if it is missing, of another shape than
-    /// `shape`, in a type that cannot be read, or not finite throughout.
+    /// Beside the tensor itself only a few hundred kilobytes are held. Errors if it is missing, of
+    /// another shape than `shape`, in a type that cannot be read, or not finite throughout.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         let stored = self.source.stored(name)?;
         if !stored.shape.iter().map(|&n| i64::try_from(n).ok()).eq(shape.iter().map(|&n| Some(n))) {
@@ -146,7 +149,8 @@ pub(crate) struct Stored<'a> {
     pub interleaved: Option<usize>,
 }
 
-/// Elements decoded at once: few enough for the second-level cache, and for libtorch to copy without threads of its own.
+/// Elements decoded at once: few enough for the second-level cache, and for libtorch to copy
+/// without threads of its own.
 const CHUNK: usize = 1 << 15;
 
 impl Stored<'_> {
@@ -179,7 +183,8 @@ impl Stored<'_> {
         Ok(out)
     }
 
-    /// Rows and columns to decode: whole rows, of one element each where a vector is to be reordered.
+    /// Rows and columns to decode: whole rows, of one element each where a vector is to be
+    /// reordered.
     fn matrix(&self) -> (usize, usize) {
         match *self.shape {
             [n] if self.interleaved.is_some() => (n, 1),
@@ -213,7 +218,8 @@ impl Stored<'_> {
         Ok(())
     }
 
-    /// The row in the file of our row `row`: within a head, our first half lies in the even rows, our second in the odd.
+    /// The row in the file of our row `row`: within a head, our first half lies in the even rows,
+    /// our second in the odd.
     fn stored_row(&self, row: usize) -> usize {
         let Some(head_dim) = self.interleaved else { return row };
         let (head, row, half) = (row / head_dim, row % head_dim, head_dim / 2);

@@ -1,4 +1,5 @@
-//! config.json of a Llama, as transformers 4 and 5 write it, and the tokens of generation_config.json.
+//! config.json of a Llama, as transformers 4 and 5 write it, and the tokens of
+//! generation_config.json.
 
 use super::fields::Fields;
 use crate::config::{Architecture, Config, RopeScaling};
@@ -66,7 +67,8 @@ fn architecture(fields: &Fields) -> Result<Architecture> {
     }
 }
 
-/// Settings that change what the model computes, and that would be passed over in silence otherwise.
+/// Settings that change what the model computes, and that would be passed over in silence
+/// otherwise.
 fn refuse_unsupported(fields: &Fields) -> Result<()> {
     let refuse = |key: &str, found: String, supported, advice| {
         Err(Error::Unsupported {
@@ -97,7 +99,8 @@ fn refuse_unsupported(fields: &Fields) -> Result<()> {
     Ok(())
 }
 
-/// Theta and scaling: `rope_theta` and `rope_scaling` up to transformers 4, `rope_parameters` with both in it since.
+/// Theta and scaling: `rope_theta` and `rope_scaling` up to transformers 4, `rope_parameters` with
+/// both in it since.
 fn rope(fields: &Fields) -> Result<(f64, RopeScaling)> {
     let theta = fields.number("rope_theta")?;
     let (key, rope) = match fields.within("rope_parameters")? {

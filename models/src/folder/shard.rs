@@ -82,7 +82,8 @@ impl Shard {
 
 /// The header, and where the data begins; else what is wrong, what was wanted and what was found.
 ///
-/// The parts are those of the `safetensors` crate, whose own reader adds lengths that a header can make overflow.
+/// The parts are those of the `safetensors` crate, whose own reader adds lengths that a header can
+/// make overflow.
 fn parse(bytes: &[u8]) -> std::result::Result<(Metadata, usize), (&'static str, String, String)> {
     const LENGTH: usize = 8;
     let Some((length, rest)) = bytes.split_first_chunk::<LENGTH>() else {

@@ -52,7 +52,8 @@ pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
     .checked(metadata.path)
 }
 
-/// Settings that change what the model computes, and that would be passed over in silence otherwise.
+/// Settings that change what the model computes, and that would be passed over in silence
+/// otherwise.
 fn refuse_unsupported(metadata: Metadata<'_>, head_dim: usize) -> Result<()> {
     let refuse = |key: &str, found: usize, supported, advice| {
         Err(Error::Unsupported {

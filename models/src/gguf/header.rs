@@ -1,5 +1,6 @@
-//! The header of a GGUF file: keys and values, and where each tensor lies. Nothing in it is believed: counts are spent
-//! against the bytes that are there, lengths are added with care, and a tensor must lie inside the file.
+//! The header of a GGUF file: keys and values, and where each tensor lies. Nothing in it is
+//! believed: counts are spent against the bytes that are there, lengths are added with care, and a
+//! tensor must lie inside the file.
 
 use crate::error::Error;
 use crate::weights::Encoding;
@@ -15,7 +16,8 @@ pub(super) struct Header {
     pub(super) tensors: HashMap<String, Tensor>,
 }
 
-/// A value. Texts and lists stay in the file, so that a header costs no more memory than it has entries.
+/// A value. Texts and lists stay in the file, so that a header costs no more memory than it has
+/// entries.
 #[derive(Debug)]
 pub(super) enum Value {
     Whole(i128),
@@ -69,12 +71,12 @@ impl Fault {
 
 type Result<T> = std::result::Result<T, Fault>;
 
-/// Numbers of value types in the format.
-pub(super) mod item {
-    pub(in super::super) const I32: u32 = 5;
-    pub(in super::super) const F32: u32 = 6;
-    pub(in super::super) const TEXT: u32 = 8;
-    pub(super) const LIST: u32 = 9;
+/// Numbers of item types in the format.
+impl List {
+    pub(super) const I32: u32 = 5;
+    pub(super) const F32: u32 = 6;
+    pub(super) const TEXT: u32 = 8;
+    const LIST: u32 = 9;
 }
 
 impl Header {
@@ -176,9 +178,9 @@ fn locate(
 }
 
 /// Reads on through a file.
-pub(super) struct Reader<'a> {
-    pub(super) file: &'a [u8],
-    pub(super) at: usize,
+struct Reader<'a> {
+    file: &'a [u8],
+    at: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -211,7 +213,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The place of a text.
-    pub(super) fn text(&mut self, what: &str) -> Result<Range<usize>> {
+    fn text(&mut self, what: &str) -> Result<Range<usize>> {
         let length = self.u64(what)?;
         // A length beyond usize is beyond the file as well.
         self.take(usize::try_from(length).unwrap_or(usize::MAX), what)?;
@@ -229,8 +231,8 @@ impl<'a> Reader<'a> {
     fn value(&mut self, key: &str) -> Result<Value> {
         let item = self.u32(key)?;
         Ok(match item {
-            item::TEXT => Value::Text(self.text(key)?),
-            item::LIST => Value::List(self.list(key)?),
+            List::TEXT => Value::Text(self.text(key)?),
+            List::LIST => Value::List(self.list(key)?),
             _ => self.scalar(key, item)?,
         })
     }
@@ -242,13 +244,13 @@ impl<'a> Reader<'a> {
             2 => Value::Whole(u16::from_le_bytes(self.array(key)?).into()),
             3 => Value::Whole(i16::from_le_bytes(self.array(key)?).into()),
             4 => Value::Whole(u32::from_le_bytes(self.array(key)?).into()),
-            item::I32 => Value::Whole(i32::from_le_bytes(self.array(key)?).into()),
-            item::F32 => Value::Real(f32::from_le_bytes(self.array(key)?).into()),
+            List::I32 => Value::Whole(i32::from_le_bytes(self.array(key)?).into()),
+            List::F32 => Value::Real(f32::from_le_bytes(self.array(key)?).into()),
             7 => Value::Flag(self.array::<1>(key)? != [0]),
             10 => Value::Whole(u64::from_le_bytes(self.array(key)?).into()),
             11 => Value::Whole(i64::from_le_bytes(self.array(key)?).into()),
             12 => Value::Real(f64::from_le_bytes(self.array(key)?)),
-            _ => return Err(Fault::new(format!("the type of {key}"), "0 to 12", item)),
+            _ => return Err(unknown_item(key, item)),
         })
     }
 
@@ -256,26 +258,27 @@ impl<'a> Reader<'a> {
         let (item, count) = (self.u32(key)?, self.u64(key)?);
         let start = self.at;
         match item {
-            item::TEXT => {
+            List::TEXT => {
                 for _ in 0..count {
                     self.text(key)?;
                 }
             }
             // Nothing uses lists of lists, and their depth would be the stack's.
-            item::LIST => return Err(Fault::new(key, "a list of plain values", "a list of lists")),
+            List::LIST => return Err(Fault::new(key, "a list of plain values", "a list of lists")),
             _ => {
-                let probe = Reader { file: &[0; 8], at: 0 }.after_scalar(key, item)?;
-                let length = usize::try_from(count).ok().and_then(|count| count.checked_mul(probe));
+                let size = match item {
+                    0 | 1 | 7 => 1,
+                    2 | 3 => 2,
+                    4..=6 => 4,
+                    10..=12 => 8,
+                    _ => return Err(unknown_item(key, item)),
+                };
+                let length = usize::try_from(count).ok().and_then(|count| count.checked_mul(size));
                 self.take(length.unwrap_or(usize::MAX), key)?;
             }
         }
         // Every item took at least one byte.
         Ok(List { item, count: count as usize, bytes: start..self.at })
-    }
-
-    fn after_scalar(mut self, key: &str, item: u32) -> Result<usize> {
-        self.scalar(key, item)?;
-        Ok(self.at)
     }
 
     fn tensor(&mut self) -> Result<(String, Vec<usize>, Type, u64)> {
@@ -298,6 +301,10 @@ impl<'a> Reader<'a> {
         let (kind, offset) = (Type::new(self.u32(&what)?), self.u64(&what)?);
         Ok((name, shape, kind, offset))
     }
+}
+
+fn unknown_item(key: &str, item: u32) -> Fault {
+    Fault::new(format!("the type of {key}"), "0 to 12", item)
 }
 
 impl Type {

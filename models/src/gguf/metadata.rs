@@ -1,12 +1,13 @@
 //! Typed reading of the key-value part.
 
-use super::header::{Header, List, Value, item};
+use super::header::{Header, List, Value};
 use crate::error::{Error, Result};
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
-/// The metadata of a GGUF file. A key that is not there is `None`, a value of another type an error.
+/// The metadata of a GGUF file. A key that is not there is `None`, a value of another type an
+/// error.
 #[derive(Clone, Copy)]
 pub struct Metadata<'a> {
     pub(super) path: &'a Path,
@@ -57,7 +58,7 @@ impl<'a> Metadata<'a> {
 
     /// A list of texts.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
-        let Some(list) = self.list(key, item::TEXT, "a list of texts")? else { return Ok(None) };
+        let Some(list) = self.list(key, List::TEXT, "a list of texts")? else { return Ok(None) };
         let mut texts = Vec::with_capacity(list.count);
         let mut at = list.bytes.start;
         while let Some((length, _)) = self.file[at..list.bytes.end].split_first_chunk() {
@@ -71,14 +72,14 @@ impl<'a> Metadata<'a> {
     /// A list of f32.
     pub fn f32s(&self, key: &str) -> Result<Option<Vec<f32>>> {
         Ok(self
-            .words(key, item::F32, "a list of f32")?
+            .words(key, List::F32, "a list of f32")?
             .map(|words| words.map(f32::from_le_bytes).collect()))
     }
 
     /// A list of i32.
     pub fn i32s(&self, key: &str) -> Result<Option<Vec<i32>>> {
         Ok(self
-            .words(key, item::I32, "a list of i32")?
+            .words(key, List::I32, "a list of i32")?
             .map(|words| words.map(i32::from_le_bytes).collect()))
     }
 

@@ -3,7 +3,8 @@
 use super::half::half_to_f32;
 use super::quants;
 
-/// How numbers are stored. Quantised ones come in blocks that share a scale, after ggml's `ggml-quants.c`.
+/// How numbers are stored. Quantised ones come in blocks that share a scale, after ggml's
+/// `ggml-quants.c`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(non_camel_case_types, reason = "their names in the GGUF format")]
 pub(crate) enum Encoding {
@@ -45,8 +46,8 @@ impl Encoding {
         elements / per_block * bytes
     }
 
-    /// Bytes of a tensor, its innermost dimension last; `None` if that is no multiple of the block or the bytes are
-    /// beyond counting.
+    /// Bytes of a tensor, its innermost dimension last; `None` if that is no multiple of the block
+    /// or the bytes are beyond counting.
     pub(crate) fn tensor_bytes(self, shape: &[usize]) -> Option<usize> {
         let (per_block, bytes) = self.block();
         if !shape.last().copied().unwrap_or(1).is_multiple_of(per_block) {

@@ -3,7 +3,8 @@
 /// The value of the half with these bits.
 pub(super) fn half_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
-    // Read as f32, the magnitude is 2^112 too small, also where it is subnormal; infinity and NaN need f32's exponent.
+    // Read as f32, the magnitude is 2^112 too small, also where it is subnormal; infinity and NaN
+    // need f32's exponent.
     let finite = f32::from_bits(magnitude) * 2f32.powi(112);
     let special = magnitude | 0x7f80_0000;
     let magnitude = if bits & 0x7c00 == 0x7c00 { special } else { finite.to_bits() };

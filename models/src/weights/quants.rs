@@ -1,4 +1,5 @@
-//! ggml's quantised blocks, one function each. A product is rounded before the sum, as ggml's reference does it.
+//! ggml's quantised blocks, one function each. A product is rounded before the sum, as ggml's
+//! reference does it.
 
 use super::half::half_to_f32;
 
@@ -40,7 +41,8 @@ pub(super) fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
     }
 }
 
-/// Half scale and minimum of all, 6-bit ones of each 32, then nibbles: 32 bytes hold 32 low ones, then 32 high ones.
+/// Half scale and minimum of all, 6-bit ones of each 32, then nibbles: 32 bytes hold 32 low ones,
+/// then 32 high ones.
 pub(super) fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     let (scales, nibbles) = block[4..].split_at(12);
     for (pair, (bytes, out)) in nibbles.chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
@@ -53,7 +55,8 @@ pub(super) fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     }
 }
 
-/// As [`q4_k`], with 32 bytes of fifth bits before the nibbles: bit `g` of byte `i` belongs to element `i` of group `g`.
+/// As [`q4_k`], with 32 bytes of fifth bits before the nibbles: bit `g` of byte `i` belongs to
+/// element `i` of group `g`.
 pub(super) fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     let (scales, rest) = block[4..].split_at(12);
     let (fifth, nibbles) = rest.split_at(32);
@@ -68,7 +71,8 @@ pub(super) fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     }
 }
 
-/// 128 bytes of low nibbles, 64 of high bit pairs, a signed scale for each 16, half scale of all; less 32.
+/// 128 bytes of low nibbles, 64 of high bit pairs, a signed scale for each 16, half scale of all;
+/// less 32.
 pub(super) fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     let d = half(block, 208);
     for (part, out) in out.chunks_exact_mut(128).enumerate() {
@@ -90,8 +94,9 @@ fn half(block: &[u8], at: usize) -> f32 {
     half_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
-/// Scale and minimum of `group`, 0 to 7, from the twelve bytes of a k-quant: four scales, four minima, six bits each;
-/// the other eight have their low four bits in the last four bytes and the upper two on top of the first eight.
+/// Scale and minimum of `group`, 0 to 7, from the twelve bytes of a k-quant: four scales, four
+/// minima, six bits each; the other eight have their low four bits in the last four bytes and the
+/// upper two on top of the first eight.
 fn scale_and_min(block: &[u8], packed: &[u8], group: usize) -> (f32, f32) {
     let (scale, min) = if group < 4 {
         (packed[group] & 63, packed[group + 4] & 63)

@@ -113,6 +113,16 @@ fn wrong_shapes_are_named() {
 }
 
 #[test]
+fn queries_and_keys_consist_of_whole_heads() {
+    let mut file = GgufFile::llama();
+    file.put("blk.0.attn_k.weight", &[64, 24], &[1.0; 64 * 24]);
+    let file = file.save();
+    let name = "model.layers.0.self_attn.k_proj.weight";
+    let error = tensor_refusal(open(&file.path).unwrap(), name, &[24, 64]);
+    says(&error, &["model.gguf", "rows of tensor blk.0.attn_k.weight is 24", "head dim 16"]);
+}
+
+#[test]
 fn unreadable_types_are_named_when_they_are_needed() {
     const Q2_K: u32 = 10;
     let mut file = GgufFile::llama();

@@ -29,8 +29,8 @@ pub struct GgufTensor {
 pub const F32: u32 = 0;
 
 impl GgufFile {
-    /// One layer of width 64: 4 query heads, 2 key/value heads of dim 16, an MLP of 32, 8 tokens. No weights but the
-    /// embedding, all ones.
+    /// One layer of width 64: 4 query heads, 2 key/value heads of dim 16, an MLP of 32, 8 tokens.
+    /// No weights but the embedding, all ones.
     pub fn llama() -> Self {
         let mut file = Self {
             version: 3,
