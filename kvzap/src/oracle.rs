@@ -41,7 +41,7 @@ pub fn kvzip_plus(
     let [_, heads, ..]: [i64; 4] = dims(input.keys, "keys", "[1, kv_heads, tokens, head_dim]")?;
     let [_, _, width] = dims(input.hidden, "hidden", "[1, tokens, hidden]")?;
     let group = query_heads.checked_div(heads).unwrap_or(0);
-    expect(input.queries, "queries", &[1, heads * group, tokens, dim])?;
+    expect(input.queries, "queries", &[1, heads.max(1) * group.max(1), tokens, dim])?;
     expect(input.keys, "keys", &[1, heads, tokens, dim])?;
     expect(input.values, "values", &[1, heads, tokens, dim])?;
     expect(input.hidden, "hidden", &[1, tokens, width])?;

@@ -39,7 +39,8 @@ impl Ridge {
     /// Adds rows of a layer: `hidden` is `[rows, hidden]`, `scores` `[rows, kv_heads]`, row-major.
     /// NaN and infinity are an error that adds nothing.
     pub fn add(&mut self, layer: usize, hidden: &[f32], scores: &[f32]) -> Result<()> {
-        let rows = hidden.len() / self.hidden.max(1);
+        self.check(layer)?;
+        let rows = hidden.len() / self.hidden;
         if hidden.len() != rows * self.hidden || scores.len() != rows * self.kv_heads {
             let expected =
                 format!("[{rows} rows, {}] beside hidden states of {}", self.kv_heads, self.hidden);
@@ -49,16 +50,15 @@ impl Ridge {
             return Err(Error::Rows { layer });
         }
         let size = self.size();
-        let layers = self.layers.len();
-        let moments = self.layers.get_mut(layer).ok_or(Error::Layer { layer, layers })?;
-        let rows: Vec<Vec<f64>> = (hidden
-            .chunks_exact(self.hidden)
-            .zip(scores.chunks_exact(self.kv_heads)))
-        .map(|(x, y)| x.iter().chain(&[1.0]).chain(y).map(|&number| f64::from(number)).collect())
-        .collect();
+        let pairs = hidden.chunks_exact(self.hidden).zip(scores.chunks_exact(self.kv_heads));
+        let rows: Vec<Vec<f64>> = pairs
+            .map(|(x, y)| {
+                x.iter().chain(&[1.0]).chain(y).map(|&number| f64::from(number)).collect()
+            })
+            .collect();
         // A block of rows stays in the cache while each row of the moments passes once.
         for block in rows.chunks(32) {
-            for (i, moments) in moments.chunks_exact_mut(size).enumerate() {
+            for (i, moments) in self.layers[layer].chunks_exact_mut(size).enumerate() {
                 for row in block {
                     for (moment, &z) in moments[i..].iter_mut().zip(&row[i..]) {
                         *moment += row[i] * z;
@@ -67,6 +67,15 @@ impl Ridge {
             }
         }
         Ok(())
+    }
+
+    fn check(&self, layer: usize) -> Result<()> {
+        if self.hidden == 0 || self.kv_heads == 0 {
+            let expected = "[hidden, kv_heads] above zero".to_owned();
+            return Err(Error::shape("the fit", expected, &[self.hidden, self.kv_heads]));
+        }
+        let layers = self.layers.len();
+        if layer < layers { Ok(()) } else { Err(Error::Layer { layer, layers }) }
     }
 
     /// [`add`](Self::add) for tensors on any device: `hidden` is `[rows, hidden]`, `scores` `[rows,
@@ -78,11 +87,11 @@ impl Ridge {
         hidden: &tch::Tensor,
         scores: &tch::Tensor,
     ) -> Result<()> {
+        self.check(layer)?;
         let [rows, _] = crate::torch::dims(hidden, "hidden", "[rows, hidden]")?;
         crate::torch::expect(hidden, "hidden", &[rows, self.hidden as i64])?;
         crate::torch::expect(scores, "scores", &[rows, self.kv_heads as i64])?;
-        let (size, layers) = (self.size(), self.layers.len());
-        let moments = self.layers.get_mut(layer).ok_or(Error::Layer { layer, layers })?;
+        let size = self.size();
         let (hidden, scores) =
             (hidden.f_to_kind(tch::Kind::Double)?, scores.f_to_kind(tch::Kind::Double)?);
         let ones = tch::Tensor::f_ones([rows, 1], (tch::Kind::Double, hidden.device()))?;
@@ -92,7 +101,7 @@ impl Ridge {
         if sum.iter().step_by(size + 1).any(|square| !square.is_finite()) {
             return Err(Error::Rows { layer });
         }
-        for (moment, sum) in moments.iter_mut().zip(sum) {
+        for (moment, sum) in self.layers[layer].iter_mut().zip(sum) {
             *moment += sum;
         }
         Ok(())
@@ -164,11 +173,12 @@ impl Ridge {
                 *entry -= rows * mean[i] * other;
             }
         }
-        Ok(Centred { mean, covariance })
+        Ok(Centred { rows, mean, covariance })
     }
 }
 
 struct Centred {
+    rows: f64,
     mean: Vec<f64>,       // [size]
     covariance: Vec<f64>, // [size, size], the upper triangle
 }
@@ -184,7 +194,12 @@ impl Centred {
                 lower[i * inputs + j] = self.covariance[j * size + i];
             }
         }
-        cholesky(&mut lower, inputs)?;
+        // Rows times mean² was taken from each square, so rounding left errors of the square's
+        // size: a pivot no larger says that the dimensions depend on one another.
+        let square = |i: usize| self.covariance[i * size + i] + self.rows * self.mean[i].powi(2);
+        let tiny: Vec<f64> =
+            (0..inputs).map(|i| square(i) * inputs as f64 * f64::EPSILON).collect();
+        cholesky(&mut lower, &tiny)?;
         let mut weights = Vec::with_capacity(outputs * inputs);
         for output in 0..outputs {
             let mut x: Vec<f64> =
@@ -207,14 +222,13 @@ impl Centred {
     }
 }
 
-/// Factors the lower triangle of a `[size, size]` matrix in place; None where it is not positive
-/// definite.
+/// Factors the lower triangle of a square matrix in place, a row for each of `tiny`; None where a
+/// pivot is not above its `tiny`.
 ///
 /// Sixteen rows at a time pass over the rows before them, so that those are fetched from memory
 /// once for all.
-fn cholesky(a: &mut [f64], size: usize) -> Option<()> {
-    // A pivot of rounding's size says that the rows of the matrix depend on one another.
-    let tiny: Vec<f64> = (0..size).map(|i| a[i * size + i] * size as f64 * f64::EPSILON).collect();
+fn cholesky(a: &mut [f64], tiny: &[f64]) -> Option<()> {
+    let size = tiny.len();
     for first in (0..size).step_by(16) {
         let (done, block) = a.split_at_mut(first * size);
         for (j, pivot) in done.chunks_exact(size).enumerate() {

@@ -9,7 +9,7 @@ use crate::{Array, Error, LayerInput, Result, Scorer};
 ///
 /// A module is linear, `W h + b`, or has one hidden layer, `W2 gelu(W1 h + b1) + b2`, with the
 /// exact GELU. This is the plain-Rust one, f32, written for reading;
-/// [`TorchSurrogate`](crate::TorchSurrogate) is its twin on libtorch.
+/// `TorchSurrogate` is its twin on libtorch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Surrogate {
     modules: Vec<Vec<Affine>>, // each of one map, or of two with GELU between

@@ -119,11 +119,24 @@ fn rows_that_cannot_be_fitted_are_refused_and_change_nothing() {
     assert!(matches!(ridge.add(1, &x[1..], &y), Err(Error::Shape { .. })));
     assert_eq!(ridge.solve(1.0).unwrap(), before);
 
+    assert!(matches!(Ridge::new(1, 0, 2).add(0, &[], &[]), Err(Error::Shape { .. })));
+    assert!(matches!(Ridge::new(1, 2, 0).add(0, &[], &[]), Err(Error::Shape { .. })));
+
     for alpha in [-1.0, f64::NAN, f64::INFINITY] {
         assert!(matches!(ridge.solve(alpha), Err(Error::Alpha(_))));
     }
     // Ten rows do not determine 37 weights.
     assert!(matches!(ridge.solve(0.0), Err(Error::Singular { layer: 0, .. })));
+    // Nor do many rows, where one hidden dimension is the sum of the others.
+    for seed in 0..10 {
+        let (mut x, y) = rows(seed, 100, 1.0);
+        x.iter_mut().for_each(|x| *x = (*x * 256.0).round() / 256.0); // so that sums are exact
+        x.chunks_exact_mut(HIDDEN).for_each(|x| x[HIDDEN - 1] = x[..HIDDEN - 1].iter().sum());
+        let mut ridge = Ridge::new(1, HIDDEN, HEADS);
+        ridge.add(0, &x, &y).unwrap();
+        assert!(matches!(ridge.solve(0.0), Err(Error::Singular { layer: 0, .. })), "seed {seed}");
+        assert!(ridge.solve(1e-3).is_ok());
+    }
     let deep =
         |outputs, inputs| Affine::new(vec![0.0; outputs * inputs], vec![0.0; outputs]).unwrap();
     let mlp =

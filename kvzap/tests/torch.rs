@@ -249,6 +249,8 @@ fn the_oracle_refuses_spans_and_shapes_that_do_not_fit() {
         shape(LayerInput { keys: &none, ..layer.input(0) }, &layer.output_projection),
         "queries"
     );
+    let headless = LayerInput { queries: &none, keys: &none, ..layer.input(0) };
+    assert_eq!(shape(headless, &layer.output_projection), "queries");
     assert_eq!(
         shape(LayerInput { values: &short, ..layer.input(0) }, &layer.output_projection),
         "values"
