@@ -46,10 +46,14 @@ pub(crate) fn view_mut(tensor: &mut Tensor) -> Result<ViewMut<'_>> {
     // SAFETY: as in `view`; besides, the tensor is contiguous and borrowed mutably, and its maker has given out no
     // other tensor over the same storage.
     Ok(match tensor.kind() {
-        Kind::Float => {
-            ViewMut::new(unsafe { std::slice::from_raw_parts_mut(data.cast::<f32>(), length) }, shape)?
-        }
-        _ => ViewMut::new(unsafe { std::slice::from_raw_parts_mut(data.cast::<bf16>(), length) }, shape)?,
+        Kind::Float => ViewMut::new(
+            unsafe { std::slice::from_raw_parts_mut(data.cast::<f32>(), length) },
+            shape,
+        )?,
+        _ => ViewMut::new(
+            unsafe { std::slice::from_raw_parts_mut(data.cast::<bf16>(), length) },
+            shape,
+        )?,
     })
 }
 
@@ -66,7 +70,8 @@ fn parts(tensor: &Tensor) -> Result<([usize; 3], [usize; 2])> {
         return Err(layout(tensor, "f32 or bf16 on the CPU"));
     }
     let (size, strides) = (tensor.size(), tensor.stride());
-    let (&[1, heads, tokens, dim], &[_, head, token, 1]) = (size.as_slice(), strides.as_slice()) else {
+    let (&[1, heads, tokens, dim], &[_, head, token, 1]) = (size.as_slice(), strides.as_slice())
+    else {
         return Err(layout(tensor, "[1, heads, tokens, dim] with contiguous rows"));
     };
     Ok(([heads as usize, tokens as usize, dim as usize], [head as usize, token as usize]))

@@ -134,7 +134,10 @@ impl ChatTemplate {
         environment.add_filter("tojson", python::tojson);
         environment.add_filter("string", |value: &Value| python::text(value).map(Cow::into_owned));
         environment.add_function("raise_exception", python::raise_exception);
-        for (name, source) in templates {
+        // Others are of no use here, and need not parse.
+        for (name, source) in
+            templates.into_iter().filter(|(name, _)| [DEFAULT, TOOL_USE].contains(&name.as_str()))
+        {
             environment
                 .add_template_owned(name.clone(), without_generation_tags(&source))
                 .map_err(|error| failed(path, &name, &error))?;
@@ -153,7 +156,8 @@ impl ChatTemplate {
 
     /// The prompt for `messages`: [`Message`]s, or maps with whatever more the template reads (`tool_calls`, …).
     ///
-    /// It has the BOS that the template writes: encode it with [`Tokenizer::encode`](crate::tokenizer::Tokenizer::encode), which adds no second.
+    /// It has the BOS that the template writes: encode it with [`Tokenizer::encode`](crate::Tokenizer::encode),
+    /// which adds no second.
     pub fn render<M: Serialize>(&self, messages: &[M], options: &RenderOptions) -> Result<String> {
         let has_tool_use = self.environment.get_template(TOOL_USE).is_ok();
         let name = if options.tools.is_some() && has_tool_use { TOOL_USE } else { DEFAULT };
@@ -185,8 +189,7 @@ impl ChatTemplate {
     /// What stands before and after a question about `content`: the user's turn up to and with `content`, and from there
     /// to the assistant's turn. The question goes between, and an answer's beginning goes after the second.
     ///
-    /// This is kvpress's split: there is no system message but the template's own, and `enable_thinking` is false. The
-    /// text after must not depend on what the turn ends in, which holds unless a template rewrites its content.
+    /// This is kvpress's split: no system message but the template's own, and `enable_thinking` is false.
     pub fn around(&self, content: &str) -> Result<(String, String)> {
         let mark = "#".repeat(content.chars().count() + 10); // longer than any run of # in it
         let options = RenderOptions {

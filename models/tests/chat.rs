@@ -83,7 +83,8 @@ fn a_folders_template_file_wins_over_its_config() -> Result<()> {
     let config = |list: &str| {
         write("tokenizer_config.json", &format!("{{{specials}, \"chat_template\": {list}}}"))
     };
-    config(&format!("[{tool_use}, {default}]"))?;
+    let other = r#"{"name": "rag", "template": "{% frobnicate %}"}"#;
+    config(&format!("[{tool_use}, {default}, {other}]"))?;
     assert_eq!(
         (render(None)?, render(Some(json!([])))?),
         ("<b><e> list".to_owned(), "tools".to_owned())

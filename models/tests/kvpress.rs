@@ -80,7 +80,12 @@ fn dense_masks_the_tokens_that_kvpress_masks() -> Result<()> {
             // kvpress counts when it judges: without decoding, at the prefill alone.
             if pass == if run.decoding { run.forwards.len() } else { 0 } {
                 let removed = cache.usage().removed();
-                assert!((removed - run.ratio).abs() < 1e-6, "{}: {removed}, kvpress {}", run.name, run.ratio);
+                assert!(
+                    (removed - run.ratio).abs() < 1e-6,
+                    "{}: {removed}, kvpress {}",
+                    run.name,
+                    run.ratio
+                );
             }
         }
     }

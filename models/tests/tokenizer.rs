@@ -76,6 +76,21 @@ fn every_pre_tokenizer_cuts_as_transformers_does() -> Result<()> {
 }
 
 #[test]
+fn llama_takes_a_word_whole_that_no_merge_makes() -> Result<()> {
+    for (pre, wanted) in [("smollm", 3), ("llama-bpe", 1)] {
+        let mut gguf = tiny_gguf(pre)?;
+        gguf.tokens.push("zyx".to_owned());
+        gguf.token_types.push(1);
+        assert_eq!(
+            Tokenizer::from_gguf(&gguf)?.encode("zyx", Specials::Parse)?.len(),
+            wanted,
+            "{pre}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn tokenizer_json_gives_the_ids_of_transformers_and_ignores_truncation_and_padding() -> Result<()> {
     let tokenizer = tiny()?;
     for (text, wanted) in strings()?.iter().zip(ids("tiny")?) {
@@ -228,6 +243,29 @@ fn a_stream_does_not_wait_for_bytes_that_will_never_be_a_character() -> Result<(
     let mut stream = tokenizer.stream();
     let broken = [emoji[0], emoji[1], tokenizer.token_to_id("a").context("a")?];
     assert_eq!(broken.map(|id| stream.push(id)).concat_pieces(), "\u{fffd}a");
+    Ok(())
+}
+
+#[test]
+fn a_stream_goes_on_after_a_byte_fallback_decoder_takes_text_back() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("tokenizer.json");
+    let vocab = serde_json::json!({"<0xE2>": 0, "<0x82>": 1, "<0xAC>": 2, "a": 3});
+    let model =
+        serde_json::json!({"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": true});
+    let decoders = serde_json::json!([{"type": "ByteFallback"}, {"type": "Fuse"}]);
+    let decoder = serde_json::json!({"type": "Sequence", "decoders": decoders});
+    let file = serde_json::json!({"version": "1.0", "added_tokens": [], "model": model, "decoder": decoder});
+    std::fs::write(&path, file.to_string())?;
+    let tokenizer = Tokenizer::from_file(&path)?;
+    let mut stream = tokenizer.stream();
+    assert_eq!([0, 1, 2].map(|id| stream.push(id)).concat_pieces(), "\u{20ac}");
+    assert_eq!([1, 1, 3].map(|id| stream.push(id)).concat_pieces(), "\u{fffd}\u{fffd}a");
+    let mut stream = tokenizer.stream();
+    assert_eq!(
+        [3, 0, 1, 2, 0, 3, 3].map(|id| stream.push(id)).concat_pieces(),
+        "a\u{20ac}\u{fffd}aa"
+    );
     Ok(())
 }
 

@@ -105,7 +105,7 @@ fn forward(model: &Model, ids: &[u32], collector: &Collector) -> Result<()> {
     });
     let tokens = Tensor::f_from_slice(&ids)?.f_unsqueeze(0)?;
     let mut cache = Dense::new(model.lm.config().layers, WINDOW);
-    model.lm.forward(&tokens, &mut cache, &hooks)?;
+    let _ = model.lm.forward(&tokens, &mut cache, &hooks)?;
     Ok(())
 }
 

@@ -243,7 +243,9 @@ pub(super) fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
 
 /// Year, month and day of a number of days since 1970-01-01, in the Gregorian calendar.
 fn civil(days: u64) -> (u64, usize, u64) {
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
     let (mut year, mut day) = (1970, days);
     while day >= 365 + u64::from(leap(year)) {
         day -= 365 + u64::from(leap(year));
