@@ -119,7 +119,7 @@ impl Tokenizer {
 
     /// Decodes a text that is still being written; special tokens are skipped.
     pub fn stream(&self) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, ids: Vec::new(), written: String::new() }
+        DecodeStream { tokenizer: self, ids: Vec::new(), read: 0, written: String::new() }
     }
 
     /// The highest id plus one. A model's output can have more rows.
@@ -155,8 +155,10 @@ impl std::fmt::Debug for Tokenizer {
 #[derive(Debug)]
 pub struct DecodeStream<'t> {
     tokenizer: &'t Tokenizer,
-    /// The newest tokens: one whose text is out already, since some decoders look back, and those that wait.
+    /// The newest tokens: those of the last whole characters, since some decoders look back, and those that wait.
     ids: Vec<u32>,
+    /// How many of them are the former.
+    read: usize,
     /// What of their text is out.
     written: String,
 }
@@ -168,39 +170,49 @@ impl DecodeStream<'_> {
     /// The text that `id` completes, if any.
     pub fn push(&mut self, id: u32) -> Option<String> {
         self.ids.push(id);
-        let text = self.decode();
+        let text = self.decode(3)?;
         // A character has at most three bytes before its last, so what stands before three replacements is final.
         let mut sure = text.as_str();
         for _ in 0..3 {
             sure = sure.strip_suffix(REPLACEMENT).unwrap_or(sure);
         }
-        let piece = self.take(&text, sure.len());
-        if sure.len() == text.len() && self.ids.len() > 1 {
-            let last = self.tokenizer.decode(&[id], true).unwrap_or_default();
-            if !last.is_empty() {
-                (self.ids, self.written) = (vec![id], last);
+        let piece = self.take(sure);
+        if sure.len() == text.len() {
+            let newest = self.tokenizer.decode(&self.ids[self.read..], true).unwrap_or_default();
+            if !newest.is_empty() {
+                self.ids.drain(..self.read);
+                self.written = newest;
             }
+            self.read = self.ids.len();
         }
         piece
     }
 
     /// What is left when no more tokens come: U+FFFD for a character that was never finished.
     pub fn finish(mut self) -> Option<String> {
-        let text = self.decode();
-        self.take(&text, text.len())
+        let text = self.decode(0)?;
+        self.take(&text)
     }
 
-    fn decode(&self) -> String {
-        self.tokenizer.decode(&self.ids, true).unwrap_or_default()
-    }
-
-    /// Hands out `text[..end]` as far as it is not out.
-    fn take(&mut self, text: &str, end: usize) -> Option<String> {
-        if !text.starts_with(&self.written) {
-            // A byte-fallback decoder takes back the whole run of bytes that a bad one ends. What is out is out.
-            self.written = text.to_owned();
+    /// The text of `ids`, which begins with what is written. A byte-fallback decoder makes a whole run of bytes U+FFFD
+    /// while its end is missing: `None` for so many tokens, then without what stands before.
+    fn decode(&mut self, patience: usize) -> Option<String> {
+        let text = self.tokenizer.decode(&self.ids, true).unwrap_or_default();
+        if text.starts_with(&self.written) {
+            return Some(text);
         }
-        let piece = text.get(self.written.len()..end).filter(|piece| !piece.is_empty())?;
+        if text.ends_with(REPLACEMENT) && self.ids.len() - self.read <= patience {
+            return None;
+        }
+        self.ids.drain(..self.read);
+        self.read = 0;
+        self.written.clear();
+        Some(self.tokenizer.decode(&self.ids, true).unwrap_or_default())
+    }
+
+    /// Hands out of `text` what is not out yet.
+    fn take(&mut self, text: &str) -> Option<String> {
+        let piece = text.get(self.written.len()..).filter(|piece| !piece.is_empty())?;
         self.written += piece;
         Some(piece.to_owned())
     }

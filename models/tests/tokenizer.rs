@@ -247,7 +247,7 @@ fn a_stream_does_not_wait_for_bytes_that_will_never_be_a_character() -> Result<(
 }
 
 #[test]
-fn a_stream_goes_on_after_a_byte_fallback_decoder_takes_text_back() -> Result<()> {
+fn a_stream_keeps_runs_of_byte_fallback_together_and_goes_on_after_a_broken_one() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("tokenizer.json");
     let vocab = serde_json::json!({"<0xE2>": 0, "<0x82>": 1, "<0xAC>": 2, "a": 3});
@@ -259,13 +259,13 @@ fn a_stream_goes_on_after_a_byte_fallback_decoder_takes_text_back() -> Result<()
     std::fs::write(&path, file.to_string())?;
     let tokenizer = Tokenizer::from_file(&path)?;
     let mut stream = tokenizer.stream();
-    assert_eq!([0, 1, 2].map(|id| stream.push(id)).concat_pieces(), "\u{20ac}");
-    assert_eq!([1, 1, 3].map(|id| stream.push(id)).concat_pieces(), "\u{fffd}\u{fffd}a");
-    let mut stream = tokenizer.stream();
-    assert_eq!(
-        [3, 0, 1, 2, 0, 3, 3].map(|id| stream.push(id)).concat_pieces(),
-        "a\u{20ac}\u{fffd}aa"
-    );
+    let euros = [0, 1, 2, 0, 1, 2, 3, 0, 1, 2];
+    assert_eq!(euros.map(|id| stream.push(id)).concat_pieces(), "\u{20ac}\u{20ac}a\u{20ac}");
+    let broken = [3, 0, 1, 2, 1, 3, 1, 1, 1, 1, 1, 3];
+    let wanted = "a\u{20ac}\u{fffd}a\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}a";
+    assert_eq!(broken.map(|id| stream.push(id)).concat_pieces(), wanted);
+    assert_eq!([0, 1].map(|id| stream.push(id)).concat_pieces(), "");
+    assert_eq!(stream.finish().as_deref(), Some("\u{fffd}\u{fffd}"));
     Ok(())
 }
 
