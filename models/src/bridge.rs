@@ -26,12 +26,13 @@ pub(crate) fn view(tensor: &Tensor) -> Result<View<'_>> {
     } else {
         (shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1] + shape[2]
     };
-    // SAFETY: `parts` has checked that the tensor is a strided CPU tensor of which the last element of
-    // `[heads, tokens, dim]` lies `length - 1` elements after `data_ptr`, so all of them are in its storage. The view
-    // borrows the tensor, which keeps the storage alive, and nothing in this crate writes to a tensor in place while
-    // a view of it lives.
     Ok(match tensor.kind() {
+        // SAFETY: `parts` has checked that the tensor is a strided CPU tensor of this dtype. The last element of
+        // `[heads, tokens, dim]` lies `length - 1` elements after `data_ptr`, so all are in its storage. The view
+        // borrows the tensor, which keeps the storage alive, and nothing in this crate writes to a tensor in place
+        // while a view of it lives.
         Kind::Float => View::strided(unsafe { slice::<f32>(tensor, length) }, shape, strides)?,
+        // SAFETY: as above; `parts` lets only f32 and bf16 through.
         _ => View::strided(unsafe { slice::<bf16>(tensor, length) }, shape, strides)?,
     })
 }
@@ -43,17 +44,18 @@ pub(crate) fn view_mut(tensor: &mut Tensor) -> Result<ViewMut<'_>> {
         return Err(layout(tensor, "contiguous memory"));
     }
     let (data, length) = (tensor.data_ptr(), tensor.numel());
-    // SAFETY: as in `view`; besides, the tensor is contiguous and borrowed mutably, and its maker has given out no
-    // other tensor over the same storage.
     Ok(match tensor.kind() {
-        Kind::Float => ViewMut::new(
-            unsafe { std::slice::from_raw_parts_mut(data.cast::<f32>(), length) },
-            shape,
-        )?,
-        _ => ViewMut::new(
-            unsafe { std::slice::from_raw_parts_mut(data.cast::<bf16>(), length) },
-            shape,
-        )?,
+        Kind::Float => {
+            // SAFETY: as in `view`; besides, the tensor is contiguous and borrowed mutably, and its maker has given
+            // out no other tensor over the same storage.
+            let data = unsafe { std::slice::from_raw_parts_mut(data.cast::<f32>(), length) };
+            ViewMut::new(data, shape)?
+        }
+        _ => {
+            // SAFETY: as above; `parts` lets only f32 and bf16 through.
+            let data = unsafe { std::slice::from_raw_parts_mut(data.cast::<bf16>(), length) };
+            ViewMut::new(data, shape)?
+        }
     })
 }
 

@@ -160,22 +160,22 @@ fn best_and_median(mut seconds: Vec<f64>) -> [f64; 2] {
 }
 
 fn machine(kind: Kind) -> Result<Machine> {
-    let best = |f: &dyn Fn() -> Result<()>| -> Result<f64> {
-        f()?;
+    let best = |f: &dyn Fn() -> Result<Tensor>| -> Result<f64> {
+        let _ = f()?;
         let mut best = f64::INFINITY;
         for _ in 0..5 {
             let start = Instant::now();
-            f()?;
+            let _ = f()?;
             best = best.min(start.elapsed().as_secs_f64());
         }
         Ok(best)
     };
     let options = (Kind::Float, Device::Cpu);
     let large = Tensor::f_ones([128 << 20], options)?; // 512 MB: far beyond any cache
-    let read = best(&|| Ok(drop(large.f_sum(Kind::Float)?)))?;
+    let read = best(&|| Ok(large.f_sum(Kind::Float)?))?;
     let side = 1536;
     let matrix = Tensor::f_rand([side, side], options)?.f_to_kind(kind)?;
-    let product = best(&|| Ok(drop(matrix.f_matmul(&matrix)?)))?;
+    let product = best(&|| Ok(matrix.f_matmul(&matrix)?))?;
     Ok(Machine {
         read_bytes_per_second: (large.numel() * 4) as f64 / read,
         flops_per_second: 2.0 * (side as f64).powi(3) / product,
