@@ -8,7 +8,7 @@ use kvzap::{Random, StreamingLlm, Threshold};
 use models::{
     CausalLm, Cpu, Dense, Hooks, KvCache, Llama, Paged, Pruning, Usage, Weights, cache_shape, open,
 };
-use paged_kernels::{PagedAttention, Reference};
+use paged_kernels::Reference;
 use repo_pos::Repositioner;
 use tch::{Device, Kind, Tensor};
 

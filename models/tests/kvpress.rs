@@ -31,7 +31,7 @@ struct Run {
 
 impl Run {
     fn hooks(&self) -> Result<Hooks> {
-        let surrogate = Surrogate::load(&golden(&format!("kvzap/{}", self.surrogate)))?;
+        let surrogate = Surrogate::load(golden(&format!("kvzap/{}", self.surrogate)))?;
         Ok(Hooks::pruning(Pruning {
             scorer: Box::new(TorchSurrogate::new(&surrogate, Kind::Float, Device::Cpu)?),
             policy: Box::new(Threshold::new(self.threshold)?),

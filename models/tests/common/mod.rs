@@ -1,4 +1,5 @@
 //! What the golden tests share.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use anyhow::{Context, Result};
 use models::{CausalLm, Hooks, KvCache};

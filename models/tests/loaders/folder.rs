@@ -60,7 +60,7 @@ fn files_without_an_index_are_read_if_they_share_nothing() {
 #[test]
 fn halves_become_the_same_numbers() {
     let folder = folder(&config_with(json!({})));
-    let numbers = [0.0, -0.5, 1.5, 6.103515625e-5, -3.0];
+    let numbers = [0.0, -0.5, 1.5, 6.103_515_6e-5, -3.0];
     let f16 = numbers.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
     let bf16 = numbers.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
     write_typed(
