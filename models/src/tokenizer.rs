@@ -170,7 +170,7 @@ impl DecodeStream<'_> {
     /// The text that `id` completes, if any.
     pub fn push(&mut self, id: u32) -> Option<String> {
         self.ids.push(id);
-        let text = self.decode(3)?;
+        let text = self.decode();
         // A character has at most three bytes before its last, so what stands before three replacements is final.
         let mut sure = text.as_str();
         for _ in 0..3 {
@@ -190,24 +190,21 @@ impl DecodeStream<'_> {
 
     /// What is left when no more tokens come: U+FFFD for a character that was never finished.
     pub fn finish(mut self) -> Option<String> {
-        let text = self.decode(0)?;
+        let text = self.decode();
         self.take(&text)
     }
 
-    /// The text of `ids`, which begins with what is written. A byte-fallback decoder makes a whole run of bytes U+FFFD
-    /// while its end is missing: `None` for so many tokens, then without what stands before.
-    fn decode(&mut self, patience: usize) -> Option<String> {
+    /// The text of `ids`, which begins with what is written.
+    fn decode(&mut self) -> String {
         let text = self.tokenizer.decode(&self.ids, true).unwrap_or_default();
         if text.starts_with(&self.written) {
-            return Some(text);
+            return text;
         }
-        if text.ends_with(REPLACEMENT) && self.ids.len() - self.read <= patience {
-            return None;
-        }
+        // A byte-fallback decoder makes a whole run of bytes U+FFFD while its end is missing. What is out is out.
         self.ids.drain(..self.read);
         self.read = 0;
         self.written.clear();
-        Some(self.tokenizer.decode(&self.ids, true).unwrap_or_default())
+        self.tokenizer.decode(&self.ids, true).unwrap_or_default()
     }
 
     /// Hands out of `text` what is not out yet.

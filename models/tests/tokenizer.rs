@@ -246,25 +246,46 @@ fn a_stream_does_not_wait_for_bytes_that_will_never_be_a_character() -> Result<(
     Ok(())
 }
 
-#[test]
-fn a_stream_keeps_runs_of_byte_fallback_together_and_goes_on_after_a_broken_one() -> Result<()> {
+/// A tokenizer of `tokens`, the first of them special, with these decoders.
+fn with_decoders(tokens: &[&str], decoders: Value) -> Result<Tokenizer> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("tokenizer.json");
-    let vocab = serde_json::json!({"<0xE2>": 0, "<0x82>": 1, "<0xAC>": 2, "a": 3});
-    let model =
-        serde_json::json!({"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": true});
-    let decoders = serde_json::json!([{"type": "ByteFallback"}, {"type": "Fuse"}]);
-    let decoder = serde_json::json!({"type": "Sequence", "decoders": decoders});
-    let file = serde_json::json!({"version": "1.0", "added_tokens": [], "model": model, "decoder": decoder});
+    let vocab: serde_json::Map<_, _> =
+        tokens.iter().enumerate().map(|(id, &token)| (token.to_owned(), id.into())).collect();
+    let special = serde_json::json!({
+        "id": 0, "content": tokens[0], "special": true,
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false
+    });
+    let file = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [special],
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": true},
+        "decoder": {"type": "Sequence", "decoders": decoders}
+    });
     std::fs::write(&path, file.to_string())?;
-    let tokenizer = Tokenizer::from_file(&path)?;
+    Ok(Tokenizer::from_file(&path)?)
+}
+
+#[test]
+fn a_stream_does_not_lose_the_space_after_a_skipped_token() -> Result<()> {
+    let decoders = serde_json::json!([{"type": "Metaspace", "replacement": "\u{2581}"}]);
+    let tokenizer = with_decoders(&["<s>", "\u{2581}a"], decoders)?;
     let mut stream = tokenizer.stream();
-    let euros = [0, 1, 2, 0, 1, 2, 3, 0, 1, 2];
+    assert_eq!([0, 1, 1, 0, 0, 1].map(|id| stream.push(id)).concat_pieces(), "a a a");
+    Ok(())
+}
+
+#[test]
+fn a_stream_keeps_runs_of_byte_fallback_together_and_goes_on_after_a_broken_one() -> Result<()> {
+    let decoders = serde_json::json!([{"type": "ByteFallback"}, {"type": "Fuse"}]);
+    let tokenizer = with_decoders(&["<s>", "<0xE2>", "<0x82>", "<0xAC>", "a"], decoders)?;
+    let mut stream = tokenizer.stream();
+    let euros = [1, 2, 3, 1, 2, 3, 4, 1, 2, 3];
     assert_eq!(euros.map(|id| stream.push(id)).concat_pieces(), "\u{20ac}\u{20ac}a\u{20ac}");
-    let broken = [3, 0, 1, 2, 1, 3, 1, 1, 1, 1, 1, 3];
+    let broken = [4, 1, 2, 3, 2, 4, 2, 2, 2, 2, 2, 4];
     let wanted = "a\u{20ac}\u{fffd}a\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}a";
     assert_eq!(broken.map(|id| stream.push(id)).concat_pieces(), wanted);
-    assert_eq!([0, 1].map(|id| stream.push(id)).concat_pieces(), "");
+    assert_eq!([1, 2].map(|id| stream.push(id)).concat_pieces(), "");
     assert_eq!(stream.finish().as_deref(), Some("\u{fffd}\u{fffd}"));
     Ok(())
 }
