@@ -63,6 +63,9 @@ impl ModelArgs {
         let bar = spinner("loading the model");
         let model = Model::load(&self.model, kind, Device::Cpu)?;
         bar.finish_and_clear();
+        for note in &model.notes {
+            eprintln!("note: {note}");
+        }
         Ok(model)
     }
 

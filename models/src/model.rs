@@ -26,6 +26,8 @@ pub struct Model {
     pub kind: Kind,
     /// Where its weights lie.
     pub device: Device,
+    /// What a person should know of how the files were read, such as a chat template that is not there.
+    pub notes: Vec<String>,
 }
 
 impl Model {
@@ -44,12 +46,16 @@ impl Model {
                 )
             }
         };
+        let mut notes = source.notes().to_vec();
+        if template.is_none() {
+            notes.push("the model brings no chat template: prompts are plain text".to_owned());
+        }
         let weights = Weights::new(source, kind, device)?;
         let lm = match weights.config().architecture {
             Architecture::Llama => Box::new(Llama::load(&weights)?),
         };
         let stop = lm.config().eos_tokens.clone();
-        Ok(Self { lm, tokenizer, template, stop, kind, device })
+        Ok(Self { lm, tokenizer, template, stop, kind, device, notes })
     }
 }
 

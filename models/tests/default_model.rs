@@ -1,0 +1,76 @@
+//! The default model against transformers: tests/golden/default_model/make.py made the numbers.
+
+mod common;
+
+use anyhow::Result;
+use common::golden;
+use models::{Cpu, Dense, Hooks, KvCache, Model, Paged, Session, WINDOW, cache_shape};
+use serde_json::Value;
+use std::path::PathBuf;
+use tch::{Device, Kind};
+
+fn load() -> Result<Model> {
+    let path = std::env::var_os("LONGCTX_MODEL").map(PathBuf::from).unwrap_or_else(|| {
+        let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+        home.join(".cache/longctx/models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    });
+    Ok(Model::load(&path, Kind::Float, Device::Cpu)?)
+}
+
+fn wanted() -> Result<Value> {
+    Ok(serde_json::from_slice(&std::fs::read(golden("default_model/golden.json"))?)?)
+}
+
+fn ids(json: &Value) -> Vec<u32> {
+    json.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// The five highest logits: the same ids, and values that differ by at most 1e-4 of the largest.
+fn assert_top(logits: &[f32], wanted: &Value, what: &str) {
+    let values = wanted["logits"].as_array().unwrap();
+    let scale = values[0].as_f64().unwrap().abs();
+    for (id, value) in ids(&wanted["ids"]).into_iter().zip(values) {
+        let difference = (f64::from(logits[id as usize]) - value.as_f64().unwrap()).abs() / scale;
+        assert!(difference <= 1e-4, "{what}: token {id} is off by {difference:.1e}");
+    }
+}
+
+/// The greedy continuation of the short text.
+fn check(model: &Model, cache: impl KvCache) -> Result<()> {
+    let short = &wanted()?["short"];
+    let mut session = Session::new(model.lm.as_ref(), Device::Cpu, cache, Hooks::default());
+    session.feed(&ids(&short["ids"]))?;
+    assert_top(session.logits().unwrap(), &short["first"], "first");
+    for (step, next) in ids(&short["next"]).into_iter().enumerate() {
+        let logits = session.logits().unwrap();
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+        assert_eq!(best as u32, next, "choice {step}");
+        if step == 63 {
+            assert_top(logits, &short["last"], "last");
+        } else {
+            session.feed(&[next])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs the default model: cargo xtask fetch"]
+fn the_first_64_choices_are_those_of_transformers_on_both_caches() -> Result<()> {
+    let model = load()?;
+    let shape = cache_shape(model.lm.config(), 300, WINDOW, Kind::Float)?;
+    check(&model, Dense::new(model.lm.config().layers, WINDOW))?;
+    check(&model, Paged::new(Cpu::new(shape)?)?)
+}
+
+#[test]
+#[ignore = "needs the default model: cargo xtask fetch"]
+fn a_thousand_tokens_end_in_the_logits_of_transformers() -> Result<()> {
+    let (model, wanted) = (load()?, wanted()?);
+    let lm = model.lm.as_ref();
+    let cache = Dense::new(lm.config().layers, WINDOW);
+    let mut session = Session::new(lm, Device::Cpu, cache, Hooks::default());
+    session.feed(&ids(&wanted["long"]["ids"]))?;
+    assert_top(session.logits().unwrap(), &wanted["long"]["top"], "end");
+    Ok(())
+}
