@@ -14,7 +14,9 @@ pub fn demo(arguments: &[String]) -> Result<()> {
     let Data { model, haystack } = fetch()?;
     let mut run = sh::cargo();
     run.args("run --release --package eval --bin longctx -- demo".split(' '));
-    for (flag, default) in [("--model", model), ("--haystack", haystack)] {
+    let surrogate = sh::root().join("kvzap/surrogates/smollm2-135m-instruct-linear");
+    let defaults = [("--model", model), ("--haystack", haystack), ("--surrogate", surrogate)];
+    for (flag, default) in defaults {
         if !names(arguments, flag) {
             run.args([PathBuf::from(flag), default]);
         }
