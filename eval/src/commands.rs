@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kvzap::Surrogate;
 use models::Model;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind};
 
@@ -117,7 +118,8 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
         _ => Path::new("."),
     };
     let write = || -> Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
+        let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
         serde_json::to_writer_pretty(&mut file, value)?;
         file.write_all(b"\n")?;
         file.persist(path)?;

@@ -95,8 +95,8 @@ fn bf16_is_near_f32_on_both_caches() -> Result<()> {
     let caches: [(&str, &mut dyn KvCache); 2] = [("dense", &mut dense), ("paged", &mut paged)];
     for (name, cache) in caches {
         let (prompt, steps) = run(&lm, ids, next, cache)?;
-        assert_close(&prompt, get(&wanted, "logits")?, 0.03, &format!("{name}, prompt"));
-        assert_close(&steps, get(&wanted, "decode_logits")?, 0.03, &format!("{name}, decode"));
+        assert_close(&prompt, get(&wanted, "logits")?, 0.06, &format!("{name}, prompt"));
+        assert_close(&steps, get(&wanted, "decode_logits")?, 0.06, &format!("{name}, decode"));
     }
     Ok(())
 }
