@@ -59,6 +59,24 @@ pub(crate) fn view_mut(tensor: &mut Tensor) -> Result<ViewMut<'_>> {
     })
 }
 
+/// The elements of a contiguous f32 tensor on the CPU; `None` for any other.
+pub(crate) fn floats(tensor: &Tensor) -> Option<&[f32]> {
+    // SAFETY: a contiguous tensor's elements are its first `numel`; it is on the CPU and f32, and as in `view`
+    // nothing writes to it meanwhile.
+    is_floats(tensor).then(|| unsafe { slice::<f32>(tensor, tensor.numel()) })
+}
+
+/// The elements of a contiguous f32 tensor on the CPU that nothing else shares, to write to.
+pub(crate) fn floats_mut(tensor: &mut Tensor) -> Option<&mut [f32]> {
+    let (data, length) = (tensor.data_ptr().cast::<f32>(), tensor.numel());
+    // SAFETY: as in `floats` and `view_mut`.
+    is_floats(tensor).then(|| unsafe { std::slice::from_raw_parts_mut(data, length) })
+}
+
+fn is_floats(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous()
+}
+
 /// # Safety
 /// The first `length` elements from the tensor's `data_ptr` must be in its storage and of type `E`.
 unsafe fn slice<E>(tensor: &Tensor, length: usize) -> &[E] {

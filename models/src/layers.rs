@@ -1,6 +1,8 @@
 //! The few layers that every architecture here is made of.
 
+use crate::bridge;
 use crate::error::Result;
+use crate::gemv::gemv;
 use tch::Tensor;
 
 /// `x · weightᵀ + bias`; `weight` is `[out, in]`.
@@ -20,8 +22,27 @@ impl Linear {
     }
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
+        linear(x, &self.weight, self.bias.as_ref())
     }
+}
+
+/// `x · weightᵀ + bias`, `[…, out]`, for `x` `[…, in]` and `weight` `[out, in]`.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let plain = bias.is_none_or(|bias| bridge::floats(bias).is_some());
+    if plain
+        && x.numel() as i64 == weight.size()[1]
+        && let (Some(rows), Some(input)) = (bridge::floats(weight), bridge::floats(x))
+    {
+        let mut size = x.size();
+        size.pop();
+        size.push(weight.size()[0]);
+        let mut out = Tensor::f_empty(&size, (x.kind(), x.device()))?;
+        if let Some(output) = bridge::floats_mut(&mut out) {
+            gemv(rows, input, bias.and_then(bridge::floats), output);
+            return Ok(out);
+        }
+    }
+    Ok(x.f_linear(weight, bias)?)
 }
 
 /// Root-mean-square normalisation, computed in f32 whatever the dtype of `x`, as transformers does.

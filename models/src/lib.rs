@@ -7,6 +7,7 @@ mod chat;
 mod config;
 mod error;
 mod folder;
+mod gemv;
 mod gguf;
 mod hooks;
 mod layers;

@@ -5,7 +5,7 @@ use crate::causal_lm::CausalLm;
 use crate::config::{Config, RopeScaling};
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
-use crate::layers::{GatedMlp, Linear, RmsNorm};
+use crate::layers::{self, GatedMlp, Linear, RmsNorm};
 use crate::weights::Weights;
 use kvzap::LayerInput;
 use repo_pos::{Frequencies, Rotary, rotate};
@@ -137,7 +137,7 @@ impl CausalLm for Llama {
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(hidden.f_linear(&self.head, None::<&Tensor>)?.f_to_kind(Kind::Float)?)
+        Ok(layers::linear(hidden, &self.head, None)?.f_to_kind(Kind::Float)?)
     }
 
     fn output_projection(&self, layer: usize) -> &Tensor {
