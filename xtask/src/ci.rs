@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::fetch::fetch;
+use crate::kernels::kernels;
 use crate::setup::setup;
 use crate::sh;
 use crate::tidy::tidy;
@@ -17,6 +18,7 @@ const STEPS: &[(&str, Step)] = &[
     ("tidy", tidy),
     ("leaves, no libtorch", leaves),
     ("downstream, no libtorch", downstream),
+    ("kernels", || kernels(&["--check".into()])),
     ("setup", setup),
     ("fetch", || fetch().map(|_| ())),
     ("clippy", clippy),

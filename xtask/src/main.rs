@@ -6,6 +6,7 @@ mod ci;
 mod demo;
 mod fetch;
 mod golden;
+mod kernels;
 mod setup;
 mod sh;
 mod tidy;
@@ -48,6 +49,12 @@ const TASKS: &[Task] = &[
         arguments: "",
         help: "check who depends on whom, and what may be in the tree",
         run: |_| tidy::tidy(),
+    },
+    Task {
+        name: "kernels",
+        arguments: "[--check]",
+        help: "compile the CUDA kernels to PTX, or check that the PTX is theirs and within its budget",
+        run: kernels::kernels,
     },
     Task {
         name: "golden",

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf, absolute};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::{self, Stage};
+use crate::cache;
 use crate::sh;
-use crate::wheels::{self, Pins};
+use crate::wheels;
 
 const PINS: &str = "libtorch.txt";
 const FOLDER: &str = "libtorch-2.11.0";
@@ -23,7 +23,7 @@ pub fn setup() -> Result<()> {
     let libtorch = match chosen(env::var_os("LIBTORCH").map(PathBuf::from), &written, &ours)? {
         Some(folder) => folder,
         None => {
-            install(&ours)?;
+            wheels::install(PINS, &ours, INSTEAD)?;
             ours
         }
     };
@@ -72,27 +72,6 @@ fn config_text(libtorch: &Path) -> Result<String> {
     Ok(format!(
         "[env]\nLIBTORCH = \"{folder}\"\n\n[build]\nrustflags = {rpath}\nrustdocflags = {rpath}\n"
     ))
-}
-
-/// Makes sure that `folder`, in the cache, holds all of [`PINS`].
-fn install(folder: &Path) -> Result<()> {
-    let pins = Pins::read(PINS)?;
-    if pins.lie_at(folder) {
-        return Ok(());
-    }
-    if !cfg!(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")) {
-        bail!("the pinned libtorch is for Linux x86-64 with glibc: {INSTEAD}");
-    }
-    let stage = Stage::open(&cache::root()?)?;
-    if pins.lie_at(folder) {
-        return Ok(()); // by another process, while this one waited
-    }
-    wheels::unpack(PINS, &pins, &stage, INSTEAD)?;
-    if folder.exists() {
-        fs::remove_dir_all(folder)
-            .with_context(|| format!("cannot remove {}", folder.display()))?;
-    }
-    fs::rename(&stage.path, folder).with_context(|| format!("cannot make {}", folder.display()))
 }
 
 #[cfg(test)]

@@ -78,6 +78,27 @@ fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
+/// Makes sure that `folder`, in the cache, holds all that `xtask/<name>` asks for. Quick when it does.
+pub fn install(name: &str, folder: &Path, instead: &str) -> Result<()> {
+    let pins = Pins::read(name)?;
+    if pins.lie_at(folder) {
+        return Ok(());
+    }
+    if !cfg!(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")) {
+        bail!("what xtask/{name} pins is for Linux x86-64 with glibc: {instead}");
+    }
+    let stage = Stage::open(&cache::root()?)?;
+    if pins.lie_at(folder) {
+        return Ok(()); // by another process, while this one waited
+    }
+    unpack(name, &pins, &stage, instead)?;
+    if folder.exists() {
+        fs::remove_dir_all(folder)
+            .with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    fs::rename(&stage.path, folder).with_context(|| format!("cannot make {}", folder.display()))
+}
+
 /// Fills `stage` with what `xtask/<name>` asks for, all of it checked. `instead` is what a person can do when this
 /// can't be done.
 pub fn unpack(name: &str, pins: &Pins, stage: &Stage, instead: &str) -> Result<()> {
@@ -194,5 +215,6 @@ mod tests {
     fn the_committed_pin_files_can_be_read() {
         assert_eq!(Pins::read("libtorch.txt").unwrap().wheels.len(), 3);
         assert_eq!(Pins::read("data.txt").unwrap().wheels.len(), 3);
+        assert_eq!(Pins::read("nvcc.txt").unwrap().wheels.len(), 5);
     }
 }
