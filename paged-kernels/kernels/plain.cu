@@ -1,0 +1,212 @@
+// Plain kernels: any head dim up to 512, any page size, f32 or bf16. The twin that fast kernels are held to on the
+// card, and the way of shapes that have no fast kernel. Written for reading.
+//
+// A page is [2 (keys, values)][page size][dim]; a row number counts rows of all pages, page * page size + row in page.
+// Offsets of elements are 64 bits wide: pools hold more than 2^32. Softmax is in f32, in a fixed order, so a result
+// depends on its own head alone and is the same bits in every run. Mirrored in src/cuda/driver.rs.
+
+#include <cuda_bf16.h>
+#include <cstdint>
+
+namespace {
+
+enum : uint32_t { F32 = 0, BF16 = 1 };
+constexpr uint32_t NO_ROW = 0xffffffffu;
+constexpr int LANES = 32;
+constexpr int WARPS = 4;
+constexpr int MOST_PER_LANE = 16;
+
+__device__ float load(const void *data, uint32_t type, int64_t i) {
+    return type == F32 ? static_cast<const float *>(data)[i]
+                       : __bfloat162float(static_cast<const __nv_bfloat16 *>(data)[i]);
+}
+
+__device__ void save(void *data, uint32_t type, int64_t i, float x) {
+    if (type == F32) {
+        static_cast<float *>(data)[i] = x;
+    } else {
+        static_cast<__nv_bfloat16 *>(data)[i] = __float2bfloat16(x);
+    }
+}
+
+}  // namespace
+
+// Elements [heads][tokens][dim], the first two strides free.
+struct View {
+    void *data;
+    int64_t head_stride;
+    int64_t token_stride;
+    uint32_t type;
+    uint32_t unused;
+
+    __device__ int64_t at(int64_t head, int64_t token) const { return head * head_stride + token * token_stride; }
+};
+
+struct Pool {
+    void *data;
+    uint32_t type;
+    uint32_t page_size;
+    uint32_t dim;
+    uint32_t unused;
+
+    // First element of a row's key; its value lies page_size * dim further.
+    __device__ int64_t key(uint32_t row) const {
+        int64_t page = row / page_size;
+        return (page * 2 * page_size + row % page_size) * dim;
+    }
+};
+
+struct Store {
+    Pool pool;
+    View keys;
+    View values;
+    const uint32_t *rows;  // [heads][tokens], NO_ROW where a token is not kept
+    uint32_t heads;
+    uint32_t tokens;
+};
+
+// Keys and values of new tokens into their rows. A warp a row.
+extern "C" __global__ void plain_store(Store call) {
+    int64_t warps = int64_t(gridDim.x) * WARPS;
+    int64_t count = int64_t(call.heads) * call.tokens;
+    for (int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / LANES; i < count; i += warps) {
+        uint32_t row = call.rows[i];
+        if (row == NO_ROW) continue;
+        int64_t head = i / call.tokens, token = i % call.tokens;
+        int64_t key = call.pool.key(row), value = key + int64_t(call.pool.page_size) * call.pool.dim;
+        for (uint32_t d = threadIdx.x % LANES; d < call.pool.dim; d += LANES) {
+            float k = load(call.keys.data, call.keys.type, call.keys.at(head, token) + d);
+            float v = load(call.values.data, call.values.type, call.values.at(head, token) + d);
+            save(call.pool.data, call.pool.type, key + d, k);
+            save(call.pool.data, call.pool.type, value + d, v);
+        }
+    }
+}
+
+struct Move {
+    Pool pool;
+    const uint32_t *rows;  // [count][2]: from, to; no row is in two of them
+    uint64_t count;
+};
+
+// Rows into the holes that a burst of dropped tokens has left.
+extern "C" __global__ void plain_move(Move call) {
+    int64_t warps = int64_t(gridDim.x) * WARPS;
+    for (int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / LANES; i < int64_t(call.count); i += warps) {
+        int64_t from = call.pool.key(call.rows[2 * i]), to = call.pool.key(call.rows[2 * i + 1]);
+        int64_t value = int64_t(call.pool.page_size) * call.pool.dim;
+        for (uint32_t d = threadIdx.x % LANES; d < call.pool.dim; d += LANES) {
+            save(call.pool.data, call.pool.type, to + d, load(call.pool.data, call.pool.type, from + d));
+            save(call.pool.data, call.pool.type, to + value + d,
+                 load(call.pool.data, call.pool.type, from + value + d));
+        }
+    }
+}
+
+// One kv head of one sequence of the step.
+struct Head {
+    uint64_t pages;  // where its pages begin in Attend::pages
+    uint32_t len;    // live rows
+    uint32_t first;  // its first token in the step
+    uint32_t tokens;
+    uint32_t unused;
+};
+
+struct Attend {
+    Pool pool;
+    View queries;  // [Hq][tokens][dim]
+    View out;      // [Hq][tokens][dim]
+    float *lse;    // [Hq][tokens], or null
+    const Head *heads;       // [H][sequences]
+    const uint32_t *pages;   // pages of all heads, one list after the other
+    const uint32_t *slots;   // [H][tokens]: where each token of the step lies in its head
+    const uint32_t *owners;  // [tokens]: its sequence
+    uint32_t sequences;
+    uint32_t group;
+    uint32_t tokens;
+    float scale;
+};
+
+// A block a query row. Its warps take every fourth slot each and are merged in their order.
+extern "C" __global__ void __launch_bounds__(WARPS *LANES) plain_attend(Attend call) {
+    __shared__ float best[WARPS], sums[WARPS];
+    extern __shared__ float rows[];  // [WARPS][dim]
+    const uint32_t query_head = blockIdx.x / call.tokens, token = blockIdx.x % call.tokens;
+    const uint32_t kv_head = query_head / call.group, dim = call.pool.dim, page_size = call.pool.page_size;
+    const Head head = call.heads[uint64_t(kv_head) * call.sequences + call.owners[token]];
+    const uint32_t *slots = call.slots + uint64_t(kv_head) * call.tokens;
+    const uint32_t end = head.first + head.tokens;
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+
+    float query[MOST_PER_LANE], sum[MOST_PER_LANE];
+#pragma unroll
+    for (int i = 0; i < MOST_PER_LANE; i++) {
+        uint32_t d = lane + i * LANES;
+        query[i] = d < dim ? load(call.queries.data, call.queries.type, call.queries.at(query_head, token) + d) : 0.0f;
+        sum[i] = 0.0f;
+    }
+    float most = -INFINITY, total = 0.0f;
+    for (uint32_t slot = warp; slot < head.len; slot += WARPS) {
+        bool later = false;
+        for (uint32_t i = token + 1; i < end; i++) later |= slots[i] == slot;
+        if (later) continue;
+        int64_t page = call.pages[head.pages + slot / page_size];
+        int64_t key = (page * 2 * page_size + slot % page_size) * dim, value = key + int64_t(page_size) * dim;
+        float score = 0.0f;
+#pragma unroll
+        for (int i = 0; i < MOST_PER_LANE; i++) {
+            uint32_t d = lane + i * LANES;
+            if (d < dim) score += query[i] * load(call.pool.data, call.pool.type, key + d);
+        }
+        for (int i = LANES / 2; i > 0; i /= 2) score += __shfl_xor_sync(~0u, score, i);
+        score *= call.scale;
+        float raised = fmaxf(most, score);
+        // Of minus infinity from itself there is no difference; a NaN goes through to the sums.
+        float fade = most == -INFINITY ? 0.0f : expf(most - raised);
+        float weight = score == -INFINITY ? 0.0f : expf(score - raised);
+        most = raised;
+        total = total * fade + weight;
+#pragma unroll
+        for (int i = 0; i < MOST_PER_LANE; i++) {
+            uint32_t d = lane + i * LANES;
+            if (d < dim) sum[i] = sum[i] * fade + weight * load(call.pool.data, call.pool.type, value + d);
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < MOST_PER_LANE; i++) {
+        uint32_t d = lane + i * LANES;
+        if (d < dim) rows[warp * dim + d] = sum[i];
+    }
+    if (lane == 0) {
+        best[warp] = most;
+        sums[warp] = total;
+    }
+    __syncthreads();
+    most = -INFINITY;
+    for (int w = 0; w < WARPS; w++) most = fmaxf(most, best[w]);
+    float weights[WARPS];
+    total = 0.0f;
+    for (int w = 0; w < WARPS; w++) {
+        weights[w] = best[w] == -INFINITY ? 1.0f : expf(best[w] - most);  // then its sums are 0, or NaN
+        total += sums[w] * weights[w];
+    }
+    for (uint32_t d = threadIdx.x; d < dim; d += blockDim.x) {
+        float x = 0.0f;
+        for (int w = 0; w < WARPS; w++) x += rows[w * dim + d] * weights[w];
+        save(call.out.data, call.out.type, call.out.at(query_head, token) + d, total == 0.0f ? 0.0f : x / total);
+    }
+    if (call.lse && threadIdx.x == 0) {
+        call.lse[uint64_t(query_head) * call.tokens + token] = total == 0.0f ? -INFINITY : most + logf(total);
+    }
+}
+
+// Sizes of the structs above, in their order: the host's mirror must agree.
+extern "C" __global__ void plain_sizes(uint32_t *sizes) {
+    sizes[0] = sizeof(View);
+    sizes[1] = sizeof(Pool);
+    sizes[2] = sizeof(Store);
+    sizes[3] = sizeof(Move);
+    sizes[4] = sizeof(Head);
+    sizes[5] = sizeof(Attend);
+}
