@@ -3,9 +3,9 @@
 use crate::error::{Error, Result};
 use crate::page::{Move, Slot};
 use crate::pool::PagePool;
-use crate::shape::CacheShape;
+use crate::shape::{CacheShape, Stats};
 use crate::table::{PageTable, kept};
-use crate::view::{View, ViewMut, check_length};
+use crate::view::{check_length, check_shape};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -108,25 +108,40 @@ impl Book {
         Ok(&self.tables(sequence)?[layer * heads..][..heads])
     }
 
-    pub fn rows(&self) -> usize {
+    fn rows(&self) -> usize {
         self.places.iter().flatten().flat_map(|text| &text.tables).map(PageTable::len).sum()
     }
 
-    /// Plans a prefill of one layer; token `i` of a head gets the slot of its rank among [`kept`].
+    /// What is in use; a backend knows what it has reserved.
+    pub fn stats(&self) -> Stats {
+        let Self { pool, shape, .. } = self;
+        Stats {
+            pages_used: pool.used(),
+            pages_free: pool.free(),
+            pages_peak: pool.peak(),
+            bytes: pool.used() * shape.page_bytes(),
+            peak_bytes: pool.peak() * shape.page_bytes(),
+            reserved_bytes: 0,
+            rows: self.rows(),
+        }
+    }
+
+    /// Plans a prefill of one layer, given the shapes of `keys` and `values`; token `i` of a head gets the slot of its
+    /// rank among [`kept`].
     pub fn fill(
         &mut self,
         sequence: Sequence,
         layer: usize,
-        keys: View<'_>,
-        values: View<'_>,
+        keys: [usize; 3],
+        values: [usize; 3],
         drops: &[bool],
     ) -> Result<()> {
         let text = self.text(sequence)?;
         self.check_layer(layer)?;
         let CacheShape { kv_heads, head_dim, page_size, window, .. } = self.shape;
-        let [_, tokens, _] = keys.shape();
-        keys.expect("keys", [kv_heads, tokens, head_dim])?;
-        values.expect("values", [kv_heads, tokens, head_dim])?;
+        let [_, tokens, _] = keys;
+        check_shape("keys", keys, [kv_heads, tokens, head_dim])?;
+        check_shape("values", values, [kv_heads, tokens, head_dim])?;
         check_length("drops", drops.len(), kv_heads * tokens)?;
         if text.stepped {
             return Err(Error::FilledLate);
@@ -222,15 +237,15 @@ impl Book {
     pub fn append(
         &mut self,
         layer: usize,
-        keys: View<'_>,
-        values: View<'_>,
+        keys: [usize; 3],
+        values: [usize; 3],
         drops: &[bool],
     ) -> Result<()> {
         let CacheShape { kv_heads, head_dim, .. } = self.shape;
         let step = self.step(layer)?;
         let tokens = step.tokens;
-        keys.expect("keys", [kv_heads, tokens, head_dim])?;
-        values.expect("values", [kv_heads, tokens, head_dim])?;
+        check_shape("keys", keys, [kv_heads, tokens, head_dim])?;
+        check_shape("values", values, [kv_heads, tokens, head_dim])?;
         check_length("drops", drops.len(), kv_heads * tokens)?;
         if step.appended[layer] {
             return Err(Error::AppendedTwice { layer });
@@ -247,18 +262,18 @@ impl Book {
         Ok(())
     }
 
-    /// The step's heads in `layer`, for attention of `queries` into `out` and `lse`.
+    /// The step's heads in `layer`, for attention of `queries` into `out` and `lse`, the first two given by shape.
     pub fn attend(
         &self,
         layer: usize,
-        queries: View<'_>,
-        out: &ViewMut<'_>,
+        queries: [usize; 3],
+        out: [usize; 3],
         lse: Option<&[f32]>,
     ) -> Result<Vec<StepHead<'_>>> {
         let CacheShape { query_heads, head_dim, .. } = self.shape;
         let step = self.step(layer)?;
-        queries.expect("queries", [query_heads, step.tokens, head_dim])?;
-        out.expect("out", [query_heads, step.tokens, head_dim])?;
+        check_shape("queries", queries, [query_heads, step.tokens, head_dim])?;
+        check_shape("out", out, [query_heads, step.tokens, head_dim])?;
         if let Some(lse) = lse {
             check_length("lse", lse.len(), query_heads * step.tokens)?;
         }

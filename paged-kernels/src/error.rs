@@ -1,6 +1,8 @@
 //! What can go wrong, and what to do about it.
 
 use crate::page::PageId;
+#[cfg(feature = "cuda")]
+use crate::shape::Dtype;
 
 /// What can go wrong in this crate. Nothing has changed when an error comes back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -114,6 +116,79 @@ pub enum Error {
         /// The layer.
         layer: usize,
     },
+    /// No CUDA driver on this machine.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "no CUDA driver: libcuda was not found; install NVIDIA driver 580 or newer, or use Cpu"
+    )]
+    NoDriver,
+    /// A CUDA driver from before the kernels' instructions.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "the CUDA driver offers version {found}, wanted {wanted}; install NVIDIA driver 580 or newer, or use Cpu"
+    )]
+    OldDriver {
+        /// The driver's version, 1000 · major + 10 · minor; 0 if it does not say.
+        found: i32,
+        /// The least version that will do.
+        wanted: i32,
+    },
+    /// A CUDA driver without a card.
+    #[cfg(feature = "cuda")]
+    #[error("the CUDA driver sees no card; check CUDA_VISIBLE_DEVICES, or use Cpu")]
+    NoCard,
+    /// A card without the kernels' instructions.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "{card} has compute capability {major}.{minor}, wanted 8.0 or newer; use another card, or Cpu"
+    )]
+    Card {
+        /// Its name.
+        card: String,
+        /// The first number of its compute capability.
+        major: i32,
+        /// The second.
+        minor: i32,
+    },
+    /// The card's memory is full.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "wanted {wanted} bytes on the card, {free} are free; build the cache with fewer pages or free other memory"
+    )]
+    DeviceMemory {
+        /// Bytes that were asked for at once.
+        wanted: usize,
+        /// Bytes that are free.
+        free: usize,
+    },
+    /// A call of the driver failed. What the cache holds is not known after that.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "{call}: {error}; build the cache anew, and run under compute-sanitizer if it happens again"
+    )]
+    Cuda {
+        /// The driver's function.
+        call: &'static str,
+        /// What the driver says.
+        error: String,
+    },
+    /// An address that no tensor can have.
+    #[cfg(feature = "cuda")]
+    #[error("{address:#x} is no address of {dtype:?} elements; hand over a tensor on the card")]
+    Address {
+        /// The address.
+        address: u64,
+        /// The type of the elements.
+        dtype: Dtype,
+    },
+    /// A slice that belongs to another stream than the cache works on.
+    #[cfg(feature = "cuda")]
+    #[error("the slice belongs to another stream; allocate it on the stream of the cache")]
+    OtherStream,
+    /// Log-sums of another type than f32.
+    #[cfg(feature = "cuda")]
+    #[error("lse must be f32; give it a view of f32")]
+    LseType,
     /// A layer was attended before it was given the step's tokens.
     #[error("layer {layer} has no tokens of this step yet; append before you attend")]
     NotAppended {

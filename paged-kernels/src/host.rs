@@ -95,7 +95,7 @@ impl<K: Kernel> PagedAttention for Host<K> {
         values: View<'_>,
         drops: &[bool],
     ) -> Result<()> {
-        self.book.fill(sequence, layer, keys, values, drops)?;
+        self.book.fill(sequence, layer, keys.shape(), values.shape(), drops)?;
         let [_, tokens, _] = keys.shape();
         let mut rows = Rows::new(keys, values);
         for (head, table) in self.book.layer(sequence, layer)?.iter().enumerate() {
@@ -123,7 +123,7 @@ impl<K: Kernel> PagedAttention for Host<K> {
         values: View<'_>,
         drops: &[bool],
     ) -> Result<()> {
-        self.book.append(layer, keys, values, drops)?;
+        self.book.append(layer, keys.shape(), values.shape(), drops)?;
         let mut rows = Rows::new(keys, values);
         for StepHead { head, tokens, slots, table } in self.book.heads(layer)? {
             for (token, &slot) in tokens.zip(slots) {
@@ -141,7 +141,7 @@ impl<K: Kernel> PagedAttention for Host<K> {
         mut out: ViewMut<'_>,
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        let heads = &self.book.attend(layer, queries, &out, lse.as_deref())?;
+        let heads = &self.book.attend(layer, queries.shape(), out.shape(), lse.as_deref())?;
         let (shape, memory) = (&self.book.shape, &self.memory);
         self.kernel.attend(Call { shape, memory, heads, queries, scale }, &mut out, lse);
         Ok(())
@@ -154,16 +154,7 @@ impl<K: Kernel> PagedAttention for Host<K> {
     }
 
     fn stats(&self) -> Stats {
-        let Book { pool, shape, .. } = &self.book;
-        Stats {
-            pages_used: pool.used(),
-            pages_free: pool.free(),
-            pages_peak: pool.peak(),
-            bytes: pool.used() * shape.page_bytes(),
-            peak_bytes: pool.peak() * shape.page_bytes(),
-            reserved_bytes: self.memory.bytes(),
-            rows: self.book.rows(),
-        }
+        Stats { reserved_bytes: self.memory.bytes(), ..self.book.stats() }
     }
 
     fn lengths(&self, sequence: Sequence) -> Result<Vec<usize>> {

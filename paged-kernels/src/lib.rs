@@ -3,6 +3,8 @@
 mod backend;
 mod book;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod host;
 mod page;
@@ -17,6 +19,10 @@ mod view;
 pub use backend::PagedAttention;
 pub use book::Sequence;
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, DeviceElement, DeviceView, DeviceViewMut};
+#[cfg(feature = "cuda")]
+pub use cudarc;
 pub use error::{Error, Result};
 pub use host::Host;
 pub use page::{Move, PageId, Place, Slot};

@@ -92,10 +92,6 @@ impl<'a> View<'a> {
             }
         }
     }
-
-    pub(crate) fn expect(&self, tensor: &'static str, expected: [usize; 3]) -> Result<()> {
-        check_shape(tensor, self.shape, expected)
-    }
 }
 
 impl Data<'_> {
@@ -166,10 +162,6 @@ impl<'a> ViewMut<'a> {
             }
         }
     }
-
-    pub(crate) fn expect(&self, tensor: &'static str, expected: [usize; 3]) -> Result<()> {
-        check_shape(tensor, self.shape, expected)
-    }
 }
 
 /// Saturates: no slice holds `usize::MAX` elements.
@@ -181,6 +173,10 @@ pub(crate) fn check_length(argument: &'static str, found: usize, expected: usize
     if found == expected { Ok(()) } else { Err(Error::Length { argument, expected, found }) }
 }
 
-fn check_shape(tensor: &'static str, found: [usize; 3], expected: [usize; 3]) -> Result<()> {
+pub(crate) fn check_shape(
+    tensor: &'static str,
+    found: [usize; 3],
+    expected: [usize; 3],
+) -> Result<()> {
     if found == expected { Ok(()) } else { Err(Error::Shape { tensor, expected, found }) }
 }

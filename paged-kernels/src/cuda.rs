@@ -1,0 +1,305 @@
+//! A cache on an NVIDIA card.
+//!
+//! Where everything lies is known on the host without asking the card: the drop bits of a token are older than its
+//! obeying by a whole window, so the same book that the host backends keep plans each step ahead, and the plan of all
+//! layers goes to the card in one copy. The card holds the pages and does the work.
+
+mod driver;
+mod plan;
+mod view;
+
+pub use view::{DeviceElement, DeviceView, DeviceViewMut};
+
+use crate::backend::PagedAttention;
+use crate::book::{Book, Sequence};
+use crate::error::{Error, Result};
+use crate::shape::{CacheShape, Dtype, Stats};
+use crate::table::PageTable;
+use crate::view::{View, ViewMut};
+use cudarc::driver::CudaStream;
+use driver::{AttendStep, Device, Part, Pool, Room};
+use plan::{Plan, Range};
+use std::sync::Arc;
+
+/// Elements of a row that the kernels can hold.
+const MAX_DIM: usize = 512;
+
+/// A cache in the memory of an NVIDIA card of compute capability 8.0 or newer. All pages are taken at once.
+///
+/// Two faces: [`PagedAttention`], whose views are in host memory and whose calls return when the work is done; and
+/// the methods ending in `_on_device`, whose views are on the card and whose calls only queue work on the cache's
+/// stream.
+#[derive(Debug)]
+pub struct Cuda {
+    book: Book,
+    device: Device,
+    pool: Pool,
+    plan: Plan,
+    /// [`Plan::words`] on the card.
+    words: Room,
+    /// Rows of a prompt, or moves.
+    rows: Room,
+    staged: Staged,
+}
+
+/// Host views on their way to the card and back.
+#[derive(Debug)]
+struct Staged {
+    keys: Room,
+    values: Room,
+    out: Room,
+    lse: Room,
+}
+
+impl Cuda {
+    /// An empty cache on the first card, working on its default stream.
+    ///
+    /// # Errors
+    /// [`CacheShape`](Error::CacheShape) for a shape that no cache can have; [`NoDriver`](Error::NoDriver),
+    /// [`OldDriver`](Error::OldDriver), [`NoCard`](Error::NoCard), [`Card`](Error::Card),
+    /// [`DeviceMemory`](Error::DeviceMemory) where the machine can't.
+    pub fn new(shape: CacheShape) -> Result<Self> {
+        check(&shape)?;
+        Self::build(shape, Device::first()?)
+    }
+
+    /// An empty cache on the card of `stream`, working on that stream.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn on(stream: Arc<CudaStream>, shape: CacheShape) -> Result<Self> {
+        check(&shape)?;
+        Self::build(shape, Device::new(stream)?)
+    }
+
+    fn build(shape: CacheShape, device: Device) -> Result<Self> {
+        let book = Book::new(shape)?;
+        let CacheShape { pages, page_size, head_dim, dtype, .. } = book.shape;
+        let room = device.room(pages * book.shape.page_bytes())?;
+        let (page_size, dim) = (page_size as u32, head_dim as u32);
+        let pool = Pool { room, dtype: dtype.code(), page_size, dim };
+        let empty = || device.room(0);
+        let staged = Staged { keys: empty()?, values: empty()?, out: empty()?, lse: empty()? };
+        let (words, rows) = (empty()?, empty()?);
+        Ok(Self { book, device, pool, plan: Plan::default(), words, rows, staged })
+    }
+
+    /// The stream that the cache works on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        self.device.stream()
+    }
+
+    /// Where the tokens of each kv head of a layer lie, `[H]`.
+    ///
+    /// # Errors
+    /// An unknown sequence or layer.
+    pub fn tables(&self, sequence: Sequence, layer: usize) -> Result<&[PageTable]> {
+        self.book.layer(sequence, layer)
+    }
+
+    /// [`PagedAttention::fill`] from tensors on the card, queued on the stream.
+    ///
+    /// # Errors
+    /// Those of [`PagedAttention::fill`], and [`Cuda`](Error::Cuda).
+    pub fn fill_on_device(
+        &mut self,
+        sequence: Sequence,
+        layer: usize,
+        keys: DeviceView<'_>,
+        values: DeviceView<'_>,
+        drops: &[bool],
+    ) -> Result<()> {
+        self.book.fill(sequence, layer, keys.shape(), values.shape(), drops)?;
+        let CacheShape { window, page_size, .. } = self.book.shape;
+        let tables = self.book.layer(sequence, layer)?;
+        let rows = plan::prompt(tables, drops, window, page_size);
+        self.device.upload(&rows, &mut self.rows)?;
+        self.device.store(&self.pool, keys, values, self.rows.part(0, rows.len()))
+    }
+
+    /// [`PagedAttention::append`] from tensors on the card, queued on the stream.
+    ///
+    /// # Errors
+    /// Those of [`PagedAttention::append`], and [`Cuda`](Error::Cuda).
+    pub fn append_on_device(
+        &mut self,
+        layer: usize,
+        keys: DeviceView<'_>,
+        values: DeviceView<'_>,
+        drops: &[bool],
+    ) -> Result<()> {
+        self.book.append(layer, keys.shape(), values.shape(), drops)?;
+        let rows = self.part(self.plan.layers[layer].rows);
+        self.device.store(&self.pool, keys, values, rows)
+    }
+
+    /// [`PagedAttention::attend`] on tensors on the card, queued on the stream. `lse`, if given, is f32 `[Hq, N, 1]`.
+    ///
+    /// # Errors
+    /// Those of [`PagedAttention::attend`], and [`Cuda`](Error::Cuda).
+    pub fn attend_on_device(
+        &mut self,
+        layer: usize,
+        queries: DeviceView<'_>,
+        scale: f32,
+        out: DeviceViewMut<'_>,
+        lse: Option<DeviceViewMut<'_>>,
+    ) -> Result<()> {
+        self.book.attend(layer, queries.shape(), out.shape(), None)?;
+        if let Some(lse) = &lse {
+            let [heads, tokens, _] = queries.shape();
+            crate::view::check_shape("lse", lse.shape(), [heads, tokens, 1])?;
+            if lse.dtype() != Dtype::F32 {
+                return Err(Error::LseType);
+            }
+        }
+        self.launch(layer, queries, scale, &out, lse.as_ref())
+    }
+
+    fn launch(
+        &self,
+        layer: usize,
+        queries: DeviceView<'_>,
+        scale: f32,
+        out: &DeviceViewMut<'_>,
+        lse: Option<&DeviceViewMut<'_>>,
+    ) -> Result<()> {
+        let arrays = &self.plan.layers[layer];
+        let step = AttendStep {
+            heads: self.part(arrays.heads),
+            pages: self.part(arrays.pages),
+            slots: self.part(arrays.slots),
+            owners: self.part(self.plan.owners),
+            sequences: self.plan.sequences,
+            group: self.book.shape.group(),
+        };
+        self.device.attend(&self.pool, &step, queries, scale, out, lse)
+    }
+
+    fn part(&self, range: Range) -> Part<'_> {
+        self.words.part(range.first, range.words)
+    }
+}
+
+fn check(shape: &CacheShape) -> Result<()> {
+    shape.check()?;
+    let found = shape.head_dim;
+    if found > MAX_DIM {
+        let advice = "the kernels hold rows of at most 512 elements; use Cpu";
+        return Err(Error::CacheShape { field: "head_dim", found, advice });
+    }
+    Ok(())
+}
+
+/// Copies a host view to the card, in f32 and contiguous.
+fn stage<'a>(device: &Device, view: View<'_>, room: &'a mut Room) -> Result<DeviceView<'a>> {
+    let [heads, tokens, dim] = view.shape();
+    let mut rows = vec![0.0f32; heads * tokens * dim];
+    for (i, row) in rows.chunks_exact_mut(dim.max(1)).enumerate() {
+        view.read(i / tokens, i % tokens, row);
+    }
+    device.upload(&rows, room)?;
+    room.view(view.shape())
+}
+
+impl PagedAttention for Cuda {
+    fn shape(&self) -> &CacheShape {
+        &self.book.shape
+    }
+
+    fn allocate(&mut self) -> Result<Sequence> {
+        Ok(self.book.allocate())
+    }
+
+    fn fill(
+        &mut self,
+        sequence: Sequence,
+        layer: usize,
+        keys: View<'_>,
+        values: View<'_>,
+        drops: &[bool],
+    ) -> Result<()> {
+        self.book.fill(sequence, layer, keys.shape(), values.shape(), drops)?;
+        let CacheShape { window, page_size, .. } = self.book.shape;
+        let tables = self.book.layer(sequence, layer)?;
+        let rows = plan::prompt(tables, drops, window, page_size);
+        self.device.upload(&rows, &mut self.rows)?;
+        let keys = stage(&self.device, keys, &mut self.staged.keys)?;
+        let values = stage(&self.device, values, &mut self.staged.values)?;
+        self.device.store(&self.pool, keys, values, self.rows.part(0, rows.len()))?;
+        self.device.synchronize()
+    }
+
+    fn begin_step(&mut self, step: &[(Sequence, usize)]) -> Result<()> {
+        let moves = self.book.begin_step(step)?;
+        let row = |place| plan::row(place, self.book.shape.page_size);
+        let moves = moves.iter().flat_map(|step| [row(step.from), row(step.to)]);
+        let moves = moves.collect::<Vec<_>>();
+        self.device.upload(&moves, &mut self.rows)?;
+        self.device.shift(&self.pool, self.rows.part(0, moves.len()))?;
+        self.plan = Plan::of(&self.book)?;
+        self.device.upload(&self.plan.words, &mut self.words)
+    }
+
+    fn append(
+        &mut self,
+        layer: usize,
+        keys: View<'_>,
+        values: View<'_>,
+        drops: &[bool],
+    ) -> Result<()> {
+        self.book.append(layer, keys.shape(), values.shape(), drops)?;
+        let Range { first, words } = self.plan.layers[layer].rows;
+        let keys = stage(&self.device, keys, &mut self.staged.keys)?;
+        let values = stage(&self.device, values, &mut self.staged.values)?;
+        self.device.store(&self.pool, keys, values, self.words.part(first, words))?;
+        self.device.synchronize()
+    }
+
+    fn attend(
+        &mut self,
+        layer: usize,
+        queries: View<'_>,
+        scale: f32,
+        mut out: ViewMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        self.book.attend(layer, queries.shape(), out.shape(), lse.as_deref())?;
+        let [heads, tokens, dim] = queries.shape();
+        let rows = heads * tokens;
+        if rows == 0 {
+            return Ok(());
+        }
+        // Out of `self`, since the launch borrows the rest of it.
+        let empty = || self.device.room(0);
+        let empty = Staged { keys: empty()?, values: empty()?, out: empty()?, lse: empty()? };
+        let mut staged = std::mem::replace(&mut self.staged, empty);
+        self.device.reserve(rows * dim * 4, &mut staged.out)?;
+        self.device.reserve(rows * 4, &mut staged.lse)?;
+        let queries = stage(&self.device, queries, &mut staged.keys)?;
+        let on_device = staged.out.view_mut([heads, tokens, dim])?;
+        let sums = staged.lse.view_mut([heads, tokens, 1])?;
+        self.launch(layer, queries, scale, &on_device, Some(&sums))?;
+        let rows_out = self.device.download::<f32>(&staged.out, rows * dim)?;
+        for (i, row) in rows_out.chunks_exact(dim).enumerate() {
+            out.write(i / tokens, i % tokens, row.iter().copied());
+        }
+        if let Some(lse) = lse {
+            lse.copy_from_slice(&self.device.download::<f32>(&staged.lse, rows)?);
+        }
+        self.staged = staged;
+        Ok(())
+    }
+
+    fn release(&mut self, sequence: Sequence) -> Result<()> {
+        self.book.release(sequence)
+    }
+
+    fn stats(&self) -> Stats {
+        Stats { reserved_bytes: self.pool.room.bytes(), ..self.book.stats() }
+    }
+
+    fn lengths(&self, sequence: Sequence) -> Result<Vec<usize>> {
+        Ok(self.book.tables(sequence)?.iter().map(PageTable::len).collect())
+    }
+}

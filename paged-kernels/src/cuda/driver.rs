@@ -1,0 +1,455 @@
+//! The card: memory, kernels and their launches. All of this crate's `unsafe`.
+
+#![allow(unsafe_code)]
+
+use crate::cuda::view::{DeviceView, DeviceViewMut};
+use crate::error::{Error, Result};
+use crate::shape::Dtype;
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::{CudaContext, CudaStream, sys};
+use std::ffi::{CStr, c_int, c_void};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+/// CUDA 13.0: what the PTX asks for.
+const DRIVER: i32 = 13_000;
+/// Compute capability that the portable kernels ask for.
+const CAPABILITY: (i32, i32) = (8, 0);
+/// PTX, with the zero byte that the driver looks for.
+const PLAIN: &str = concat!(include_str!("../../kernels/plain.compute_80.ptx"), "\0");
+/// Threads of a block of every plain kernel: four warps.
+const BLOCK: u32 = 128;
+
+/// Where a row is not to be stored.
+pub const NO_ROW: u32 = u32::MAX;
+
+fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
+    move |error| {
+        let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
+        Error::Cuda { call, error: text.unwrap_or_else(|_| format!("{:?}", error.0)) }
+    }
+}
+
+/// Says whether there is a driver that can be asked for a card. `cudarc` panics where it finds no library, or one
+/// without the symbols that it wants, so the library is asked for its version first.
+fn check_driver() -> Result<()> {
+    // SAFETY: loads and unloads the driver's library; its initialisers may run at any time.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::NoDriver);
+    }
+    // SAFETY: the type is cuDriverGetVersion's in cuda.h; the symbol is only used while the library, which is
+    // static, is loaded.
+    let found = unsafe {
+        let version = sys::culib()
+            .get::<unsafe extern "C" fn(*mut c_int) -> sys::CUresult>(b"cuDriverGetVersion\0");
+        let mut found = 0;
+        match version {
+            Ok(version) if version(&raw mut found) == sys::CUresult::CUDA_SUCCESS => found,
+            _ => 0,
+        }
+    };
+    if found < DRIVER { Err(Error::OldDriver { found, wanted: DRIVER }) } else { Ok(()) }
+}
+
+/// A card, a stream on it, and the kernels.
+#[derive(Debug)]
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    module: sys::CUmodule,
+    store: sys::CUfunction,
+    shift: sys::CUfunction,
+    attend: sys::CUfunction,
+}
+
+// SAFETY: the raw handles name a module and its functions, which any thread may use once the context is bound to it,
+// as every method here does first.
+unsafe impl Send for Device {}
+
+impl Device {
+    /// Card 0 and its default stream.
+    pub fn first() -> Result<Self> {
+        check_driver()?;
+        let cards = CudaContext::device_count().map_err(failed("cuDeviceGetCount"))?;
+        if cards == 0 {
+            return Err(Error::NoCard);
+        }
+        let context = CudaContext::new(0).map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        Self::new(context.default_stream())
+    }
+
+    /// The card of `stream`, working on that stream.
+    pub fn new(stream: Arc<CudaStream>) -> Result<Self> {
+        check_driver()?;
+        let context = stream.context().clone();
+        let (major, minor) =
+            context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?;
+        if (major, minor) < CAPABILITY {
+            let card = context.name().map_err(failed("cuDeviceGetName"))?;
+            return Err(Error::Card { card, major, minor });
+        }
+        context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
+        // SAFETY: the image is PTX that ends in a zero byte, and the context is bound.
+        let module = unsafe { result::module::load_data(PLAIN.as_ptr().cast()) }
+            .map_err(failed("cuModuleLoadData"))?;
+        let function = |name: &CStr| {
+            // SAFETY: the module has just been loaded into the bound context.
+            unsafe { result::module::get_function(module, name.into()) }
+                .map_err(failed("cuModuleGetFunction"))
+        };
+        let store = function(c"plain_store")?;
+        let shift = function(c"plain_move")?;
+        let attend = function(c"plain_attend")?;
+        let device = Self { context, stream, module, store, shift, attend };
+        debug_assert_eq!(device.sizes(function(c"plain_sizes")?)?, Sizes::MIRRORED);
+        Ok(device)
+    }
+
+    pub fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))
+    }
+
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Room for `bytes`, its content undefined.
+    pub fn room(&self, bytes: usize) -> Result<Room> {
+        self.bind()?;
+        if bytes == 0 {
+            return Ok(Room { context: self.context.clone(), address: 0, bytes });
+        }
+        // SAFETY: the context is bound; the memory is only read where a kernel or a copy has written.
+        let address = unsafe { result::malloc_sync(bytes) }.map_err(|error| {
+            match (error.0, result::mem_get_info()) {
+                (sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY, Ok((free, _))) => {
+                    Error::DeviceMemory { wanted: bytes, free }
+                }
+                _ => failed("cuMemAlloc")(error),
+            }
+        })?;
+        Ok(Room { context: self.context.clone(), address, bytes })
+    }
+
+    /// Makes `room` hold at least `bytes`; its content is undefined if it grows.
+    pub fn reserve(&self, bytes: usize, room: &mut Room) -> Result<()> {
+        if room.bytes < bytes {
+            // The old room goes only after what reads it: freeing waits for the card.
+            *room = self.room(bytes.next_power_of_two())?;
+        }
+        Ok(())
+    }
+
+    /// Copies `data` to the front of `room`, which grows if it must. Returns once `data` may go.
+    pub fn upload<T: Plain>(&self, data: &[T], room: &mut Room) -> Result<()> {
+        let bytes = size_of_val(data);
+        self.reserve(bytes, room)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: `room` holds at least `bytes`, `data` is plain old data, and the copy from pageable memory has taken
+        // it all in when the call returns.
+        unsafe { result::memcpy_htod_async(room.address, data, self.stream.cu_stream()) }
+            .map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
+    /// The front of `room`, once everything before has been done.
+    pub fn download<T: Plain + Default>(&self, room: &Room, count: usize) -> Result<Vec<T>> {
+        let mut data = vec![T::default(); count];
+        assert!(size_of_val(&*data) <= room.bytes, "no more is read than there is");
+        if count == 0 {
+            return Ok(data);
+        }
+        self.bind()?;
+        // SAFETY: `data` is as long as what is read, any bits are a `T`, and it outlives the synchronisation.
+        unsafe { result::memcpy_dtoh_async(&mut data, room.address, self.stream.cu_stream()) }
+            .map_err(failed("cuMemcpyDtoHAsync"))?;
+        self.synchronize()?;
+        Ok(data)
+    }
+
+    /// Waits for everything on the stream.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(failed("cuStreamSynchronize"))
+    }
+
+    /// Rows of new tokens into the pool. `rows` is `[heads, tokens]`.
+    pub fn store(
+        &self,
+        pool: &Pool,
+        keys: DeviceView<'_>,
+        values: DeviceView<'_>,
+        rows: Part<'_>,
+    ) -> Result<()> {
+        let [heads, tokens, dim] = keys.shape();
+        assert_eq!(
+            (rows.words, dim, values.shape()),
+            (heads * tokens, pool.dim as usize, keys.shape())
+        );
+        let call = StoreCall {
+            pool: pool.raw(),
+            keys: keys.raw(),
+            values: values.raw(),
+            rows: rows.address,
+            heads: heads as u32,
+            tokens: tokens as u32,
+        };
+        // SAFETY: the views hold what their shapes say, `rows` holds a number for each of their rows, and each number
+        // is of a row of the pool, or `NO_ROW`, as `Plan` makes them.
+        unsafe { self.launch(self.store, warps(heads * tokens), 0, &call) }
+    }
+
+    /// Moves rows within the pool: pairs of from and to.
+    pub fn shift(&self, pool: &Pool, rows: Part<'_>) -> Result<()> {
+        let call = MoveCall { pool: pool.raw(), rows: rows.address, count: rows.words as u64 / 2 };
+        // SAFETY: `rows` holds pairs of rows of the pool, no row twice, as the tables' moves are.
+        unsafe { self.launch(self.shift, warps(rows.words / 2), 0, &call) }
+    }
+
+    /// Attends from the step's tokens in one layer.
+    pub fn attend(
+        &self,
+        pool: &Pool,
+        step: &AttendStep<'_>,
+        queries: DeviceView<'_>,
+        scale: f32,
+        out: &DeviceViewMut<'_>,
+        lse: Option<&DeviceViewMut<'_>>,
+    ) -> Result<()> {
+        let [query_heads, tokens, dim] = queries.shape();
+        assert_eq!(
+            (out.shape(), dim, step.owners.words),
+            (queries.shape(), pool.dim as usize, tokens)
+        );
+        let call = AttendCall {
+            pool: pool.raw(),
+            queries: queries.raw(),
+            out: out.raw(),
+            lse: lse.map_or(0, |lse| lse.raw().data),
+            heads: step.heads.address,
+            pages: step.pages.address,
+            slots: step.slots.address,
+            owners: step.owners.address,
+            sequences: step.sequences as u32,
+            group: step.group as u32,
+            tokens: tokens as u32,
+            scale,
+        };
+        // SAFETY: the views hold what their shapes say; the arrays are a `Plan`'s, whose heads name ranges of its
+        // pages, and pages of the pool; `lse`, if any, has a number for each row, as the caller has checked.
+        unsafe { self.launch(self.attend, query_heads * tokens, 4 * 4 * dim as u32, &call) }
+    }
+
+    /// # Safety
+    /// `call` must be the argument of `kernel`, and its addresses must hold what the kernel reads and writes until it
+    /// has run.
+    unsafe fn launch<T>(
+        &self,
+        kernel: sys::CUfunction,
+        blocks: usize,
+        shared: u32,
+        call: &T,
+    ) -> Result<()> {
+        if blocks == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(i32::MAX as u32);
+        let mut arguments = [std::ptr::from_ref(call).cast_mut().cast::<c_void>()];
+        // SAFETY: the driver copies the argument before it returns; the rest is the caller's promise.
+        unsafe {
+            result::launch_kernel(
+                kernel,
+                (blocks, 1, 1),
+                (BLOCK, 1, 1),
+                shared,
+                self.stream.cu_stream(),
+                &mut arguments,
+            )
+        }
+        .map_err(failed("cuLaunchKernel"))
+    }
+
+    fn sizes(&self, kernel: sys::CUfunction) -> Result<Vec<u32>> {
+        let room = self.room(Sizes::MIRRORED.len() * 4)?;
+        // SAFETY: the kernel writes six numbers to the address that is its only argument.
+        unsafe { self.launch(kernel, 1, 0, &room.address) }?;
+        self.download(&room, Sizes::MIRRORED.len())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let Ok(()) = self.bind() else { return };
+        // SAFETY: nothing else names the module's functions. What is still running keeps its code.
+        self.context.record_err(unsafe { result::module::unload(self.module) });
+    }
+}
+
+/// Blocks for `rows` rows of a warp each; kernels go on from there.
+fn warps(rows: usize) -> usize {
+    rows.div_ceil(4).min(1 << 16)
+}
+
+/// Memory on the card.
+#[derive(Debug)]
+pub struct Room {
+    context: Arc<CudaContext>,
+    address: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+impl Room {
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Its front, as f32 `[heads, tokens, dim]`.
+    pub fn view(&self, shape: [usize; 3]) -> Result<DeviceView<'_>> {
+        assert!(shape.iter().product::<usize>() * 4 <= self.bytes, "a view lies within its room");
+        let strides = [shape[1] * shape[2], shape[2]];
+        // SAFETY: the room holds the shape and lives as long as the view; whatever bits it holds are numbers.
+        unsafe { DeviceView::at(self.address, Dtype::F32, shape, strides) }
+    }
+
+    /// Its front, as f32 `[heads, tokens, dim]` to write to.
+    pub fn view_mut(&mut self, shape: [usize; 3]) -> Result<DeviceViewMut<'_>> {
+        assert!(shape.iter().product::<usize>() * 4 <= self.bytes, "a view lies within its room");
+        // SAFETY: as above, and the room is borrowed alone.
+        unsafe { DeviceViewMut::at(self.address, Dtype::F32, shape) }
+    }
+
+    /// Some of its 32-bit words.
+    pub fn part(&self, first: usize, words: usize) -> Part<'_> {
+        assert!((first + words) * 4 <= self.bytes, "a part lies within its room");
+        Part { address: self.address + first as u64 * 4, words, room: PhantomData }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if self.address != 0 && self.context.bind_to_thread().is_ok() {
+            // SAFETY: the address came from `malloc_sync` and goes once; freeing waits for what still uses it.
+            self.context.record_err(unsafe { result::free_sync(self.address) });
+        }
+    }
+}
+
+/// 32-bit words in a [`Room`].
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'a> {
+    address: u64,
+    words: usize,
+    room: PhantomData<&'a Room>,
+}
+
+/// The pages.
+#[derive(Debug)]
+pub struct Pool {
+    pub room: Room,
+    /// As the kernels number types.
+    pub dtype: u32,
+    pub page_size: u32,
+    pub dim: u32,
+}
+
+impl Pool {
+    fn raw(&self) -> RawPool {
+        let Self { dtype, page_size, dim, .. } = *self;
+        RawPool { data: self.room.address, dtype, page_size, dim, unused: 0 }
+    }
+}
+
+/// One layer's part of a plan.
+#[derive(Debug)]
+pub struct AttendStep<'a> {
+    pub heads: Part<'a>,
+    pub pages: Part<'a>,
+    pub slots: Part<'a>,
+    pub owners: Part<'a>,
+    pub sequences: usize,
+    pub group: usize,
+}
+
+/// What may be copied to the card and back as it is.
+///
+/// # Safety
+/// Any bits are a value, and there is no padding.
+pub unsafe trait Plain: Copy {}
+// SAFETY: numbers.
+unsafe impl Plain for u32 {}
+// SAFETY: numbers.
+unsafe impl Plain for f32 {}
+// SAFETY: a number of 16 bits, transparent.
+unsafe impl Plain for half::bf16 {}
+
+// Mirrors of the structs in kernels/plain.cu.
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct RawView {
+    pub data: u64,
+    pub head_stride: i64,
+    pub token_stride: i64,
+    pub dtype: u32,
+    pub unused: u32,
+}
+
+#[repr(C)]
+struct RawPool {
+    data: u64,
+    dtype: u32,
+    page_size: u32,
+    dim: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+struct StoreCall {
+    pool: RawPool,
+    keys: RawView,
+    values: RawView,
+    rows: u64,
+    heads: u32,
+    tokens: u32,
+}
+
+#[repr(C)]
+struct MoveCall {
+    pool: RawPool,
+    rows: u64,
+    count: u64,
+}
+
+#[repr(C)]
+struct AttendCall {
+    pool: RawPool,
+    queries: RawView,
+    out: RawView,
+    lse: u64,
+    heads: u64,
+    pages: u64,
+    slots: u64,
+    owners: u64,
+    sequences: u32,
+    group: u32,
+    tokens: u32,
+    scale: f32,
+}
+
+/// 32-bit words of a head's record.
+pub const HEAD_WORDS: usize = 6;
+
+struct Sizes;
+
+impl Sizes {
+    const MIRRORED: [u32; 6] = [
+        size_of::<RawView>() as u32,
+        size_of::<RawPool>() as u32,
+        size_of::<StoreCall>() as u32,
+        size_of::<MoveCall>() as u32,
+        4 * HEAD_WORDS as u32,
+        size_of::<AttendCall>() as u32,
+    ];
+}

@@ -1,0 +1,159 @@
+//! Borrowed tensors on the card, whoever owns them.
+
+#![allow(unsafe_code)]
+
+use crate::cuda::driver::RawView;
+use crate::error::{Error, Result};
+use crate::shape::Dtype;
+use crate::view::check_length;
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+impl Dtype {
+    /// As the kernels number types.
+    pub(crate) fn code(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::Bf16 => 1,
+        }
+    }
+}
+
+/// What a [`CudaSlice`] may hold to be viewed.
+pub trait DeviceElement {
+    /// Its type.
+    const DTYPE: Dtype;
+}
+
+impl DeviceElement for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+
+impl DeviceElement for half::bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+}
+
+/// A borrowed `[heads, tokens, dim]` on the card. Rows of `dim` elements are contiguous; the first two strides are
+/// free. Made of a cudarc slice, or of the address of any framework's tensor.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceView<'a> {
+    raw: RawView,
+    shape: [usize; 3],
+    borrowed: PhantomData<&'a ()>,
+}
+
+impl<'a> DeviceView<'a> {
+    /// A contiguous tensor of `shape`, to be read on `stream`.
+    ///
+    /// # Errors
+    /// [`Error::Length`] unless `slice` holds exactly that many elements; [`Error::OtherStream`] if it belongs to
+    /// another stream, on which its memory could go before it is read.
+    pub fn of<T: DeviceElement>(
+        slice: &'a CudaSlice<T>,
+        shape: [usize; 3],
+        stream: &Arc<CudaStream>,
+    ) -> Result<Self> {
+        check_length("view", slice.len(), elements(shape))?;
+        check_stream(slice.stream(), stream)?;
+        let (address, _) = slice.device_ptr(stream);
+        // SAFETY: the slice holds `shape` and is borrowed for `'a`; it is freed on the stream that reads it.
+        unsafe { Self::at(address, T::DTYPE, shape, [shape[1] * shape[2], shape[2]]) }
+    }
+
+    /// A tensor of `shape` at an address on the card, whose heads and tokens lie `strides` elements apart; for a tch
+    /// tensor `tensor.data_ptr() as u64`.
+    ///
+    /// # Errors
+    /// [`Error::Address`] for a null or unaligned address of a tensor that has elements.
+    ///
+    /// # Safety
+    /// While `'a` lasts and until the stream of the cache has done what the view is handed to, the memory must be the
+    /// card's, hold elements of `dtype` up to the last that shape and strides name, and not be written elsewhere.
+    pub unsafe fn at(
+        address: u64,
+        dtype: Dtype,
+        shape: [usize; 3],
+        strides: [usize; 2],
+    ) -> Result<Self> {
+        let empty = shape.contains(&0);
+        if !empty && (address == 0 || !address.is_multiple_of(dtype.bytes() as u64)) {
+            return Err(Error::Address { address, dtype });
+        }
+        let [head_stride, token_stride] = strides.map(|stride| stride as i64);
+        let raw =
+            RawView { data: address, head_stride, token_stride, dtype: dtype.code(), unused: 0 };
+        Ok(Self { raw, shape, borrowed: PhantomData })
+    }
+
+    /// `[heads, tokens, dim]`.
+    pub fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
+    pub(crate) fn raw(&self) -> RawView {
+        self.raw
+    }
+}
+
+/// A borrowed, contiguous `[heads, tokens, dim]` on the card to write to.
+#[derive(Debug)]
+pub struct DeviceViewMut<'a> {
+    view: DeviceView<'a>,
+    dtype: Dtype,
+    borrowed: PhantomData<&'a mut ()>,
+}
+
+impl<'a> DeviceViewMut<'a> {
+    /// A contiguous tensor of `shape`, to be written on `stream`.
+    ///
+    /// # Errors
+    /// Those of [`DeviceView::of`].
+    pub fn of<T: DeviceElement>(
+        slice: &'a mut CudaSlice<T>,
+        shape: [usize; 3],
+        stream: &Arc<CudaStream>,
+    ) -> Result<Self> {
+        check_length("view", slice.len(), elements(shape))?;
+        check_stream(slice.stream(), stream)?;
+        let (address, _) = slice.device_ptr_mut(stream);
+        // SAFETY: the slice holds `shape` and is borrowed alone for `'a`; it is freed on the stream that writes it.
+        unsafe { Self::at(address, T::DTYPE, shape) }
+    }
+
+    /// A contiguous tensor of `shape` at an address on the card.
+    ///
+    /// # Errors
+    /// Those of [`DeviceView::at`].
+    ///
+    /// # Safety
+    /// As for [`DeviceView::at`]; and nobody else may read or write the memory meanwhile.
+    pub unsafe fn at(address: u64, dtype: Dtype, shape: [usize; 3]) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        let view =
+            unsafe { DeviceView::at(address, dtype, shape, [shape[1] * shape[2], shape[2]]) }?;
+        Ok(Self { view, dtype, borrowed: PhantomData })
+    }
+
+    /// `[heads, tokens, dim]`.
+    pub fn shape(&self) -> [usize; 3] {
+        self.view.shape
+    }
+
+    /// The type of its elements.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub(crate) fn raw(&self) -> RawView {
+        self.view.raw
+    }
+}
+
+fn check_stream(found: &Arc<CudaStream>, expected: &Arc<CudaStream>) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(Error::OtherStream) }
+}
+
+fn elements(shape: [usize; 3]) -> usize {
+    shape.iter().fold(1, |product: usize, &n| product.saturating_mul(n))
+}
