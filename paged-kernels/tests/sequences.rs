@@ -3,6 +3,8 @@
 mod common;
 
 use common::{Outputs, Twins, small};
+#[cfg(feature = "cuda")]
+use paged_kernels::Cuda;
 use paged_kernels::{CacheShape, Cpu, Dtype, Error, PagedAttention, Reference, Sequence};
 use proptest::prelude::*;
 
@@ -26,6 +28,7 @@ fn operation() -> impl Strategy<Value = Operation> {
 }
 
 fn live<B: PagedAttention>(backend: B, drop: f64, operations: &[Operation]) {
+    let taken = backend.stats().reserved_bytes;
     let mut twins = Twins::new(backend, drop);
     let mut texts = Vec::<Sequence>::new();
     for operation in operations {
@@ -60,24 +63,56 @@ fn live<B: PagedAttention>(backend: B, drop: f64, operations: &[Operation]) {
     }
     texts.into_iter().for_each(|text| twins.release(text));
     let stats = twins.backend.stats();
-    assert_eq!((stats.pages_used, stats.rows, stats.reserved_bytes), (0, 0, 0));
+    assert_eq!((stats.pages_used, stats.rows, stats.reserved_bytes), (0, 0, taken));
+}
+
+/// What varies: the share that drops, the shape, and what happens.
+fn lives() -> impl Strategy<Value = (f64, CacheShape, Vec<Operation>)> {
+    let page_size = prop::sample::select(vec![1, 3, 4, 16]);
+    let operations = prop::collection::vec(operation(), 1..24);
+    (0.0..=1.0, page_size, 20usize..120, any::<bool>(), operations).prop_map(
+        |(drop, page_size, pages, bf16, operations)| {
+            let dtype = if bf16 { Dtype::Bf16 } else { Dtype::F32 };
+            (drop, CacheShape { page_size, pages, ..small(dtype) }, operations)
+        },
+    )
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn random_lives_equal_dense_attention(
-        drop in 0.0..=1.0,
-        page_size in prop::sample::select(vec![1, 3, 4, 16]),
-        pages in 20usize..120,
-        bf16 in any::<bool>(),
-        operations in prop::collection::vec(operation(), 1..24),
-    ) {
-        let dtype = if bf16 { Dtype::Bf16 } else { Dtype::F32 };
-        let shape = CacheShape { page_size, pages, ..small(dtype) };
+    fn random_lives_equal_dense_attention((drop, shape, operations) in lives()) {
         live(Reference::new(shape.clone()).unwrap(), drop, &operations);
         live(Cpu::new(shape).unwrap(), drop, &operations);
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        #[ignore = "needs a CUDA device"]
+        fn random_lives_equal_dense_attention((drop, shape, operations) in lives()) {
+            live(Cuda::new(shape).unwrap(), drop, &operations);
+        }
+    }
+
+    fn cache() -> Cuda {
+        Cuda::new(many()).unwrap()
+    }
+
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn neither_neighbours_nor_page_numbers_nor_runs_change_a_bit() {
+        let alone = outputs(cache(), &[], 0);
+        assert_eq!(alone, outputs(cache(), &[], 0));
+        assert_eq!(alone, outputs(cache(), &[1, 3000, 40], 0));
+        assert_eq!(alone, outputs(cache(), &[], 9));
     }
 }
 
@@ -87,10 +122,17 @@ fn long() -> CacheShape {
     CacheShape { layers, kv_heads, query_heads, head_dim, page_size: 16, ..small(Dtype::F32) }
 }
 
+fn many() -> CacheShape {
+    CacheShape { pages: 1 << 14, ..long() }
+}
+
+fn threads(threads: usize) -> Cpu {
+    Cpu::with_threads(many(), threads).unwrap()
+}
+
 /// What one text gives, with `neighbours` of other lengths around it and `gaps` in the pool.
-fn outputs(threads: usize, neighbours: &[usize], gaps: usize) -> Vec<Outputs> {
-    let shape = CacheShape { pages: 1 << 14, ..long() };
-    let mut twins = Twins::new(Cpu::with_threads(shape, threads).unwrap(), 0.3);
+fn outputs<B: PagedAttention>(backend: B, neighbours: &[usize], gaps: usize) -> Vec<Outputs> {
+    let mut twins = Twins::new(backend, 0.3);
     let gaps = (0..gaps).map(|_| (twins.prompt(17), twins.prompt(33))).collect::<Vec<_>>();
     let neighbours = neighbours.iter().map(|&tokens| twins.prompt(tokens)).collect::<Vec<_>>();
     gaps.iter().for_each(|(text, _)| twins.release(*text));
@@ -106,8 +148,8 @@ fn outputs(threads: usize, neighbours: &[usize], gaps: usize) -> Vec<Outputs> {
 }
 
 /// Steps `step` and one token for each neighbour; the outputs of the first text alone.
-fn only(
-    twins: &mut Twins<Cpu>,
+fn only<B: PagedAttention>(
+    twins: &mut Twins<B>,
     step: &mut Vec<(Sequence, usize)>,
     neighbours: &[Sequence],
 ) -> Outputs {
@@ -139,21 +181,21 @@ fn only(
 
 #[test]
 fn neighbours_do_not_change_a_bit() {
-    let alone = outputs(2, &[], 0);
-    assert_eq!(alone, outputs(2, &[1, 3000, 40], 0));
+    let alone = outputs(threads(2), &[], 0);
+    assert_eq!(alone, outputs(threads(2), &[1, 3000, 40], 0));
 }
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let one = outputs(1, &[], 0);
-    for threads in [2, 3, 7] {
-        assert_eq!(one, outputs(threads, &[], 0));
+    let one = outputs(threads(1), &[], 0);
+    for n in [2, 3, 7] {
+        assert_eq!(one, outputs(threads(n), &[], 0));
     }
 }
 
 #[test]
 fn page_numbers_do_not_change_a_bit() {
-    assert_eq!(outputs(2, &[], 0), outputs(2, &[], 9));
+    assert_eq!(outputs(threads(2), &[], 0), outputs(threads(2), &[], 9));
 }
 
 #[test]
