@@ -1,60 +1,16 @@
 // Plain kernels: any head dim up to 512, any page size, f32 or bf16. The twin that fast kernels are held to on the
 // card, and the way of shapes that have no fast kernel. Written for reading.
 //
-// A page is [2 (keys, values)][page size][dim]; a row number counts rows of all pages, page * page size + row in page.
-// Offsets of elements are 64 bits wide: pools hold more than 2^32. Softmax is in f32, in a fixed order, so a result
-// depends on its own head alone and is the same bits in every run. Mirrored in src/cuda/driver.rs.
+// Softmax is in f32, in a fixed order, so a result depends on its own head alone and is the same bits in every run.
 
-#include <cuda_bf16.h>
-#include <cstdint>
+#include "attend.cuh"
 
 namespace {
 
-enum : uint32_t { F32 = 0, BF16 = 1 };
 constexpr uint32_t NO_ROW = 0xffffffffu;
-constexpr int LANES = 32;
-constexpr int WARPS = 4;
 constexpr int MOST_PER_LANE = 16;
 
-__device__ float load(const void *data, uint32_t type, int64_t i) {
-    return type == F32 ? static_cast<const float *>(data)[i]
-                       : __bfloat162float(static_cast<const __nv_bfloat16 *>(data)[i]);
-}
-
-__device__ void save(void *data, uint32_t type, int64_t i, float x) {
-    if (type == F32) {
-        static_cast<float *>(data)[i] = x;
-    } else {
-        static_cast<__nv_bfloat16 *>(data)[i] = __float2bfloat16(x);
-    }
-}
-
 }  // namespace
-
-// Elements [heads][tokens][dim], the first two strides free.
-struct View {
-    void *data;
-    int64_t head_stride;
-    int64_t token_stride;
-    uint32_t type;
-    uint32_t unused;
-
-    __device__ int64_t at(int64_t head, int64_t token) const { return head * head_stride + token * token_stride; }
-};
-
-struct Pool {
-    void *data;
-    uint32_t type;
-    uint32_t page_size;
-    uint32_t dim;
-    uint32_t unused;
-
-    // First element of a row's key; its value lies page_size * dim further.
-    __device__ int64_t key(uint32_t row) const {
-        int64_t page = row / page_size;
-        return (page * 2 * page_size + row % page_size) * dim;
-    }
-};
 
 struct Store {
     Pool pool;
@@ -102,30 +58,6 @@ extern "C" __global__ void plain_move(Move call) {
         }
     }
 }
-
-// One kv head of one sequence of the step.
-struct Head {
-    uint64_t pages;  // where its pages begin in Attend::pages
-    uint32_t len;    // live rows
-    uint32_t first;  // its first token in the step
-    uint32_t tokens;
-    uint32_t unused;
-};
-
-struct Attend {
-    Pool pool;
-    View queries;  // [Hq][tokens][dim]
-    View out;      // [Hq][tokens][dim]
-    float *lse;    // [Hq][tokens], or null
-    const Head *heads;       // [H][sequences]
-    const uint32_t *pages;   // pages of all heads, one list after the other
-    const uint32_t *slots;   // [H][tokens]: where each token of the step lies in its head
-    const uint32_t *owners;  // [tokens]: its sequence
-    uint32_t sequences;
-    uint32_t group;
-    uint32_t tokens;
-    float scale;
-};
 
 // A block a query row. Its warps take every fourth slot each and are merged in their order.
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) plain_attend(Attend call) {
@@ -194,10 +126,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) plain_attend(Attend c
     for (uint32_t d = threadIdx.x; d < dim; d += blockDim.x) {
         float x = 0.0f;
         for (int w = 0; w < WARPS; w++) x += rows[w * dim + d] * weights[w];
-        save(call.out.data, call.out.type, call.out.at(query_head, token) + d, total == 0.0f ? 0.0f : x / total);
-    }
-    if (call.lse && threadIdx.x == 0) {
-        call.lse[uint64_t(query_head) * call.tokens + token] = total == 0.0f ? -INFINITY : most + logf(total);
+        finish(call, query_head, token, d, x, most, total);
     }
 }
 

@@ -15,9 +15,9 @@ use crate::book::{Book, Sequence};
 use crate::error::{Error, Result};
 use crate::shape::{CacheShape, Dtype, Stats};
 use crate::table::PageTable;
-use crate::view::{View, ViewMut};
+use crate::view::{Data, View, ViewMut, check_shape};
 use cudarc::driver::CudaStream;
-use driver::{AttendStep, Device, Part, Pool, Room};
+use driver::{AttendStep, Device, Part, Plain, Pool, Room};
 use plan::{Plan, Range};
 use std::sync::Arc;
 
@@ -39,6 +39,9 @@ pub struct Cuda {
     words: Room,
     /// Rows of a prompt, or moves.
     rows: Room,
+    /// What the blocks of a fast attention hand to each other, and how many have come to each head.
+    parts: Room,
+    arrivals: Room,
     staged: Staged,
 }
 
@@ -80,8 +83,9 @@ impl Cuda {
         let pool = Pool { room, dtype: dtype.code(), page_size, dim };
         let empty = || device.room(0);
         let staged = Staged { keys: empty()?, values: empty()?, out: empty()?, lse: empty()? };
-        let (words, rows) = (empty()?, empty()?);
-        Ok(Self { book, device, pool, plan: Plan::default(), words, rows, staged })
+        let (words, rows, parts, arrivals) = (empty()?, empty()?, device.parts(&pool)?, empty()?);
+        let plan = Plan::default();
+        Ok(Self { book, device, pool, plan, words, rows, parts, arrivals, staged })
     }
 
     /// The stream that the cache works on.
@@ -148,7 +152,7 @@ impl Cuda {
         self.book.attend(layer, queries.shape(), out.shape(), None)?;
         if let Some(lse) = &lse {
             let [heads, tokens, _] = queries.shape();
-            crate::view::check_shape("lse", lse.shape(), [heads, tokens, 1])?;
+            check_shape("lse", lse.shape(), [heads, tokens, 1])?;
             if lse.dtype() != Dtype::F32 {
                 return Err(Error::LseType);
             }
@@ -170,6 +174,10 @@ impl Cuda {
             pages: self.part(arrays.pages),
             slots: self.part(arrays.slots),
             owners: self.part(self.plan.owners),
+            shares: self.part(arrays.shares),
+            parts: self.parts.whole(),
+            arrivals: self.arrivals.whole(),
+            single: self.plan.single,
             sequences: self.plan.sequences,
             group: self.book.shape.group(),
         };
@@ -191,15 +199,29 @@ fn check(shape: &CacheShape) -> Result<()> {
     Ok(())
 }
 
-/// Copies a host view to the card, in f32 and contiguous.
+/// Copies a host view to the card, contiguous.
 fn stage<'a>(device: &Device, view: View<'_>, room: &'a mut Room) -> Result<DeviceView<'a>> {
-    let [heads, tokens, dim] = view.shape();
-    let mut rows = vec![0.0f32; heads * tokens * dim];
-    for (i, row) in rows.chunks_exact_mut(dim.max(1)).enumerate() {
-        view.read(i / tokens, i % tokens, row);
+    let dtype = match view.parts().0 {
+        Data::F32(data) => stage_rows(device, view, data, room).map(|()| Dtype::F32),
+        Data::Bf16(data) => stage_rows(device, view, data, room).map(|()| Dtype::Bf16),
+    };
+    room.view(dtype?, view.shape())
+}
+
+fn stage_rows<T: Plain>(
+    device: &Device,
+    view: View<'_>,
+    data: &[T],
+    room: &mut Room,
+) -> Result<()> {
+    let ([heads, tokens, dim], (_, strides)) = (view.shape(), view.parts());
+    let mut rows = Vec::with_capacity(heads * tokens * dim);
+    for head in 0..heads {
+        for token in 0..tokens {
+            rows.extend_from_slice(&data[head * strides[0] + token * strides[1]..][..dim]);
+        }
     }
-    device.upload(&rows, room)?;
-    room.view(view.shape())
+    device.upload(&rows, room)
 }
 
 impl PagedAttention for Cuda {
@@ -237,7 +259,11 @@ impl PagedAttention for Cuda {
         let moves = moves.collect::<Vec<_>>();
         self.device.upload(&moves, &mut self.rows)?;
         self.device.shift(&self.pool, self.rows.part(0, moves.len()))?;
-        self.plan = Plan::of(&self.book)?;
+        self.plan = Plan::of(&self.book, self.device.blocks)?;
+        let heads = self.book.shape.kv_heads * self.plan.sequences;
+        if self.arrivals.bytes() < heads * 4 {
+            self.device.upload(&vec![0u32; heads.next_power_of_two()], &mut self.arrivals)?;
+        }
         self.device.upload(&self.plan.words, &mut self.words)
     }
 

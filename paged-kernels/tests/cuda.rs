@@ -5,9 +5,11 @@
 mod common;
 
 use common::{Noise, Twins, small, view};
+use half::bf16;
 use paged_kernels::cudarc::driver::{CudaContext, CudaStream};
 use paged_kernels::{
-    CacheShape, Cuda, DeviceView, DeviceViewMut, Dtype, Error, PagedAttention, Reference, ViewMut,
+    CacheShape, Cuda, DeviceView, DeviceViewMut, Dtype, Error, PagedAttention, Reference, View,
+    ViewMut,
 };
 use std::sync::Arc;
 
@@ -76,6 +78,109 @@ mod cuda {
         let texts = (0..texts).map(|i| (twins.prompt(i % 3), 1)).collect::<Vec<_>>();
         twins.step(&texts).unwrap();
         twins.step(&texts).unwrap();
+    }
+
+    /// Outputs and log-sums of a step's queries, which are exact in bf16: as bf16, which the fast kernel takes, or as
+    /// f32, which it does not.
+    fn attend(
+        cache: &mut Cuda,
+        queries: &[f32],
+        tokens: usize,
+        fast: bool,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let CacheShape { query_heads, head_dim, .. } = *cache.shape();
+        let shape = [query_heads, tokens, head_dim];
+        let narrow = queries.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
+        let queries = if fast { View::new(&narrow[..], shape) } else { View::new(queries, shape) };
+        let (mut out, mut lse) =
+            (vec![f32::NAN; narrow.len()], vec![f32::NAN; query_heads * tokens]);
+        let out_view = ViewMut::new(&mut out[..], shape).unwrap();
+        let scale = common::scale(head_dim);
+        cache.attend(0, queries.unwrap(), scale, out_view, Some(&mut lse)).unwrap();
+        (out, lse)
+    }
+
+    fn fast_shape(head_dim: usize, kv_heads: usize, group: usize) -> CacheShape {
+        CacheShape {
+            layers: 1,
+            kv_heads,
+            query_heads: kv_heads * group,
+            head_dim,
+            page_size: 16,
+            window: 20,
+            pages: 1 << 14,
+            dtype: Dtype::Bf16,
+        }
+    }
+
+    /// Both kernels over the same pages, whose stale rows hold NaN.
+    fn compare(shape: CacheShape, lengths: &[usize], drop: f64) {
+        let mut twins = Twins::new(Cuda::new(shape.clone()).unwrap(), drop);
+        let poison = vec![f32::NAN; shape.kv_heads * 3000 * shape.head_dim];
+        let poison = view(&poison, [shape.kv_heads, 3000, shape.head_dim]);
+        let poisoned = twins.backend.allocate().unwrap();
+        let none = vec![false; shape.kv_heads * 3000];
+        twins.backend.fill(poisoned, 0, poison, poison, &none).unwrap();
+        twins.backend.release(poisoned).unwrap();
+        let texts = lengths.iter().map(|&tokens| twins.prompt(tokens)).collect::<Vec<_>>();
+        for step in 0..3 {
+            // In the second step every other sequence rests.
+            let rests = |i: usize| step == 1 && i % 2 == 1;
+            let texts = texts.iter().enumerate().map(|(i, &text)| (text, usize::from(!rests(i))));
+            let texts = texts.collect::<Vec<_>>();
+            let tokens = texts.iter().map(|(_, tokens)| tokens).sum();
+            twins.step(&texts).unwrap();
+            let queries = twins.noise.floats(shape.query_heads * tokens * shape.head_dim);
+            let (slow, slow_lse) = attend(&mut twins.backend, &queries, tokens, false);
+            let (fast, fast_lse) = attend(&mut twins.backend, &queries, tokens, true);
+            for (i, (x, y)) in fast_lse.iter().zip(&slow_lse).enumerate() {
+                assert!((x - y).abs() < 1e-3, "{shape:?} {lengths:?}: log-sum {i}: {x} is not {y}");
+            }
+            let rows = fast.chunks_exact(shape.head_dim).zip(slow.chunks_exact(shape.head_dim));
+            for (i, (x, y)) in rows.enumerate() {
+                let norm =
+                    |row: &mut dyn Iterator<Item = f32>| row.map(|x| x * x).sum::<f32>().sqrt();
+                let error = norm(&mut x.iter().zip(y).map(|(x, y)| x - y));
+                let error = error / norm(&mut y.iter().copied());
+                assert!(error < 5e-3, "{shape:?} {lengths:?}: row {i} is off by {error}");
+            }
+            assert_eq!(fast, attend(&mut twins.backend, &queries, tokens, true).0, "same bits");
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn the_fast_kernel_gives_what_the_plain_one_gives() {
+        for head_dim in [64, 128] {
+            for group in [1, 2, 3, 4, 5, 7, 8, 16] {
+                compare(fast_shape(head_dim, 2, group), &[0, 1, 15, 16, 17, 700], 0.5);
+            }
+        }
+        for lengths in [&[0][..], &[31], &[5000], &[4000, 1, 1, 900, 2]] {
+            compare(fast_shape(128, 8, 4), lengths, 0.3);
+            compare(fast_shape(128, 1, 4), lengths, 0.0);
+        }
+        // More heads than blocks, and a page or two each.
+        compare(fast_shape(128, 8, 4), &(0..90).map(|i| i % 40).collect::<Vec<_>>(), 0.3);
+    }
+
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn a_nan_stays_in_its_head_in_the_fast_kernel() {
+        let mut cache = Cuda::new(fast_shape(128, 2, 4)).unwrap();
+        let text = cache.allocate().unwrap();
+        let good = Noise(3).floats(2 * 600 * 128);
+        let mut bad = good.clone();
+        bad[(600 + 333) * 128 + 5] = f32::NAN;
+        let shape = [2, 600, 128];
+        cache.fill(text, 0, view(&bad, shape), view(&good, shape), &[false; 1200]).unwrap();
+        cache.begin_step(&[(text, 1)]).unwrap();
+        let row = view(&good[..256], [2, 1, 128]);
+        cache.append(0, row, row, &[false; 2]).unwrap();
+        let (out, lse) = attend(&mut cache, &good[..8 * 128], 1, true);
+        assert!(out[..4 * 128].iter().all(|x| x.is_finite()));
+        assert!(out[4 * 128..].iter().all(|x| x.is_nan()));
+        assert!(lse[..4].iter().all(|x| x.is_finite()) && lse[4..].iter().all(|x| x.is_nan()));
     }
 
     /// The same few tokens through tensors on the card and through `Reference`.

@@ -17,8 +17,15 @@ const DRIVER: i32 = 13_000;
 const CAPABILITY: (i32, i32) = (8, 0);
 /// PTX, with the zero byte that the driver looks for.
 const PLAIN: &str = concat!(include_str!("../../kernels/plain.compute_80.ptx"), "\0");
-/// Threads of a block of every plain kernel: four warps.
+const STREAM: &str = concat!(include_str!("../../kernels/stream.compute_80.ptx"), "\0");
+/// Threads of a block of every kernel: four warps.
 const BLOCK: u32 = 128;
+/// Blocks of the fast attention on each multiprocessor.
+const BLOCKS_PER_SM: usize = 2;
+/// What the fast attention is made for; see kernels/stream.cu.
+const STREAM_PAGE: u32 = 16;
+const STREAM_GROUP: usize = 16;
+const STREAM_STAGES: usize = 3;
 
 /// Where a row is not to be stored.
 pub const NO_ROW: u32 = u32::MAX;
@@ -51,15 +58,38 @@ fn check_driver() -> Result<()> {
     if found < DRIVER { Err(Error::OldDriver { found, wanted: DRIVER }) } else { Ok(()) }
 }
 
+fn load(ptx: &'static str) -> Result<sys::CUmodule> {
+    // SAFETY: the image is PTX that ends in a zero byte; the caller has bound a context.
+    unsafe { result::module::load_data(ptx.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))
+}
+
+fn function(module: sys::CUmodule, name: &CStr) -> Result<sys::CUfunction> {
+    // SAFETY: the module is loaded into the bound context.
+    unsafe { result::module::get_function(module, name.into()) }
+        .map_err(failed("cuModuleGetFunction"))
+}
+
+/// A block's shared memory in the fast attention: pages on their way, then each warp's sums.
+fn stream_shared(dim: usize, group: usize) -> usize {
+    let pages = 4 * STREAM_STAGES * 2 * STREAM_PAGE as usize * dim * 2;
+    pages + 4 * group * (dim + 2) * 4
+}
+
 /// A card, a stream on it, and the kernels.
 #[derive(Debug)]
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    module: sys::CUmodule,
+    modules: [sys::CUmodule; 2],
     store: sys::CUfunction,
     shift: sys::CUfunction,
     attend: sys::CUfunction,
+    stream_64: sys::CUfunction,
+    stream_128: sys::CUfunction,
+    /// Blocks that share a layer's pages.
+    pub blocks: usize,
+    /// Bytes of shared memory that a block may have.
+    shared: usize,
 }
 
 // SAFETY: the raw handles name a module and its functions, which any thread may use once the context is bound to it,
@@ -89,19 +119,34 @@ impl Device {
             return Err(Error::Card { card, major, minor });
         }
         context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
-        // SAFETY: the image is PTX that ends in a zero byte, and the context is bound.
-        let module = unsafe { result::module::load_data(PLAIN.as_ptr().cast()) }
-            .map_err(failed("cuModuleLoadData"))?;
-        let function = |name: &CStr| {
-            // SAFETY: the module has just been loaded into the bound context.
-            unsafe { result::module::get_function(module, name.into()) }
-                .map_err(failed("cuModuleGetFunction"))
+        let attribute = |which| context.attribute(which).map_err(failed("cuDeviceGetAttribute"));
+        use sys::CUdevice_attribute_enum as Attribute;
+        let multiprocessors =
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let (plain, stream_module) = (load(PLAIN)?, load(STREAM)?);
+        let device = Self {
+            store: function(plain, c"plain_store")?,
+            shift: function(plain, c"plain_move")?,
+            attend: function(plain, c"plain_attend")?,
+            stream_64: function(stream_module, c"stream_attend_d64")?,
+            stream_128: function(stream_module, c"stream_attend_d128")?,
+            context,
+            stream,
+            modules: [plain, stream_module],
+            blocks: BLOCKS_PER_SM * multiprocessors,
+            shared: shared as usize,
         };
-        let store = function(c"plain_store")?;
-        let shift = function(c"plain_move")?;
-        let attend = function(c"plain_attend")?;
-        let device = Self { context, stream, module, store, shift, attend };
-        debug_assert_eq!(device.sizes(function(c"plain_sizes")?)?, Sizes::MIRRORED);
+        for (kernel, dim) in [(device.stream_64, 64), (device.stream_128, 128)] {
+            let bytes = stream_shared(dim, STREAM_GROUP).min(device.shared) as i32;
+            let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is of a module that is loaded.
+            unsafe { result::function::set_function_attribute(kernel, which, bytes) }
+                .map_err(failed("cuFuncSetAttribute"))?;
+        }
+        let mut sizes = device.sizes(function(plain, c"plain_sizes")?, 6)?;
+        sizes.extend(device.sizes(function(stream_module, c"stream_size")?, 1)?);
+        assert_eq!(sizes, MIRRORED, "the kernels' structs are as they are mirrored here");
         Ok(device)
     }
 
@@ -236,9 +281,36 @@ impl Device {
             tokens: tokens as u32,
             scale,
         };
+        if step.single && self.is_fast(pool, step, &queries) {
+            let kernel = if pool.dim == 64 { self.stream_64 } else { self.stream_128 };
+            let shared = stream_shared(dim, step.group) as u32;
+            let (shares, parts) = (step.shares.address, step.parts.address);
+            let call = StreamCall { attend: call, shares, parts, arrivals: step.arrivals.address };
+            // SAFETY: as below; `shares` is the plan's, `parts` holds two parts of each block, and `arrivals` a number
+            // for each head, 0 between launches.
+            return unsafe { self.launch(kernel, self.blocks, shared, &call) };
+        }
         // SAFETY: the views hold what their shapes say; the arrays are a `Plan`'s, whose heads name ranges of its
         // pages, and pages of the pool; `lse`, if any, has a number for each row, as the caller has checked.
         unsafe { self.launch(self.attend, query_heads * tokens, 4 * 4 * dim as u32, &call) }
+    }
+
+    /// Whether there is a fast kernel for it.
+    fn is_fast(&self, pool: &Pool, step: &AttendStep<'_>, queries: &DeviceView<'_>) -> bool {
+        let RawView { data, head_stride, token_stride, dtype, .. } = queries.raw();
+        let bf16 = Dtype::Bf16.code();
+        // Queries are read two at a time.
+        let even = data % 4 == 0 && head_stride % 2 == 0 && token_stride % 2 == 0;
+        (pool.dtype, dtype, pool.page_size) == (bf16, bf16, STREAM_PAGE)
+            && matches!(pool.dim, 64 | 128)
+            && step.group <= STREAM_GROUP
+            && stream_shared(pool.dim as usize, step.group) <= self.shared
+            && even
+    }
+
+    /// Room for what the blocks of a fast attention hand to each other.
+    pub fn parts(&self, pool: &Pool) -> Result<Room> {
+        self.room(self.blocks * 2 * STREAM_GROUP * (pool.dim as usize + 2) * 4)
     }
 
     /// # Safety
@@ -271,19 +343,21 @@ impl Device {
         .map_err(failed("cuLaunchKernel"))
     }
 
-    fn sizes(&self, kernel: sys::CUfunction) -> Result<Vec<u32>> {
-        let room = self.room(Sizes::MIRRORED.len() * 4)?;
-        // SAFETY: the kernel writes six numbers to the address that is its only argument.
+    fn sizes(&self, kernel: sys::CUfunction, count: usize) -> Result<Vec<u32>> {
+        let room = self.room(count * 4)?;
+        // SAFETY: the kernel writes `count` numbers to the address that is its only argument.
         unsafe { self.launch(kernel, 1, 0, &room.address) }?;
-        self.download(&room, Sizes::MIRRORED.len())
+        self.download(&room, count)
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
         let Ok(()) = self.bind() else { return };
-        // SAFETY: nothing else names the module's functions. What is still running keeps its code.
-        self.context.record_err(unsafe { result::module::unload(self.module) });
+        for module in self.modules {
+            // SAFETY: nothing else names the module's functions, and unloading waits for what still runs.
+            self.context.record_err(unsafe { result::module::unload(module) });
+        }
     }
 }
 
@@ -305,12 +379,18 @@ impl Room {
         self.bytes
     }
 
-    /// Its front, as f32 `[heads, tokens, dim]`.
-    pub fn view(&self, shape: [usize; 3]) -> Result<DeviceView<'_>> {
-        assert!(shape.iter().product::<usize>() * 4 <= self.bytes, "a view lies within its room");
+    /// All of its 32-bit words.
+    pub fn whole(&self) -> Part<'_> {
+        self.part(0, self.bytes / 4)
+    }
+
+    /// Its front, as `[heads, tokens, dim]`.
+    pub fn view(&self, dtype: Dtype, shape: [usize; 3]) -> Result<DeviceView<'_>> {
+        let bytes = shape.iter().product::<usize>() * dtype.bytes();
+        assert!(bytes <= self.bytes, "a view lies within its room");
         let strides = [shape[1] * shape[2], shape[2]];
         // SAFETY: the room holds the shape and lives as long as the view; whatever bits it holds are numbers.
-        unsafe { DeviceView::at(self.address, Dtype::F32, shape, strides) }
+        unsafe { DeviceView::at(self.address, dtype, shape, strides) }
     }
 
     /// Its front, as f32 `[heads, tokens, dim]` to write to.
@@ -368,8 +448,13 @@ pub struct AttendStep<'a> {
     pub pages: Part<'a>,
     pub slots: Part<'a>,
     pub owners: Part<'a>,
+    pub shares: Part<'a>,
+    pub parts: Part<'a>,
+    pub arrivals: Part<'a>,
     pub sequences: usize,
     pub group: usize,
+    /// No sequence has more than one token.
+    pub single: bool,
 }
 
 /// What may be copied to the card and back as it is.
@@ -384,7 +469,7 @@ unsafe impl Plain for f32 {}
 // SAFETY: a number of 16 bits, transparent.
 unsafe impl Plain for half::bf16 {}
 
-// Mirrors of the structs in kernels/plain.cu.
+// Mirrors of the structs in kernels/attend.cuh and of the kernels' arguments.
 
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -438,18 +523,24 @@ struct AttendCall {
     scale: f32,
 }
 
+#[repr(C)]
+struct StreamCall {
+    attend: AttendCall,
+    shares: u64,
+    parts: u64,
+    arrivals: u64,
+}
+
 /// 32-bit words of a head's record.
 pub const HEAD_WORDS: usize = 6;
 
-struct Sizes;
-
-impl Sizes {
-    const MIRRORED: [u32; 6] = [
-        size_of::<RawView>() as u32,
-        size_of::<RawPool>() as u32,
-        size_of::<StoreCall>() as u32,
-        size_of::<MoveCall>() as u32,
-        4 * HEAD_WORDS as u32,
-        size_of::<AttendCall>() as u32,
-    ];
-}
+/// Sizes of the structs, in the order in which the kernels give theirs.
+const MIRRORED: [u32; 7] = [
+    size_of::<RawView>() as u32,
+    size_of::<RawPool>() as u32,
+    size_of::<StoreCall>() as u32,
+    size_of::<MoveCall>() as u32,
+    4 * HEAD_WORDS as u32,
+    size_of::<AttendCall>() as u32,
+    size_of::<StreamCall>() as u32,
+];

@@ -15,7 +15,12 @@ pub struct Plan {
     /// The sequence of each token.
     pub owners: Range,
     pub sequences: usize,
+    /// No sequence has more than one token.
+    pub single: bool,
 }
+
+/// Pages that are worth a block of their own: one for each of its warps.
+const LEAST: usize = 4;
 
 /// A stretch of [`Plan::words`].
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -35,13 +40,16 @@ pub struct Layer {
     pub slots: Range,
     /// `[H, tokens]`: row of the pool for each new token.
     pub rows: Range,
+    /// How blocks share the pages: their number, that of the blocks, and the first head of each block.
+    pub shares: Range,
 }
 
 impl Plan {
-    /// The plan of the step that `book` has begun.
-    pub fn of(book: &Book) -> Result<Self> {
+    /// The plan of the step that `book` has begun, for at most `blocks` blocks.
+    pub fn of(book: &Book, blocks: usize) -> Result<Self> {
         let mut plan = Self::default();
         let heads = book.heads(0)?;
+        plan.single = heads.iter().all(|head| head.tokens.len() <= 1);
         plan.sequences = heads.len() / book.shape.kv_heads;
         let own = heads.iter().take(plan.sequences).enumerate();
         let owners = own.flat_map(|(i, head)| head.tokens.clone().map(move |_| i as u32));
@@ -56,7 +64,10 @@ impl Plan {
                 let record: [u32; HEAD_WORDS] =
                     [at as u32, (at >> 32) as u32, head.table.len() as u32, first, tokens, 0];
                 records.extend(record);
-                pages.extend(head.table.pages().iter().map(|page| page.index() as u32));
+                // A sequence without a token in the step is not attended, and takes no one's share.
+                if tokens > 0 {
+                    pages.extend(head.table.pages().iter().map(|page| page.index() as u32));
+                }
                 slots.extend(head.slots.iter().map(|slot| slot.index() as u32));
                 rows.extend(
                     head.slots
@@ -68,9 +79,11 @@ impl Plan {
             if plan.words.len() % 2 == 1 {
                 plan.words.push(0);
             }
+            let shares = shares(&records, pages.len(), blocks);
             let heads = plan.push(records);
             let (pages, slots, rows) = (plan.push(pages), plan.push(slots), plan.push(rows));
-            plan.layers.push(Layer { heads, pages, slots, rows });
+            let shares = plan.push(shares);
+            plan.layers.push(Layer { heads, pages, slots, rows, shares });
         }
         Ok(plan)
     }
@@ -80,6 +93,25 @@ impl Plan {
         self.words.extend(words);
         range
     }
+}
+
+/// Equal shares of a layer's pages for at most `blocks` blocks: block `b` of `n` takes `pages * b / n` up to
+/// `pages * (b + 1) / n` of the heads' concatenated lists.
+fn shares(records: &[u32], pages: usize, blocks: usize) -> Vec<u32> {
+    let used = blocks.min(pages.div_ceil(LEAST));
+    let mut shares = vec![0; 2 + blocks];
+    (shares[0], shares[1]) = (pages as u32, used as u32);
+    let heads = records.chunks_exact(HEAD_WORDS).enumerate();
+    let mut heads = heads.filter(|(_, head)| head[4] > 0).map(|(i, head)| (i, head[0])).peekable();
+    let mut current = 0;
+    for (block, share) in shares[2..][..used].iter_mut().enumerate() {
+        let begin = (pages as u64 * block as u64 / used as u64) as u32;
+        while let Some((head, _)) = heads.next_if(|&(_, first)| first <= begin) {
+            current = head;
+        }
+        *share = current as u32;
+    }
+    shares
 }
 
 /// A row counted over all pages; a cache's rows fit 32 bits.

@@ -1,0 +1,92 @@
+// What the kernels share: elements, views, the pool, and the arrays of a step. Mirrored in src/cuda/driver.rs.
+//
+// A page is [2 (keys, values)][page size][dim]; a row number counts rows of all pages, page * page size + row in page.
+// Offsets of elements are 64 bits wide: pools hold more than 2^32.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cstdint>
+
+enum : uint32_t { F32 = 0, BF16 = 1 };
+constexpr int LANES = 32;
+constexpr int WARPS = 4;
+
+inline __device__ float load(const void *data, uint32_t type, int64_t i) {
+    return type == F32 ? static_cast<const float *>(data)[i]
+                       : __bfloat162float(static_cast<const __nv_bfloat16 *>(data)[i]);
+}
+
+inline __device__ void save(void *data, uint32_t type, int64_t i, float x) {
+    if (type == F32) {
+        static_cast<float *>(data)[i] = x;
+    } else {
+        static_cast<__nv_bfloat16 *>(data)[i] = __float2bfloat16(x);
+    }
+}
+
+// Elements [heads][tokens][dim], the first two strides free.
+struct View {
+    void *data;
+    int64_t head_stride;
+    int64_t token_stride;
+    uint32_t type;
+    uint32_t unused;
+
+    __device__ int64_t at(int64_t head, int64_t token) const { return head * head_stride + token * token_stride; }
+};
+
+struct Pool {
+    void *data;
+    uint32_t type;
+    uint32_t page_size;
+    uint32_t dim;
+    uint32_t unused;
+
+    // First element of a row's key; its value lies page_size * dim further.
+    __device__ int64_t key(uint32_t row) const {
+        int64_t page = row / page_size;
+        return (page * 2 * page_size + row % page_size) * dim;
+    }
+};
+
+// One kv head of one sequence of the step.
+struct Head {
+    uint64_t pages;  // where its pages begin in Attend::pages
+    uint32_t len;    // live rows
+    uint32_t first;  // its first token in the step
+    uint32_t tokens;
+    uint32_t unused;
+};
+
+struct Attend {
+    Pool pool;
+    View queries;  // [Hq][tokens][dim]
+    View out;      // [Hq][tokens][dim]
+    float *lse;    // [Hq][tokens], or null
+    const Head *heads;       // [H][sequences]
+    const uint32_t *pages;   // pages of all heads, one list after the other
+    const uint32_t *slots;   // [H][tokens]: where each token of the step lies in its head
+    const uint32_t *owners;  // [tokens]: its sequence
+    uint32_t sequences;
+    uint32_t group;
+    uint32_t tokens;
+    float scale;
+};
+
+// A layer's share of work for stream_attend.
+struct Stream {
+    Attend attend;
+    const uint32_t *shares;  // pages of all heads, blocks that share them, and the first head of each block
+    float *parts;            // [2 * blocks][16 * (dim + 2)]: what a block has of heads that it shares
+    uint32_t *arrivals;      // [H][sequences]: blocks that have come to a head; 0 between launches
+};
+
+// The result of a row from its sums: one element, and with the first the logarithm.
+inline __device__ void finish(const Attend &call, uint32_t query_head, uint32_t token, uint32_t d, float x, float most,
+                              float total) {
+    save(call.out.data, call.out.type, call.out.at(query_head, token) + d, total == 0.0f ? 0.0f : x / total);
+    if (call.lse && d == 0) {
+        call.lse[uint64_t(query_head) * call.tokens + token] = total == 0.0f ? -INFINITY : most + logf(total);
+    }
+}
