@@ -141,7 +141,7 @@ fn noise(n: usize, seed: u32) -> Vec<bf16> {
 
 fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
     let (layers, n) = (case.lengths.len(), case.sequences);
-    let pages = case.lengths.iter().flatten().map(|len| len.div_ceil(16)).sum::<usize>();
+    let pages = case.lengths.iter().flatten().map(|len| len.max(&129).div_ceil(16)).sum::<usize>();
     let shape = CacheShape {
         layers,
         kv_heads: HEADS,
@@ -164,7 +164,8 @@ fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
         for (layer, lengths) in case.lengths.iter().enumerate() {
             let mut drops = vec![true; HEADS * prompt];
             for head in 0..HEADS {
-                let kept = lengths[sequence * HEADS + head] - 1 - 128;
+                // A head of 128 rows gets 129: the window and the step's token.
+                let kept = lengths[sequence * HEADS + head].saturating_sub(1 + 128);
                 drops[head * prompt..][..kept].fill(false);
             }
             cache.fill_on_device(text, layer, keys, keys, &drops)?;

@@ -258,24 +258,49 @@ __device__ void stream_attend(const Stream &call) {
             __syncthreads();
             if (arrived == to - from) {
                 __threadfence();
-                const uint32_t opening = uint64_t(total) * from / blocks;
-                for (uint32_t i = threadIdx.x; i < group * D; i += WARPS * LANES) {
-                    const uint32_t row = i / D;
-                    float best = -INFINITY, sum = 0.0f, x = 0.0f;
+                const uint32_t opening = uint64_t(total) * from / blocks, count = to - from + 1;
+                // Where the parts of a block lie: the first to own pages of the head may have those of another before.
+                auto part_of = [&](uint32_t i) {
+                    const bool second = i == 0 && first > opening;
+                    return call.parts + uint64_t(2 * (from + i) + second) * ROWS * (D + 2);
+                };
+                // Each part's weight, [count][group], in place of the warps' sums: count is at most WARPS * D.
+                float *weights = merged;
+                for (uint32_t i = threadIdx.x; i < count * group; i += WARPS * LANES) {
+                    weights[i] = __ldcg(part_of(i / group) + group * D + i % group);
+                }
+                __syncthreads();
+                if (threadIdx.x < group) {
+                    float best = -INFINITY;
+                    for (uint32_t i = 0; i < count; i++) best = fmaxf(best, weights[i * group + threadIdx.x]);
+                    bests[threadIdx.x] = best;
+                }
+                __syncthreads();
+                for (uint32_t i = threadIdx.x; i < count * group; i += WARPS * LANES) {
+                    weights[i] = weights[i] == -INFINITY ? 1.0f : exp2f(weights[i] - bests[i % group]);
+                }
+                __syncthreads();
+                for (uint32_t i = threadIdx.x; i < group * D / 4; i += WARPS * LANES) {
+                    const uint32_t row = i / (D / 4);
+                    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    float sum = 0.0f;
 #pragma unroll 8
-                    for (uint32_t b = from; b <= to; b++) {
-                        const bool second = b == from && first > opening;
-                        const float *other = call.parts + uint64_t(2 * b + second) * ROWS * (D + 2);
-                        float their_best = __ldcg(other + group * D + row), their_sum = __ldcg(other + group * D + group + row);
-                        float their_x = __ldcg(other + i);
-                        float raised = fmaxf(best, their_best);
-                        float mine = best == -INFINITY ? 1.0f : exp2f(best - raised);
-                        float theirs = their_best == -INFINITY ? 1.0f : exp2f(their_best - raised);
-                        sum = sum * mine + their_sum * theirs;
-                        x = x * mine + their_x * theirs;
-                        best = raised;
+                    for (uint32_t j = 0; j < count; j++) {
+                        const float *part = part_of(j);
+                        const float4 their = __ldcg(reinterpret_cast<const float4 *>(part) + i);
+                        const float weight = weights[j * group + row];
+                        sum += weight * __ldcg(part + group * D + group + row);
+                        x.x += weight * their.x;
+                        x.y += weight * their.y;
+                        x.z += weight * their.z;
+                        x.w += weight * their.w;
                     }
-                    finish(attend, kv_head * group + row, head.first, i % D, x, best * LN2, sum);
+                    const float values[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const uint32_t d = i % (D / 4) * 4 + j;
+                        finish(attend, kv_head * group + row, head.first, d, values[j], bests[row] * LN2, sum);
+                    }
                 }
                 if (threadIdx.x == 0) call.arrivals[index] = 0;
             }

@@ -22,6 +22,8 @@ const STREAM: &str = concat!(include_str!("../../kernels/stream.compute_80.ptx")
 const BLOCK: u32 = 128;
 /// Blocks of the fast attention on each multiprocessor.
 const BLOCKS_PER_SM: usize = 2;
+/// Parts that the blocks of a fast attention can fold for one head: warps times the least head dim.
+const MOST_BLOCKS: usize = 256;
 /// What the fast attention is made for; see kernels/stream.cu.
 const STREAM_PAGE: u32 = 16;
 const STREAM_GROUP: usize = 16;
@@ -134,7 +136,7 @@ impl Device {
             context,
             stream,
             modules: [plain, stream_module],
-            blocks: BLOCKS_PER_SM * multiprocessors,
+            blocks: (BLOCKS_PER_SM * multiprocessors).min(MOST_BLOCKS),
             shared: shared as usize,
         };
         for (kernel, dim) in [(device.stream_64, 64), (device.stream_128, 128)] {
