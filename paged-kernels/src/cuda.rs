@@ -28,7 +28,8 @@ const MAX_DIM: usize = 512;
 ///
 /// Two faces: [`PagedAttention`], whose views are in host memory and whose calls return when the work is done; and
 /// the methods ending in `_on_device`, whose views are on the card and whose calls only queue work on the cache's
-/// stream.
+/// stream. `append_on_device` and `attend_on_device` can be captured into a graph on a stream of the caller's; the graph
+/// serves the step it was captured in, since the next step's plan may lie elsewhere.
 #[derive(Debug)]
 pub struct Cuda {
     book: Book,
