@@ -57,6 +57,7 @@ impl ModelArgs {
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
         tch::set_num_threads(i32::try_from(threads)?);
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
         let kind = match self.dtype {
             DtypeName::F32 => Kind::Float,
             DtypeName::Bf16 => Kind::BFloat16,
