@@ -1,6 +1,8 @@
 //! `longctx demo`: needles in a haystack, with the full cache and with pruned ones.
 
-use super::{ModelArgs, megabytes, progress, surrogate, table, write_json};
+mod picture;
+
+use super::{ModelArgs, megabytes, progress, surrogate, table, write, write_json};
 use crate::{Answer, Generate, Haystack, Method, Needle, Runner, Sample, Task};
 use anyhow::{Context, Result, ensure};
 use models::{Model, Sampling, Specials, WINDOW};
@@ -45,6 +47,9 @@ pub struct Args {
     /// Write the table and all settings here too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw needles found against the share removed
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    svg: Option<PathBuf>,
 }
 
 /// Chosen on SQuAD haystacks, never on the essays of the demo: see the curve in eval/README.md.
@@ -104,6 +109,9 @@ pub fn run(args: &Args) -> Result<()> {
     print(&runs, samples.len());
     if let Some(path) = &args.json {
         write_json(path, &json(args, &runs, samples.len()))?;
+    }
+    if let Some(path) = &args.svg {
+        write(path, picture::draw(&runs, samples.len())?.as_bytes())?;
     }
     Ok(())
 }
