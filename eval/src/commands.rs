@@ -57,6 +57,7 @@ impl ModelArgs {
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
         tch::set_num_threads(i32::try_from(threads)?);
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
         let kind = match self.dtype {
             DtypeName::F32 => Kind::Float,
             DtypeName::Bf16 => Kind::BFloat16,
@@ -111,8 +112,12 @@ fn progress(length: u64, what: &'static str) -> ProgressBar {
     bar
 }
 
-/// Writes beside the file and renames, so that a half-written one is never found.
 fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
+    write(path, format!("{value:#}\n").as_bytes())
+}
+
+/// Writes beside the file and renames, so that a half-written one is never found.
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -120,8 +125,7 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     let write = || -> Result<()> {
         let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
         let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
-        serde_json::to_writer_pretty(&mut file, value)?;
-        file.write_all(b"\n")?;
+        file.write_all(bytes)?;
         file.persist(path)?;
         Ok(())
     };

@@ -18,6 +18,8 @@ pub struct Answer {
     pub context_tokens: usize,
     /// The share of the cache that was gone after the context was read.
     pub removed: f64,
+    /// The share of the heads that dropped the text's first token.
+    pub first_dropped: f64,
     /// Bytes of keys and values held then.
     pub kv_bytes: usize,
     /// Seconds to read the context.

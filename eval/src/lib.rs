@@ -18,6 +18,6 @@ pub use task::{Sample, Task};
 pub use tasks::needle::Needle;
 
 #[cfg(feature = "models")]
-pub use method::Method;
+pub use method::{FirstToken, Method};
 #[cfg(feature = "models")]
 pub use runner::Runner;

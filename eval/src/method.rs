@@ -5,7 +5,9 @@ use kvzap::{
     Budget, Policy, Random, Scope, Scorer, StreamingLlm, Surrogate, Threshold, TorchSurrogate,
 };
 use models::{Hooks, Model, Pruning};
-use tch::Tensor;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tch::{Kind, Tensor};
 
 /// A way to prune a cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,14 +56,14 @@ impl Method {
         if let Self::Kvzap { threshold } = self { Some(*threshold) } else { None }
     }
 
-    /// The hooks that make `model` forget in this way.
+    /// The hooks that make `model` forget in this way, and a count of the heads that forget the first token.
     pub fn hooks(
         &self,
         model: &Model,
         surrogate: Option<&Surrogate>,
         window: usize,
         while_decoding: bool,
-    ) -> Result<Hooks> {
+    ) -> Result<(Hooks, FirstToken)> {
         let learned = || -> Result<Box<dyn Scorer<Tensor> + Send>> {
             let surrogate =
                 surrogate.context("KVzap needs a surrogate: give --surrogate FOLDER")?;
@@ -69,11 +71,11 @@ impl Method {
             surrogate.check(config.layers, config.hidden_size, config.kv_heads)?;
             Ok(Box::new(TorchSurrogate::new(surrogate, model.kind, model.device)?))
         };
-        let budget = |remove, scope| -> Result<Box<dyn Policy<Tensor, Drops = Tensor> + Send>> {
+        let budget = |remove, scope| -> Result<TorchPolicy> {
             Ok(Box::new(Budget::new(remove, window, scope)?))
         };
         let (scorer, policy): (Box<dyn Scorer<Tensor> + Send>, _) = match *self {
-            Self::Full => return Ok(Hooks::default()),
+            Self::Full => return Ok((Hooks::default(), FirstToken::default())),
             Self::Kvzap { threshold } => (learned()?, Box::new(Threshold::new(threshold)?) as _),
             Self::KvzapBudget { remove } => (learned()?, budget(remove, Scope::Layer)?),
             Self::Random { remove, seed } => {
@@ -83,6 +85,44 @@ impl Method {
                 (Box::new(StreamingLlm::new(4)), budget(remove, Scope::Head)?)
             }
         };
-        Ok(Hooks::pruning(Pruning { scorer, policy, while_decoding }))
+        let first = FirstToken::default();
+        let policy = Box::new(Watched { policy, first: first.clone() });
+        Ok((Hooks::pruning(Pruning { scorer, policy, while_decoding }), first))
+    }
+}
+
+/// In how many heads a prefill's first token was judged, and in how many it goes.
+///
+/// Models lean on their first tokens; KVzap protects none, and never saw them in training. So a run says how often it
+/// drops them. To be read right after the prefill: later passes count theirs too.
+#[derive(Clone, Debug, Default)]
+pub struct FirstToken(Arc<[AtomicUsize; 2]>);
+
+impl FirstToken {
+    /// The share of the heads that drop it; 0 if none judged it.
+    pub fn dropped(&self) -> f64 {
+        let [judged, dropped] = [0, 1].map(|index| self.0[index].load(Ordering::Relaxed) as f64);
+        dropped / judged.max(1.0)
+    }
+}
+
+type TorchPolicy = Box<dyn Policy<Tensor, Drops = Tensor> + Send>;
+
+struct Watched {
+    policy: TorchPolicy,
+    first: FirstToken,
+}
+
+impl Policy<Tensor> for Watched {
+    type Drops = Tensor;
+
+    fn drops(&self, scores: &Tensor) -> kvzap::Result<Tensor> {
+        let drops = self.policy.drops(scores)?;
+        let first = drops.f_select(2, 0)?;
+        let dropped = first.f_sum(Kind::Int64)?.f_int64_value(&[])? as usize;
+        for (count, more) in self.first.0.iter().zip([first.numel(), dropped]) {
+            count.fetch_add(more, Ordering::Relaxed);
+        }
+        Ok(drops)
     }
 }

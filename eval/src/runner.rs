@@ -46,7 +46,7 @@ impl Runner<'_> {
         let room = context.len() + question.len() + self.limit;
         let shape = cache_shape(lm.config(), room, self.window, self.model.kind)?;
         let cache = Paged::new(Cpu::new(shape)?)?;
-        let hooks =
+        let (hooks, first_token) =
             self.method.hooks(self.model, self.surrogate, self.window, self.while_decoding)?;
         let mut session = Session::new(lm.as_ref(), self.model.device, cache, hooks);
 
@@ -54,6 +54,7 @@ impl Runner<'_> {
         session.feed(&context)?;
         let prefill_seconds = start.elapsed().as_secs_f64();
         let usage = session.cache().usage();
+        let first_dropped = first_token.dropped();
         session.feed(&question)?;
 
         let mut stream = tokenizer.stream();
@@ -79,6 +80,7 @@ impl Runner<'_> {
             text,
             context_tokens: context.len(),
             removed: usage.removed(),
+            first_dropped,
             kv_bytes: usage.bytes,
             prefill_seconds,
             decode: (generated.tokens.len(), decode_seconds),

@@ -115,7 +115,7 @@ fn row(args: &Args, model: &Model, machine: Machine, remove: f64) -> Result<Row>
     let (mut reads, mut writes, mut usage) = (Vec::new(), Vec::new(), Usage::default());
     for _ in 0..args.repeat {
         let shape = cache_shape(config, args.context + args.decode, WINDOW, model.kind)?;
-        let hooks = method.hooks(model, None, WINDOW, false)?;
+        let (hooks, _) = method.hooks(model, None, WINDOW, false)?;
         let cache = Paged::new(Cpu::new(shape)?)?;
         let mut session = Session::new(model.lm.as_ref(), model.device, cache, hooks);
         let start = Instant::now();

@@ -109,6 +109,7 @@ pub fn run(args: &Args) -> Result<()> {
             "context_tokens": answer.context_tokens,
             "new_tokens": tokens,
             "removed": answer.removed,
+            "first_dropped": answer.first_dropped,
             "kv_bytes": answer.kv_bytes,
             "prefill_tps": prefill_tps,
             "decode_tps": decode_tps,

@@ -1,0 +1,56 @@
+//! The demo as a picture: needles found against the share of the cache removed.
+
+use super::Run;
+use anyhow::{Result, anyhow};
+use plotters::prelude::*;
+
+const SIZE: (u32, u32) = (720, 400);
+const TEXT: (&str, u32) = ("sans-serif", 14);
+const KVZAP: RGBColor = RGBColor(37, 99, 235);
+const OTHERS: RGBColor = RGBColor(120, 120, 120);
+
+/// An SVG of `runs` over `asked` needles: KVzap's thresholds as a line, every other method as a point.
+pub(super) fn draw(runs: &[Run], asked: usize) -> Result<String> {
+    let mut svg = String::new();
+    chart(&mut svg, runs, asked).map_err(|error| anyhow!("cannot draw the picture: {error}"))?;
+    Ok(svg)
+}
+
+fn chart(svg: &mut String, runs: &[Run], asked: usize) -> Result<(), Box<dyn std::error::Error>> {
+    let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let top = asked as f64;
+    let mut chart = ChartBuilder::on(&root)
+        .margin(16)
+        .x_label_area_size(44)
+        .y_label_area_size(52)
+        .build_cartesian_2d(0.0..1.0, 0.0..top * 1.1)?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(BLACK.mix(0.1))
+        .x_desc("share of the cache removed")
+        .y_desc(format!("needles found, of {asked}"))
+        .x_label_formatter(&|share| format!("{:.0} %", 100.0 * share))
+        .y_label_formatter(&|count| format!("{count:.0}"))
+        .label_style(TEXT)
+        .axis_desc_style(TEXT)
+        .draw()?;
+    let mut line = Vec::new();
+    for run in runs {
+        let Some(right) = run.right else { continue };
+        let at = (run.removed, right as f64);
+        let (colour, label) = match run.threshold {
+            Some(threshold) => (KVZAP, format!("τ = {threshold}")),
+            None => (OTHERS, run.method.to_owned()),
+        };
+        line.extend(run.threshold.map(|_| at));
+        chart.draw_series([Circle::new(at, 4, colour.filled())])?;
+        let below = TEXT.into_font().color(&colour);
+        chart.draw_series([EmptyElement::at(at) + Text::new(label, (-14, 10), below)])?;
+    }
+    line.sort_by(|a, b| a.0.total_cmp(&b.0));
+    chart.draw_series(LineSeries::new(line, KVZAP.stroke_width(2)))?;
+    root.present()?;
+    Ok(())
+}
