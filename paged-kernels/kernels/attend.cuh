@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+
 #include <cstdint>
 
 enum : uint32_t { F32 = 0, BF16 = 1 };
@@ -52,10 +53,13 @@ struct Pool {
 
 // One kv head of one sequence of the step.
 struct Head {
-    uint64_t pages;  // where its pages begin in Attend::pages
-    uint32_t len;    // live rows
-    uint32_t first;  // its first token in the step
+    uint32_t pages;    // where its pages begin in Attend::pages
+    uint32_t len;      // live rows
+    uint32_t first;    // its first token in the step
     uint32_t tokens;
+    uint32_t kv_head;
+    uint32_t blocks;   // that share its pages in stream_attend
+    uint32_t opening;  // the first of its parts
     uint32_t unused;
 };
 
@@ -74,19 +78,17 @@ struct Attend {
     float scale;
 };
 
-// A layer's share of work for stream_attend.
-struct Stream {
-    Attend attend;
-    const uint32_t *shares;  // pages of all heads, blocks that share them, and the first head of each block
-    float *parts;            // [2 * blocks][16 * (dim + 2)]: what a block has of heads that it shares
-    uint32_t *arrivals;      // [H][sequences]: blocks that have come to a head; 0 between launches
+// A block's share of a layer's work in stream_attend.
+struct alignas(16) Share {
+    uint32_t begin;  // of Attend::pages; begin == end is a block without work
+    uint32_t end;
+    uint32_t head;   // index of the head that owns page `begin`
+    uint32_t unused;
 };
 
-// The result of a row from its sums: one element, and with the first the logarithm.
-inline __device__ void finish(const Attend &call, uint32_t query_head, uint32_t token, uint32_t d, float x, float most,
-                              float total) {
-    save(call.out.data, call.out.type, call.out.at(query_head, token) + d, total == 0.0f ? 0.0f : x / total);
-    if (call.lse && d == 0) {
-        call.lse[uint64_t(query_head) * call.tokens + token] = total == 0.0f ? -INFINITY : most + logf(total);
-    }
-}
+struct Stream {
+    Attend attend;
+    const Share *shares;  // [blocks]
+    float *parts;         // [2 * blocks][16 * (dim + 2)]: what a block has of heads that it shares
+    uint32_t *arrivals;   // [H][sequences]: blocks that have come to a head; 0 between launches
+};

@@ -5,12 +5,14 @@
 
 #include "attend.cuh"
 
-namespace {
+namespace plain {
 
 constexpr uint32_t NO_ROW = 0xffffffffu;
 constexpr int MOST_PER_LANE = 16;
 
-}  // namespace
+}  // namespace plain
+
+using namespace plain;
 
 struct Store {
     Pool pool;
@@ -56,6 +58,15 @@ extern "C" __global__ void plain_move(Move call) {
             save(call.pool.data, call.pool.type, to + value + d,
                  load(call.pool.data, call.pool.type, from + value + d));
         }
+    }
+}
+
+// The result of a row from its sums: one element, and with the first the logarithm.
+__device__ void finish(const Attend &call, uint32_t query_head, uint32_t token, uint32_t d, float x, float most,
+                              float total) {
+    save(call.out.data, call.out.type, call.out.at(query_head, token) + d, total == 0.0f ? 0.0f : x / total);
+    if (call.lse && d == 0) {
+        call.lse[uint64_t(query_head) * call.tokens + token] = total == 0.0f ? -INFINITY : most + logf(total);
     }
 }
 

@@ -2,18 +2,21 @@
 // head. Computes what plain_attend computes, with sums in f32 and probabilities rounded to bf16 for the product.
 //
 // The pages of a layer lie in one list, head after head. Each block takes an equal share of that list, whatever heads it
-// cuts (stream-K). In a block each warp takes every fourth page through a pipeline of its own: 16-byte asynchronous
-// copies into swizzled shared memory, then mma.sync with the query heads as rows. What a block has of a head that it
+// cuts (stream-K). In a block each warp takes every eighth page through a pipeline of its own: 16-byte asynchronous
+// copies into swizzled shared memory, then mma.sync with the query heads as rows. One block fills a multiprocessor:
+// two of half the size would keep as much in flight and leave twice as many parts to fold. What a block has of a head that it
 // shares with others goes to a workspace; the last of them to arrive folds the parts in the order of the blocks, so the
 // same inputs give the same bits. Shares move when a neighbour grows, and then a head's bits may change.
 
 #include "attend.cuh"
 
-namespace {
+namespace stream {
 
 constexpr int PAGE = 16;
-constexpr int STAGES = 3;
 constexpr int ROWS = 16;
+constexpr int TEAM = 8;  // warps of a block
+constexpr int THREADS = TEAM * LANES;
+constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -65,8 +68,28 @@ __device__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Of minus infinity from itself there is no difference.
-__device__ float fade(float from, float to) { return from == -INFINITY ? 0.0f : exp2f(from - to); }
+// Hopper starts a kernel while the one before still runs. What that one writes may be read only after `settle`.
+__device__ void settle() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// What to take from exponents: of minus infinity from itself there is no difference. Sums that go with minus infinity
+// are 0, or NaN, and a weight of 0 leaves them so.
+__device__ float anchor(float best) { return best == -INFINITY ? 0.0f : best; }
 
 // Where a 16-byte chunk of a row lies, so that eight rows of one chunk fall into all banks.
 template <int D>
@@ -74,30 +97,180 @@ __device__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
     return row * D * 2 + ((chunk ^ (row & 7)) << 4);
 }
 
+// A lane's share of a row: it holds D / 32 elements that lie together.
 template <int D>
+struct Lane {
+    static constexpr int WIDTH = D / LANES;
+    float x[WIDTH];
+
+    __device__ void add(float weight, const float (&other)[WIDTH]) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) x[i] += weight * other[i];
+    }
+    __device__ void scale(float by) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) x[i] *= by;
+    }
+};
+
+template <int D>
+__device__ void read_row(float (&x)[D / LANES], const float *row) {
+    const int lane = threadIdx.x % LANES;
+    if constexpr (D == 128) {
+        const float4 v = reinterpret_cast<const float4 *>(row)[lane];
+        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    } else {
+        const float2 v = reinterpret_cast<const float2 *>(row)[lane];
+        x[0] = v.x, x[1] = v.y;
+    }
+}
+
+// As read_row, past the L1: another block wrote it.
+template <int D>
+__device__ void read_part(float (&x)[D / LANES], const float *row) {
+    const int lane = threadIdx.x % LANES;
+    if constexpr (D == 128) {
+        const float4 v = __ldcg(reinterpret_cast<const float4 *>(row) + lane);
+        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    } else {
+        const float2 v = __ldcg(reinterpret_cast<const float2 *>(row) + lane);
+        x[0] = v.x, x[1] = v.y;
+    }
+}
+
+template <int D>
+__device__ void write_row(float *row, const float (&x)[D / LANES]) {
+    const int lane = threadIdx.x % LANES;
+    if constexpr (D == 128) {
+        reinterpret_cast<float4 *>(row)[lane] = make_float4(x[0], x[1], x[2], x[3]);
+    } else {
+        reinterpret_cast<float2 *>(row)[lane] = make_float2(x[0], x[1]);
+    }
+}
+
+// The result of a query row from its sums, by a warp.
+template <int D>
+__device__ void finish(const Attend &call, uint32_t query_head, uint32_t token, Lane<D> &lane_sums, float best,
+                       float sum) {
+    constexpr int WIDTH = D / LANES;
+    const int lane = threadIdx.x % LANES;
+    lane_sums.scale(sum == 0.0f ? 0.0f : 1.0f / sum);
+    const int64_t at = call.out.at(query_head, token) + lane * WIDTH;
+    if (call.out.type == F32) {
+        float *to = static_cast<float *>(call.out.data) + at;
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) to[i] = lane_sums.x[i];
+    } else {
+        auto *to = static_cast<__nv_bfloat16 *>(call.out.data) + at;
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) to[i] = __float2bfloat16(lane_sums.x[i]);
+    }
+    if (call.lse && lane == 0) {
+        call.lse[uint64_t(query_head) * call.tokens + token] = sum == 0.0f ? -INFINITY : best * LN2 + logf(sum);
+    }
+}
+
+// Elements of a part: [group][D] sums, and for each row its best score and the sum of its weights.
+template <int D>
+constexpr uint32_t PART = ROWS * (D + 2);
+
+// Folds a head's parts in the order of the blocks that made them, a warp a row. With few rows several warps share one,
+// each taking every n-th part, and meet in shared memory: the more loads are on their way at once the better.
+template <int D>
+__device__ void fold(const Stream &call, const Head &head, float *merged, float2 *totals) {
+    const uint32_t warp = threadIdx.x / LANES, group = call.attend.group;
+    const uint32_t teams = group < TEAM ? TEAM / group : 1, team = group < TEAM ? warp / group : 0;
+    const float *first = call.parts + uint64_t(head.opening) * PART<D>;
+    const float *later = call.parts + uint64_t(head.opening / 2 * 2) * PART<D>;
+    if (team < teams) {
+        for (uint32_t row = warp - team * group; row < group; row += TEAM) {
+            Lane<D> all = {};
+            float best = -INFINITY, sum = 0.0f;
+            for (uint32_t j = team; j < head.blocks; j += FOLDED * teams) {
+                float theirs[FOLDED][D / LANES];
+                float2 their[FOLDED];
+                float top = best;
+#pragma unroll
+                for (int k = 0; k < FOLDED; k++) {
+                    const uint32_t at = j + k * teams;
+                    const float *part = at == 0 ? first : later + uint64_t(2 * at) * PART<D>;
+                    their[k] = make_float2(-INFINITY, 0.0f);
+                    if (at < head.blocks) {
+                        read_part<D>(theirs[k], part + row * D);
+                        their[k] = __ldcg(reinterpret_cast<const float2 *>(part + group * D) + row);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < D / LANES; i++) theirs[k][i] = 0.0f;
+                    }
+                }
+#pragma unroll
+                for (int k = 0; k < FOLDED; k++) top = fmaxf(top, their[k].x);
+                const float base = anchor(top), old = exp2_of(best - base);
+                best = top;
+                sum *= old;
+                all.scale(old);
+#pragma unroll
+                for (int k = 0; k < FOLDED; k++) {
+                    const float weight = exp2_of(their[k].x - base);
+                    sum += weight * their[k].y;
+                    all.add(weight, theirs[k]);
+                }
+            }
+            if (teams == 1) {
+                finish<D>(call.attend, head.kv_head * group + row, head.first, all, best, sum);
+            } else {
+                write_row<D>(merged + (team * group + row) * D, all.x);
+                totals[team * group + row] = make_float2(best, sum);
+            }
+        }
+    }
+    if (teams == 1) return;
+    __syncthreads();
+    if (warp < group) {
+        float best = -INFINITY, sum = 0.0f;
+        for (uint32_t i = 0; i < teams; i++) best = fmaxf(best, totals[i * group + warp].x);
+        const float base = anchor(best);
+        Lane<D> all = {};
+        for (uint32_t i = 0; i < teams; i++) {
+            const float2 their = totals[i * group + warp];
+            const float weight = exp2_of(their.x - base);
+            float theirs[D / LANES];
+            read_row<D>(theirs, merged + (i * group + warp) * D);
+            sum += weight * their.y;
+            all.add(weight, theirs);
+        }
+        finish<D>(call.attend, head.kv_head * group + warp, head.first, all, best, sum);
+    }
+}
+
+// A block's share. `WIDE` is for more than 8 query heads a kv head: the lower half of the tensor cores' rows.
+template <int D, int STAGES, bool WIDE>
 __device__ void stream_attend(const Stream &call) {
     constexpr int CHUNKS = D / 8;
     constexpr int HALF = PAGE * D * 2;  // bytes of a page's keys
     constexpr int STEPS = D / 16;
+    constexpr int HALVES = WIDE ? 2 : 1;
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ uint32_t arrived;
     const Attend &attend = call.attend;
     const uint32_t group = attend.group;
-    float *merged = reinterpret_cast<float *>(shared + WARPS * STAGES * 2 * HALF);  // [WARPS][group][D]
-    float *bests = merged + WARPS * group * D;                                      // [WARPS][group]
-    float *sums = bests + WARPS * group;
+    float *merged = reinterpret_cast<float *>(shared + TEAM * STAGES * 2 * HALF);     // [TEAM][group][D]
+    float2 *totals = reinterpret_cast<float2 *>(merged + TEAM * group * D);           // [TEAM][group]: best, sum
 
-    const uint32_t block = blockIdx.x, total = call.shares[0], blocks = call.shares[1];
-    if (block >= blocks) return;
-    uint32_t index = call.shares[2 + block];
-    const uint32_t begin = uint64_t(total) * block / blocks, end = uint64_t(total) * (block + 1) / blocks;
+    start_next();
+    const Share share = call.shares[blockIdx.x];
+    const uint32_t begin = share.begin, end = share.end;
+    if (begin == end) return;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const uint32_t stage0 = shared_address(shared) + warp * STAGES * 2 * HALF;
     const auto *pool = static_cast<const unsigned char *>(attend.pool.data);
 
-    // The warp's pages are begin + warp, every fourth; `ahead` is the next to be fetched, its number known early.
+    // The warp's pages are begin + warp, every eighth; `ahead` is the next to be fetched, its number known early.
     uint32_t ahead = begin + warp, filled = 0, used = 0;
     uint32_t id = ahead < end ? attend.pages[ahead] : 0;
+    uint32_t index = share.head;
+    Head head = attend.heads[index];
+    settle();
     auto fetch = [&]() {
         if (ahead < end) {
             const unsigned char *page = pool + uint64_t(id) * 2 * HALF;
@@ -109,39 +282,40 @@ __device__ void stream_attend(const Stream &call) {
             }
         }
         commit();
-        ahead += WARPS;
+        ahead += TEAM;
         filled = filled + 1 == STAGES ? 0 : filled + 1;
         if (ahead < end) id = attend.pages[ahead];
     };
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
     const float scale = attend.scale * LOG2E;
     uint32_t page = begin + warp;
-    for (uint32_t at = begin; at < end; index++) {
-        const Head head = attend.heads[index];
-        const uint32_t first = uint32_t(head.pages), last = first + (head.len + PAGE - 1) / PAGE;
-        if (last <= at || head.tokens == 0) continue;
-        const uint32_t stop = min(last, end), kv_head = index / attend.sequences;
-        const uint32_t r0 = lane / 4, r1 = r0 + 8;
-
+    for (uint32_t at = begin;;) {
+        const uint32_t first = head.pages, last = first + (head.len + PAGE - 1) / PAGE, stop = min(last, end);
         uint32_t query[STEPS][4];
-        const auto *queries = static_cast<const __nv_bfloat16 *>(attend.queries.data);
-        const __nv_bfloat16 *q0 = queries + attend.queries.at(kv_head * group + r0, head.first) + lane % 4 * 2;
-        const __nv_bfloat16 *q1 = q0 + 8 * attend.queries.head_stride;
+        float out[D / 8][4], best[HALVES], sum[HALVES];
 #pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-            query[k][0] = r0 < group ? *reinterpret_cast<const uint32_t *>(q0 + k * 16) : 0;
-            query[k][1] = r1 < group ? *reinterpret_cast<const uint32_t *>(q1 + k * 16) : 0;
-            query[k][2] = r0 < group ? *reinterpret_cast<const uint32_t *>(q0 + k * 16 + 8) : 0;
-            query[k][3] = r1 < group ? *reinterpret_cast<const uint32_t *>(q1 + k * 16 + 8) : 0;
+        for (int half = 0; half < 2; half++) {
+            const uint32_t row = lane / 4 + 8 * half;
+            const auto *from = static_cast<const __nv_bfloat16 *>(attend.queries.data) +
+                               attend.queries.at(head.kv_head * group + row, head.first) + lane % 4 * 2;
+#pragma unroll
+            for (int k = 0; k < STEPS; k++) {
+                query[k][half] = query[k][half + 2] = 0;
+                if (half < HALVES && row < group) {
+                    query[k][half] = *reinterpret_cast<const uint32_t *>(from + k * 16);
+                    query[k][half + 2] = *reinterpret_cast<const uint32_t *>(from + k * 16 + 8);
+                }
+            }
         }
-        float out[D / 8][4];
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) best[half] = -INFINITY, sum[half] = 0.0f;
 #pragma unroll
         for (int i = 0; i < D / 8; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
-        float best0 = -INFINITY, best1 = -INFINITY, sum0 = 0.0f, sum1 = 0.0f;
 
-        for (; page < stop; page += WARPS) {
+#pragma unroll 1
+        for (; page < stop; page += TEAM) {
             wait<STAGES - 2>();
             __syncwarp();
             fetch();
@@ -160,36 +334,35 @@ __device__ void stream_attend(const Stream &call) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
+                for (int j = 0; j < 2 * HALVES; j++) {
                     uint32_t row = i * 8 + lane % 4 * 2 + (j & 1);
                     score[i][j] = row < live ? score[i][j] * scale : -INFINITY;
                 }
             }
             if (live < PAGE) {
                 // What lies past the end may be NaN, which a weight of 0 does not silence.
+#pragma unroll 1
                 for (uint32_t i = live * CHUNKS + lane; i < PAGE * CHUNKS; i += LANES) {
                     uint32_t to = values + swizzled<D>(i / CHUNKS, i % CHUNKS);
                     asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(to), "r"(0) : "memory");
                 }
                 __syncwarp();
             }
-            float raised0 = fmaxf(best0, quad_max(fmaxf(fmaxf(score[0][0], score[0][1]), fmaxf(score[1][0], score[1][1]))));
-            float raised1 = fmaxf(best1, quad_max(fmaxf(fmaxf(score[0][2], score[0][3]), fmaxf(score[1][2], score[1][3]))));
-            float base0 = raised0 == -INFINITY ? 0.0f : raised0, base1 = raised1 == -INFINITY ? 0.0f : raised1;
-            float fade0 = fade(best0, base0), fade1 = fade(best1, base1);
-            best0 = raised0;
-            best1 = raised1;
+            uint32_t weights[4] = {};
+            float fade[HALVES];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                score[i][0] = exp2f(score[i][0] - base0);
-                score[i][1] = exp2f(score[i][1] - base0);
-                score[i][2] = exp2f(score[i][2] - base1);
-                score[i][3] = exp2f(score[i][3] - base1);
+            for (int half = 0; half < HALVES; half++) {
+                float &s0 = score[0][2 * half], &s1 = score[0][2 * half + 1];
+                float &s2 = score[1][2 * half], &s3 = score[1][2 * half + 1];
+                const float raised = fmaxf(best[half], quad_max(fmaxf(fmaxf(s0, s1), fmaxf(s2, s3))));
+                const float base = anchor(raised);
+                fade[half] = exp2_of(best[half] - base);
+                best[half] = raised;
+                s0 = exp2_of(s0 - base), s1 = exp2_of(s1 - base), s2 = exp2_of(s2 - base), s3 = exp2_of(s3 - base);
+                sum[half] = sum[half] * fade[half] + (s0 + s1) + (s2 + s3);
+                weights[half] = pack(s0, s1);
+                weights[half + 2] = pack(s2, s3);
             }
-            sum0 = sum0 * fade0 + (score[0][0] + score[0][1]) + (score[1][0] + score[1][1]);
-            sum1 = sum1 * fade1 + (score[0][2] + score[0][3]) + (score[1][2] + score[1][3]);
-            const uint32_t weights[4] = {pack(score[0][0], score[0][1]), pack(score[0][2], score[0][3]),
-                                         pack(score[1][0], score[1][1]), pack(score[1][2], score[1][3])};
             const uint32_t value_row = (lane / 8 & 1) * 8 + lane % 8, value_chunk = lane / 16;
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
@@ -198,121 +371,91 @@ __device__ void stream_attend(const Stream &call) {
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     float(&o)[4] = out[2 * i + j];
-                    o[0] *= fade0;
-                    o[1] *= fade0;
-                    o[2] *= fade1;
-                    o[3] *= fade1;
+#pragma unroll
+                    for (int half = 0; half < HALVES; half++) o[2 * half] *= fade[half], o[2 * half + 1] *= fade[half];
                     multiply(o, weights, b[2 * j], b[2 * j + 1]);
                 }
             }
         }
 
-        // The four warps' parts into one.
-        sum0 = quad_sum(sum0);
-        sum1 = quad_sum(sum1);
+        // The warps' parts into one.
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t row = half ? r1 : r0;
-            if (row >= group) continue;
-            float *to = merged + (warp * group + row) * D + lane % 4 * 2;
+        for (int half = 0; half < HALVES; half++) {
+            const uint32_t row = lane / 4 + 8 * half;
+            const float total = quad_sum(sum[half]);
+            if (row < group) {
+                float *to = merged + (warp * group + row) * D + lane % 4 * 2;
 #pragma unroll
-            for (int i = 0; i < D / 8; i++) {
-                *reinterpret_cast<float2 *>(to + i * 8) = make_float2(out[i][2 * half], out[i][2 * half + 1]);
-            }
-            if (lane % 4 == 0) {
-                bests[warp * group + row] = half ? best1 : best0;
-                sums[warp * group + row] = half ? sum1 : sum0;
-            }
-        }
-        __syncthreads();
-        const uint64_t wide = blocks;
-        const uint32_t from = ((first + 1) * wide - 1) / total, to = (last * wide - 1) / total;
-        const bool whole = from == to;
-        float *part = call.parts + uint64_t(2 * block + (at == begin ? 0 : 1)) * ROWS * (D + 2);
-        for (uint32_t i = threadIdx.x; i < group * D; i += WARPS * LANES) {
-            const uint32_t row = i / D;
-            float best = -INFINITY, sum = 0.0f, x = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) best = fmaxf(best, bests[w * group + row]);
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                // Without a finite score the sums are 0, or NaN, and stay so.
-                float weight = bests[w * group + row] == -INFINITY ? 1.0f : exp2f(bests[w * group + row] - best);
-                sum += sums[w * group + row] * weight;
-                x += merged[(w * group + row) * D + i % D] * weight;
-            }
-            if (whole) {
-                finish(attend, kv_head * group + row, head.first, i % D, x, best * LN2, sum);
-            } else {
-                part[i] = x;
-                if (i % D == 0) {
-                    part[group * D + row] = best;
-                    part[group * D + group + row] = sum;
+                for (int i = 0; i < D / 8; i++) {
+                    *reinterpret_cast<float2 *>(to + i * 8) = make_float2(out[i][2 * half], out[i][2 * half + 1]);
                 }
+                if (lane % 4 == 0) totals[warp * group + row] = make_float2(best[half], total);
             }
         }
-        if (!whole) {
+        const Head next = stop < end ? attend.heads[index + 1] : head;
+        __syncthreads();
+        float *part = call.parts + uint64_t(2 * blockIdx.x + (at != begin)) * PART<D>;
+#pragma unroll 1
+        for (uint32_t row = warp; row < group; row += TEAM) {
+            float2 their[TEAM];
+            float theirs[TEAM][D / LANES], most = -INFINITY, all_sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < TEAM; w++) {
+                their[w] = totals[w * group + row];
+                read_row<D>(theirs[w], merged + (w * group + row) * D);
+            }
+#pragma unroll
+            for (int w = 0; w < TEAM; w++) most = fmaxf(most, their[w].x);
+            const float base = anchor(most);
+            Lane<D> all = {};
+#pragma unroll
+            for (int w = 0; w < TEAM; w++) {
+                const float weight = exp2_of(their[w].x - base);
+                all_sum += weight * their[w].y;
+                all.add(weight, theirs[w]);
+            }
+            if (head.blocks == 1) {
+                finish<D>(attend, head.kv_head * group + row, head.first, all, most, all_sum);
+            } else {
+                write_row<D>(part + row * D, all.x);
+                if (lane == 0) reinterpret_cast<float2 *>(part + group * D)[row] = make_float2(most, all_sum);
+            }
+        }
+        if (head.blocks > 1) {
             __threadfence();
             __syncthreads();
             if (threadIdx.x == 0) arrived = atomicAdd(call.arrivals + index, 1u);
             __syncthreads();
-            if (arrived == to - from) {
+            if (arrived == head.blocks - 1) {
                 __threadfence();
-                const uint32_t opening = uint64_t(total) * from / blocks, count = to - from + 1;
-                // Where the parts of a block lie: the first to own pages of the head may have those of another before.
-                auto part_of = [&](uint32_t i) {
-                    const bool second = i == 0 && first > opening;
-                    return call.parts + uint64_t(2 * (from + i) + second) * ROWS * (D + 2);
-                };
-                // Each part's weight, [count][group], in place of the warps' sums: count is at most WARPS * D.
-                float *weights = merged;
-                for (uint32_t i = threadIdx.x; i < count * group; i += WARPS * LANES) {
-                    weights[i] = __ldcg(part_of(i / group) + group * D + i % group);
-                }
-                __syncthreads();
-                if (threadIdx.x < group) {
-                    float best = -INFINITY;
-                    for (uint32_t i = 0; i < count; i++) best = fmaxf(best, weights[i * group + threadIdx.x]);
-                    bests[threadIdx.x] = best;
-                }
-                __syncthreads();
-                for (uint32_t i = threadIdx.x; i < count * group; i += WARPS * LANES) {
-                    weights[i] = weights[i] == -INFINITY ? 1.0f : exp2f(weights[i] - bests[i % group]);
-                }
-                __syncthreads();
-                for (uint32_t i = threadIdx.x; i < group * D / 4; i += WARPS * LANES) {
-                    const uint32_t row = i / (D / 4);
-                    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                    float sum = 0.0f;
-#pragma unroll 8
-                    for (uint32_t j = 0; j < count; j++) {
-                        const float *part = part_of(j);
-                        const float4 their = __ldcg(reinterpret_cast<const float4 *>(part) + i);
-                        const float weight = weights[j * group + row];
-                        sum += weight * __ldcg(part + group * D + group + row);
-                        x.x += weight * their.x;
-                        x.y += weight * their.y;
-                        x.z += weight * their.z;
-                        x.w += weight * their.w;
-                    }
-                    const float values[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const uint32_t d = i % (D / 4) * 4 + j;
-                        finish(attend, kv_head * group + row, head.first, d, values[j], bests[row] * LN2, sum);
-                    }
-                }
+                fold<D>(call, head, merged, totals);
                 if (threadIdx.x == 0) call.arrivals[index] = 0;
             }
         }
+        if (stop == end) return;
         __syncthreads();  // `merged` is free again
         at = stop;
+        index++;
+        head = next;
+        while (head.tokens == 0) head = attend.heads[++index];
     }
 }
 
-}  // namespace
+}  // namespace stream
 
-extern "C" __global__ void __launch_bounds__(WARPS *LANES, 2) stream_attend_d64(Stream call) { stream_attend<64>(call); }
-extern "C" __global__ void __launch_bounds__(WARPS *LANES, 2) stream_attend_d128(Stream call) { stream_attend<128>(call); }
+using namespace stream;
 
-extern "C" __global__ void stream_size(uint32_t *size) { *size = sizeof(Stream); }
+// Pages on their way get what the warps' sums leave, which is less the more query heads there are.
+#define STREAM_ATTEND(NAME, D, STAGES, WIDE)                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_attend_##NAME(Stream call) { \
+        stream_attend<D, STAGES, WIDE>(call);                                              \
+    }
+STREAM_ATTEND(d64, 64, 4, false)
+STREAM_ATTEND(wide_d64, 64, 4, true)
+STREAM_ATTEND(d128, 128, 3, false)
+STREAM_ATTEND(wide_d128, 128, 2, true)
+
+extern "C" __global__ void stream_sizes(uint32_t *sizes) {
+    sizes[0] = sizeof(Share);
+    sizes[1] = sizeof(Stream);
+}

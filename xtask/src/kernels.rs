@@ -27,8 +27,11 @@ const RULES: &str = "xtask/kernels.txt";
 const FLAGS: &str = "-std=c++17 -O3 -Werror=all-warnings -ptx";
 
 /// The cards that each virtual architecture is judged on.
-const JUDGED_ON: &[(&str, &[&str])] =
-    &[("compute_80", &["sm_80", "sm_90"]), ("compute_90a", &["sm_90a"])];
+const JUDGED_ON: &[(&str, &[&str])] = &[
+    ("compute_80", &["sm_80", "sm_90"]),
+    ("compute_90", &["sm_90"]),
+    ("compute_90a", &["sm_90a"]),
+];
 
 /// Compiles every kernel, or with `--check` compares what that gives with what is committed. Then judges the PTX.
 pub fn kernels(arguments: &[String]) -> Result<()> {

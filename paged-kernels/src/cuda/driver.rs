@@ -18,16 +18,22 @@ const CAPABILITY: (i32, i32) = (8, 0);
 /// PTX, with the zero byte that the driver looks for.
 const PLAIN: &str = concat!(include_str!("../../kernels/plain.compute_80.ptx"), "\0");
 const STREAM: &str = concat!(include_str!("../../kernels/stream.compute_80.ptx"), "\0");
-/// Threads of a block of every kernel: four warps.
+const STREAM_HOPPER: &str = concat!(include_str!("../../kernels/stream.compute_90.ptx"), "\0");
+/// Threads of a block of the plain kernels: four warps.
 const BLOCK: u32 = 128;
-/// Blocks of the fast attention on each multiprocessor.
-const BLOCKS_PER_SM: usize = 2;
-/// Parts that the blocks of a fast attention can fold for one head: warps times the least head dim.
-const MOST_BLOCKS: usize = 256;
 /// What the fast attention is made for; see kernels/stream.cu.
 const STREAM_PAGE: u32 = 16;
 const STREAM_GROUP: usize = 16;
-const STREAM_STAGES: usize = 3;
+/// Warps of its block, of which one fills a multiprocessor.
+const STREAM_TEAM: usize = 8;
+/// Its kernels: name, head dim, the most query heads of a kv head, stages of each warp's pipeline. The first that
+/// fits is taken.
+const STREAM_KERNELS: [(&CStr, usize, usize, usize); 4] = [
+    (c"stream_attend_d64", 64, 8, 4),
+    (c"stream_attend_wide_d64", 64, STREAM_GROUP, 4),
+    (c"stream_attend_d128", 128, 8, 3),
+    (c"stream_attend_wide_d128", 128, STREAM_GROUP, 2),
+];
 
 /// Where a row is not to be stored.
 pub const NO_ROW: u32 = u32::MAX;
@@ -72,9 +78,17 @@ fn function(module: sys::CUmodule, name: &CStr) -> Result<sys::CUfunction> {
 }
 
 /// A block's shared memory in the fast attention: pages on their way, then each warp's sums.
-fn stream_shared(dim: usize, group: usize) -> usize {
-    let pages = 4 * STREAM_STAGES * 2 * STREAM_PAGE as usize * dim * 2;
-    pages + 4 * group * (dim + 2) * 4
+fn stream_shared(dim: usize, group: usize, stages: usize) -> usize {
+    STREAM_TEAM * (stages * 2 * STREAM_PAGE as usize * dim * 2 + group * (dim + 2) * 4)
+}
+
+/// A kernel of the fast attention.
+#[derive(Debug, Clone, Copy)]
+struct Stream {
+    kernel: sys::CUfunction,
+    dim: usize,
+    group: usize,
+    stages: usize,
 }
 
 /// A card, a stream on it, and the kernels.
@@ -86,12 +100,11 @@ pub struct Device {
     store: sys::CUfunction,
     shift: sys::CUfunction,
     attend: sys::CUfunction,
-    stream_64: sys::CUfunction,
-    stream_128: sys::CUfunction,
+    streams: Vec<Stream>,
+    /// Whether a fast attention may start while the kernel before it ends.
+    overlaps: bool,
     /// Blocks that share a layer's pages.
     pub blocks: usize,
-    /// Bytes of shared memory that a block may have.
-    shared: usize,
 }
 
 // SAFETY: the raw handles name a module and its functions, which any thread may use once the context is bound to it,
@@ -126,28 +139,32 @@ impl Device {
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let (plain, stream_module) = (load(PLAIN)?, load(STREAM)?);
-        let device = Self {
+        let overlaps = (major, minor) >= (9, 0);
+        let (plain, streams) = (load(PLAIN)?, load(if overlaps { STREAM_HOPPER } else { STREAM })?);
+        let mut device = Self {
             store: function(plain, c"plain_store")?,
             shift: function(plain, c"plain_move")?,
             attend: function(plain, c"plain_attend")?,
-            stream_64: function(stream_module, c"stream_attend_d64")?,
-            stream_128: function(stream_module, c"stream_attend_d128")?,
+            streams: Vec::new(),
+            overlaps,
             context,
             stream,
-            modules: [plain, stream_module],
-            blocks: (BLOCKS_PER_SM * multiprocessors).min(MOST_BLOCKS),
-            shared: shared as usize,
+            modules: [plain, streams],
+            blocks: multiprocessors,
         };
-        for (kernel, dim) in [(device.stream_64, 64), (device.stream_128, 128)] {
-            let bytes = stream_shared(dim, STREAM_GROUP).min(device.shared) as i32;
+        for (name, dim, group, stages) in STREAM_KERNELS {
+            let (kernel, bytes) = (function(streams, name)?, stream_shared(dim, group, stages));
+            if bytes > shared as usize {
+                continue; // a card with less room takes the next, or the plain kernel
+            }
             let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is of a module that is loaded.
-            unsafe { result::function::set_function_attribute(kernel, which, bytes) }
+            unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
                 .map_err(failed("cuFuncSetAttribute"))?;
+            device.streams.push(Stream { kernel, dim, group, stages });
         }
         let mut sizes = device.sizes(function(plain, c"plain_sizes")?, 6)?;
-        sizes.extend(device.sizes(function(stream_module, c"stream_size")?, 1)?);
+        sizes.extend(device.sizes(function(streams, c"stream_sizes")?, 2)?);
         assert_eq!(sizes, MIRRORED, "the kernels' structs are as they are mirrored here");
         Ok(device)
     }
@@ -244,14 +261,14 @@ impl Device {
         };
         // SAFETY: the views hold what their shapes say, `rows` holds a number for each of their rows, and each number
         // is of a row of the pool, or `NO_ROW`, as `Plan` makes them.
-        unsafe { self.launch(self.store, warps(heads * tokens), 0, &call) }
+        unsafe { self.launch(self.store, grid(warps(heads * tokens), 0), &call) }
     }
 
     /// Moves rows within the pool: pairs of from and to.
     pub fn shift(&self, pool: &Pool, rows: Part<'_>) -> Result<()> {
         let call = MoveCall { pool: pool.raw(), rows: rows.address, count: rows.words as u64 / 2 };
         // SAFETY: `rows` holds pairs of rows of the pool, no row twice, as the tables' moves are.
-        unsafe { self.launch(self.shift, warps(rows.words / 2), 0, &call) }
+        unsafe { self.launch(self.shift, grid(warps(rows.words / 2), 0), &call) }
     }
 
     /// Attends from the step's tokens in one layer.
@@ -283,31 +300,38 @@ impl Device {
             tokens: tokens as u32,
             scale,
         };
-        if step.single && self.is_fast(pool, step, &queries) {
-            let kernel = if pool.dim == 64 { self.stream_64 } else { self.stream_128 };
-            let shared = stream_shared(dim, step.group) as u32;
+        if let Some(stream) = self.fast(pool, step, &queries) {
             let (shares, parts) = (step.shares.address, step.parts.address);
             let call = StreamCall { attend: call, shares, parts, arrivals: step.arrivals.address };
+            let grid = Grid {
+                blocks: self.blocks,
+                threads: 32 * STREAM_TEAM as u32,
+                shared: stream_shared(dim, step.group, stream.stages) as u32,
+                overlaps: self.overlaps,
+            };
             // SAFETY: as below; `shares` is the plan's, `parts` holds two parts of each block, and `arrivals` a number
-            // for each head, 0 between launches.
-            return unsafe { self.launch(kernel, self.blocks, shared, &call) };
+            // for each head, 0 between launches. It may overlap: it waits before it reads what kernels write.
+            return unsafe { self.launch(stream.kernel, grid, &call) };
         }
         // SAFETY: the views hold what their shapes say; the arrays are a `Plan`'s, whose heads name ranges of its
         // pages, and pages of the pool; `lse`, if any, has a number for each row, as the caller has checked.
-        unsafe { self.launch(self.attend, query_heads * tokens, 4 * 4 * dim as u32, &call) }
+        unsafe { self.launch(self.attend, grid(query_heads * tokens, 4 * 4 * dim), &call) }
     }
 
-    /// Whether there is a fast kernel for it.
-    fn is_fast(&self, pool: &Pool, step: &AttendStep<'_>, queries: &DeviceView<'_>) -> bool {
+    /// The fast kernel for it, if there is one.
+    fn fast(
+        &self,
+        pool: &Pool,
+        step: &AttendStep<'_>,
+        queries: &DeviceView<'_>,
+    ) -> Option<&Stream> {
         let RawView { data, head_stride, token_stride, dtype, .. } = queries.raw();
         let bf16 = Dtype::Bf16.code();
         // Queries are read two at a time.
         let even = data % 4 == 0 && head_stride % 2 == 0 && token_stride % 2 == 0;
-        (pool.dtype, dtype, pool.page_size) == (bf16, bf16, STREAM_PAGE)
-            && matches!(pool.dim, 64 | 128)
-            && step.group <= STREAM_GROUP
-            && stream_shared(pool.dim as usize, step.group) <= self.shared
-            && even
+        let made_for = (pool.dtype, dtype, pool.page_size) == (bf16, bf16, STREAM_PAGE);
+        let fits = |stream: &&Stream| stream.dim == pool.dim as usize && step.group <= stream.group;
+        (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
     }
 
     /// Room for what the blocks of a fast attention hand to each other.
@@ -317,38 +341,41 @@ impl Device {
 
     /// # Safety
     /// `call` must be the argument of `kernel`, and its addresses must hold what the kernel reads and writes until it
-    /// has run.
-    unsafe fn launch<T>(
-        &self,
-        kernel: sys::CUfunction,
-        blocks: usize,
-        shared: u32,
-        call: &T,
-    ) -> Result<()> {
-        if blocks == 0 {
+    /// has run. A kernel that overlaps must wait for the one before by itself.
+    unsafe fn launch<T>(&self, kernel: sys::CUfunction, grid: Grid, call: &T) -> Result<()> {
+        if grid.blocks == 0 {
             return Ok(());
         }
         self.bind()?;
-        let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(i32::MAX as u32);
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: u32::try_from(grid.blocks).unwrap_or(u32::MAX).min(i32::MAX as u32),
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: grid.overlaps.into(),
+        };
         let mut arguments = [std::ptr::from_ref(call).cast_mut().cast::<c_void>()];
+        let (arguments, extra) = (arguments.as_mut_ptr(), std::ptr::null_mut());
         // SAFETY: the driver copies the argument before it returns; the rest is the caller's promise.
-        unsafe {
-            result::launch_kernel(
-                kernel,
-                (blocks, 1, 1),
-                (BLOCK, 1, 1),
-                shared,
-                self.stream.cu_stream(),
-                &mut arguments,
-            )
-        }
-        .map_err(failed("cuLaunchKernel"))
+        unsafe { sys::cuLaunchKernelEx(&raw const config, kernel, arguments, extra) }
+            .result()
+            .map_err(failed("cuLaunchKernelEx"))
     }
 
     fn sizes(&self, kernel: sys::CUfunction, count: usize) -> Result<Vec<u32>> {
         let room = self.room(count * 4)?;
         // SAFETY: the kernel writes `count` numbers to the address that is its only argument.
-        unsafe { self.launch(kernel, 1, 0, &room.address) }?;
+        unsafe { self.launch(kernel, grid(1, 0), &room.address) }?;
         self.download(&room, count)
     }
 }
@@ -361,6 +388,21 @@ impl Drop for Device {
             self.context.record_err(unsafe { result::module::unload(module) });
         }
     }
+}
+
+/// How a kernel is launched.
+#[derive(Debug, Clone, Copy)]
+struct Grid {
+    blocks: usize,
+    threads: u32,
+    /// Bytes of dynamic shared memory.
+    shared: u32,
+    overlaps: bool,
+}
+
+/// A plain kernel's.
+fn grid(blocks: usize, shared: usize) -> Grid {
+    Grid { blocks, threads: BLOCK, shared: shared as u32, overlaps: false }
 }
 
 /// Blocks for `rows` rows of a warp each; kernels go on from there.
@@ -534,15 +576,16 @@ struct StreamCall {
 }
 
 /// 32-bit words of a head's record.
-pub const HEAD_WORDS: usize = 6;
+pub const HEAD_WORDS: usize = 8;
 
 /// Sizes of the structs, in the order in which the kernels give theirs.
-const MIRRORED: [u32; 7] = [
+const MIRRORED: [u32; 8] = [
     size_of::<RawView>() as u32,
     size_of::<RawPool>() as u32,
     size_of::<StoreCall>() as u32,
     size_of::<MoveCall>() as u32,
     4 * HEAD_WORDS as u32,
     size_of::<AttendCall>() as u32,
+    16,
     size_of::<StreamCall>() as u32,
 ];

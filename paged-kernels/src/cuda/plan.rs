@@ -19,7 +19,7 @@ pub struct Plan {
     pub single: bool,
 }
 
-/// Pages that are worth a block of their own: one for each of its warps.
+/// Pages that are worth a block of their own; 2 and 8 measured the same.
 const LEAST: usize = 4;
 
 /// A stretch of [`Plan::words`].
@@ -59,15 +59,13 @@ impl Plan {
             let (mut records, mut pages) = (Vec::new(), Vec::new());
             let (mut slots, mut rows) = (Vec::new(), Vec::new());
             for head in &heads {
-                let at = pages.len() as u64;
-                let (first, tokens) = (head.tokens.start as u32, head.tokens.len() as u32);
-                let record: [u32; HEAD_WORDS] =
-                    [at as u32, (at >> 32) as u32, head.table.len() as u32, first, tokens, 0];
-                records.extend(record);
+                let (at, len, tokens) = (pages.len(), head.table.len(), head.tokens.len());
                 // A sequence without a token in the step is not attended, and takes no one's share.
                 if tokens > 0 {
                     pages.extend(head.table.pages().iter().map(|page| page.index() as u32));
                 }
+                let (first, kv_head) = (head.tokens.start as u32, head.head as u32);
+                records.push([at as u32, len as u32, first, tokens as u32, kv_head, 0, 0, 0]);
                 slots.extend(head.slots.iter().map(|slot| slot.index() as u32));
                 rows.extend(
                     head.slots
@@ -75,41 +73,46 @@ impl Plan {
                         .map(|&slot| row(head.table.place(slot), book.shape.page_size)),
                 );
             }
-            // Records are read 8 bytes at a time.
-            if plan.words.len() % 2 == 1 {
-                plan.words.push(0);
-            }
-            let shares = shares(&records, pages.len(), blocks);
-            let heads = plan.push(records);
+            let shares = shares(&mut records, pages.len(), blocks);
+            let heads = plan.push(records.into_flattened());
+            let shares = plan.push(shares.into_flattened());
             let (pages, slots, rows) = (plan.push(pages), plan.push(slots), plan.push(rows));
-            let shares = plan.push(shares);
             plan.layers.push(Layer { heads, pages, slots, rows, shares });
         }
         Ok(plan)
     }
 
+    /// Appends an array, where it can be read 16 bytes at a time.
     fn push(&mut self, words: Vec<u32>) -> Range {
+        self.words.resize(self.words.len().next_multiple_of(4), 0);
         let range = Range { first: self.words.len(), words: words.len() };
         self.words.extend(words);
         range
     }
 }
 
-/// Equal shares of a layer's pages for at most `blocks` blocks: block `b` of `n` takes `pages * b / n` up to
-/// `pages * (b + 1) / n` of the heads' concatenated lists.
-fn shares(records: &[u32], pages: usize, blocks: usize) -> Vec<u32> {
+/// Equal shares of a layer's pages for `blocks` blocks: `Share` of kernels/attend.cuh. Of `n` blocks that get any, block
+/// `b` takes `pages * b / n` up to `pages * (b + 1) / n` of the heads' concatenated lists. Notes in each head's record how
+/// many share it and where its parts begin.
+fn shares(heads: &mut [[u32; HEAD_WORDS]], pages: usize, blocks: usize) -> Vec<[u32; 4]> {
     let used = blocks.min(pages.div_ceil(LEAST));
-    let mut shares = vec![0; 2 + blocks];
-    (shares[0], shares[1]) = (pages as u32, used as u32);
-    let heads = records.chunks_exact(HEAD_WORDS).enumerate();
-    let mut heads = heads.filter(|(_, head)| head[4] > 0).map(|(i, head)| (i, head[0])).peekable();
-    let mut current = 0;
-    for (block, share) in shares[2..][..used].iter_mut().enumerate() {
-        let begin = (pages as u64 * block as u64 / used as u64) as u32;
-        while let Some((head, _)) = heads.next_if(|&(_, first)| first <= begin) {
-            current = head;
+    let mut shares = vec![[0; 4]; blocks];
+    let begin = |block: usize| (pages as u64 * block as u64 / used as u64) as u32;
+    let mut block = 0;
+    for index in 0..heads.len() {
+        let (first, tokens) = (heads[index][0], heads[index][3]);
+        let last = heads.get(index + 1).map_or(pages as u32, |next| next[0]);
+        if tokens == 0 || first == last {
+            continue;
         }
-        *share = current as u32;
+        // The block that owns the first page, whose share may begin within an earlier head.
+        let opening = if begin(block) > first { block - 1 } else { block };
+        while block < used && begin(block) < last {
+            shares[block] = [begin(block), begin(block + 1), index as u32, 0];
+            block += 1;
+        }
+        heads[index][5] = (block - opening) as u32;
+        heads[index][6] = 2 * opening as u32 + u32::from(begin(opening) < first);
     }
     shares
 }
