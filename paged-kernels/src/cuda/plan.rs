@@ -19,8 +19,10 @@ pub struct Plan {
     pub single: bool,
 }
 
-/// Pages that are worth a block of their own; 2 and 8 measured the same.
-const LEAST: usize = 4;
+/// Pages that are worth a block of their own: one and a half for each of its warps.
+const LEAST: usize = 12;
+/// Pages that a block could attend in the time that it loses with a second head.
+const SECOND_HEAD: u32 = 8;
 
 /// A stretch of [`Plan::words`].
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -91,29 +93,49 @@ impl Plan {
     }
 }
 
-/// Equal shares of a layer's pages for `blocks` blocks: `Share` of kernels/attend.cuh. Of `n` blocks that get any, block
-/// `b` takes `pages * b / n` up to `pages * (b + 1) / n` of the heads' concatenated lists. Notes in each head's record how
-/// many share it and where its parts begin.
+/// Shares of a layer's pages for `blocks` blocks: `Share` of kernels/attend.cuh. Notes in each head's record how many
+/// share it and where its parts begin.
+///
+/// Equal shares, whatever heads they cut, unless a cut at each head makes the largest no more than [`SECOND_HEAD`] larger.
 fn shares(heads: &mut [[u32; HEAD_WORDS]], pages: usize, blocks: usize) -> Vec<[u32; 4]> {
-    let used = blocks.min(pages.div_ceil(LEAST));
-    let mut shares = vec![[0; 4]; blocks];
-    let begin = |block: usize| (pages as u64 * block as u64 / used as u64) as u32;
-    let mut block = 0;
-    for index in 0..heads.len() {
-        let (first, tokens) = (heads[index][0], heads[index][3]);
-        let last = heads.get(index + 1).map_or(pages as u32, |next| next[0]);
-        if tokens == 0 || first == last {
-            continue;
-        }
-        // The block that owns the first page, whose share may begin within an earlier head.
-        let opening = if begin(block) > first { block - 1 } else { block };
-        while block < used && begin(block) < last {
-            shares[block] = [begin(block), begin(block + 1), index as u32, 0];
-            block += 1;
-        }
-        heads[index][5] = (block - opening) as u32;
-        heads[index][6] = 2 * opening as u32 + u32::from(begin(opening) < first);
+    let mut lengths = Vec::new(); // index, first page and pages of each head that is attended
+    for (index, head) in heads.iter().enumerate().filter(|(_, head)| head[3] > 0) {
+        let next = heads.get(index + 1).map_or(pages as u32, |next| next[0]);
+        lengths.push((index, head[0], next - head[0]));
     }
+    let equal = (pages.div_ceil(blocks)).max(LEAST) as u32;
+    let cut = |most: u32| lengths.iter().map(|head| head.2.div_ceil(most) as usize).sum::<usize>();
+    let mut shares = Vec::with_capacity(blocks);
+    match (equal..=equal + SECOND_HEAD).find(|&most| cut(most) <= blocks) {
+        Some(most) => {
+            for (index, first, pages) in lengths {
+                let parts = pages.div_ceil(most);
+                heads[index][5] = parts;
+                heads[index][6] = 2 * shares.len() as u32;
+                let begin = |part: u32| {
+                    first + (u64::from(pages) * u64::from(part) / u64::from(parts)) as u32
+                };
+                shares
+                    .extend((0..parts).map(|part| [begin(part), begin(part + 1), index as u32, 0]));
+            }
+        }
+        None => {
+            let used = blocks.min(pages.div_ceil(LEAST));
+            let begin = |block: usize| (pages as u64 * block as u64 / used as u64) as u32;
+            for (index, first, pages) in lengths {
+                // The block that owns the first page, whose share may begin within an earlier head.
+                let next = shares.len();
+                let opening = if begin(next) > first { next - 1 } else { next };
+                while shares.len() < used && begin(shares.len()) < first + pages {
+                    let block = shares.len();
+                    shares.push([begin(block), begin(block + 1), index as u32, 0]);
+                }
+                heads[index][5] = (shares.len() - opening) as u32;
+                heads[index][6] = 2 * opening as u32 + u32::from(begin(opening) < first);
+            }
+        }
+    }
+    shares.resize(blocks, [0; 4]);
     shares
 }
 
@@ -136,4 +158,57 @@ pub fn prompt(tables: &[PageTable], drops: &[bool], window: usize, page_size: us
         }
     }
     rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Pages of each head, and whether it has a token in the step; without, it has no pages in the list.
+    fn heads() -> impl Strategy<Value = Vec<(u32, bool)>> {
+        let pages = prop_oneof![1..4u32, 1..40u32, 1..2000u32];
+        prop::collection::vec((pages, prop::bool::weighted(0.9)), 1..40)
+    }
+
+    proptest! {
+        #[test]
+        fn shares_cover_every_page_once_and_parts_name_their_blocks(heads in heads(), blocks in 1..140usize) {
+            let (mut records, mut pages) = (Vec::new(), 0);
+            for &(count, stepped) in &heads {
+                records.push([pages, count * 16, 0, u32::from(stepped), 0, 0, 0, 0]);
+                pages += if stepped { count } else { 0 };
+            }
+            let shares = shares(&mut records, pages as usize, blocks);
+            prop_assert_eq!(shares.len(), blocks);
+
+            // Walk each block as the kernel does, and note the parts of each head.
+            let (mut at, mut parts) = (0, vec![Vec::new(); heads.len()]);
+            for (block, &[begin, end, head, _]) in shares.iter().enumerate().filter(|(_, s)| s[0] < s[1]) {
+                prop_assert_eq!(begin, at);
+                let mut head = head as usize;
+                while at < end {
+                    while !heads[head].1 {
+                        head += 1;
+                    }
+                    let last = records[head][0] + heads[head].0;
+                    prop_assert!(records[head][0] <= at && at < last);
+                    parts[head].push(2 * block as u32 + u32::from(at != begin));
+                    at = last.min(end);
+                    head += 1;
+                }
+            }
+            prop_assert_eq!(at, pages);
+            for (record, parts) in records.iter().zip(parts).filter(|(record, _)| record[3] > 0) {
+                prop_assert_eq!(record[5] as usize, parts.len());
+                prop_assert_eq!(record[6], parts[0]);
+                for (i, part) in parts.iter().enumerate().skip(1) {
+                    prop_assert_eq!(*part, record[6] / 2 * 2 + 2 * i as u32);
+                }
+            }
+            // No block has more than an equal share and what a second head costs.
+            let most = shares.iter().map(|share| share[1] - share[0]).max().unwrap_or(0);
+            prop_assert!(most <= (pages.div_ceil(blocks as u32)).max(LEAST as u32) + SECOND_HEAD);
+        }
+    }
 }
