@@ -21,7 +21,7 @@ impl Scorer<Tensor> for Oracle {
     fn score(&self, input: LayerInput<'_, Tensor>) -> kvzap::Result<Tensor> {
         let target = kvzip_plus(input, &self.projections[input.layer], &self.spans)?;
         self.targets.lock().expect("no test panicked").push(target.squeeze_dim(0));
-        let [_, heads, tokens, _] = input.keys.size4()?;
+        let (_, heads, tokens, _) = input.keys.size4()?;
         Ok(Tensor::full([1, heads, tokens], f64::INFINITY, (Kind::Float, Device::Cpu)))
     }
 }
