@@ -54,6 +54,9 @@ pub(crate) struct RmsNorm {
 
 impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(out) = self.row(x)? {
+            return Ok(out);
+        }
         let (kind, wide) = (x.kind(), x.f_to_kind(tch::Kind::Float)?);
         let scale = wide
             .f_square()?
@@ -61,6 +64,25 @@ impl RmsNorm {
             .f_add_scalar(self.epsilon)?
             .f_rsqrt()?;
         Ok(wide.f_mul(&scale)?.f_to_kind(kind)?.f_mul(&self.weight)?)
+    }
+
+    /// The same for one row in f32 on the CPU: eight calls into libtorch cost more than a decode step's work here.
+    fn row(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let mut out = x.f_empty_like()?;
+        let (Some(row), Some(weight), Some(normed)) =
+            (bridge::floats(x), bridge::floats(&self.weight), bridge::floats_mut(&mut out))
+        else {
+            return Ok(None);
+        };
+        if row.len() != weight.len() {
+            return Ok(None);
+        }
+        let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+        let scale = (squares / row.len() as f64 + self.epsilon).sqrt().recip() as f32;
+        for ((normed, x), weight) in normed.iter_mut().zip(row).zip(weight) {
+            *normed = x * scale * weight;
+        }
+        Ok(Some(out))
     }
 }
 
@@ -73,8 +95,15 @@ pub(crate) struct GatedMlp {
 
 impl GatedMlp {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let both = self.gate_up.forward(x)?; // [batch, tokens, 2 * intermediate]
+        let mut both = self.gate_up.forward(x)?; // [batch, tokens, 2 * intermediate]
         let width = both.size()[2] / 2;
+        if both.numel() as i64 == 2 * width
+            && let Some(row) = bridge::floats_mut(&mut both)
+        {
+            let (gate, up) = row.split_at_mut(width as usize);
+            gate.iter_mut().zip(up).for_each(|(gate, up)| *gate *= *up / (1.0 + (-*gate).exp()));
+            return self.down.forward(&both.f_narrow(2, 0, width)?);
+        }
         let gate = both.f_narrow(2, 0, width)?.f_silu()?;
         self.down.forward(&gate.f_mul(&both.f_narrow(2, width, width)?)?)
     }

@@ -1,5 +1,6 @@
 //! One text through one model: feed it tokens, let it continue.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use crate::cache::KvCache;
 use crate::causal_lm::CausalLm;
 use crate::error::{Error, Result};
@@ -64,7 +65,11 @@ impl<'m> Session<'m> {
         }
         let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
         let input = Tensor::f_from_slice(&ids)?.f_to_device(self.device)?.f_unsqueeze(0)?;
-        let hidden = self.model.forward(&input, self.cache.as_mut(), &self.hooks)?;
+        if tokens.len() == 1 { awake(|| self.forward(&input)) } else { self.forward(&input) }
+    }
+
+    fn forward(&mut self, input: &Tensor) -> Result<()> {
+        let hidden = self.model.forward(input, self.cache.as_mut(), &self.hooks)?;
         let last = hidden.f_select(1, -1)?; // [1, hidden]: logits of the other tokens are of no use
         self.logits = Some(Vec::try_from(&self.model.logits(&last)?.f_reshape([-1])?)?);
         Ok(())
@@ -118,4 +123,29 @@ impl std::fmt::Debug for Session<'_> {
             .field("usage", &self.cache.usage())
             .finish_non_exhaustive()
     }
+}
+
+/// Runs `work` while rayon's threads look for its tasks without falling asleep: a decode step has some 200 of them, each
+/// shorter than the waking of a thread.
+fn awake<R>(work: impl FnOnce() -> R) -> R {
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed); // also when `work` panics, for which the scope would wait
+        }
+    }
+    let done = AtomicBool::new(false);
+    rayon::in_place_scope(|scope| {
+        let _done = Done(&done);
+        for _ in 1..rayon::current_num_threads() {
+            scope.spawn(|_| {
+                while !done.load(Ordering::Relaxed) {
+                    if rayon::yield_now() != Some(rayon::Yield::Executed) {
+                        std::hint::spin_loop();
+                    }
+                }
+            });
+        }
+        work()
+    })
 }
