@@ -1,22 +1,23 @@
-//! Times the kernels of `Cuda` on the lengths that the peers are timed on, in graph replays, and writes the table.
+//! Times the kernels of `Resident` on the lengths that the peers are timed on, in graph replays, and writes the table.
 //!
 //! `python3 benches/lengths.py > lengths.txt`, then
 //! `bench_cuda lengths.txt results.json DATE [peers.json]`: the last is what the peers' script wrote in the same run.
 //!
 //! Each case is a cache of as many layers as make a replay read far more than the L2 holds, every layer with lengths of its
 //! own. One graph attends from each layer in turn; the median of 40 replays counts. Outputs are poisoned with NaN before,
-//! and the fast kernel's are compared with the plain one's. Pages lie in the order in which they were taken.
+//! and the fast kernel's are compared with the plain one's. Pages lie in the order in which they were taken. The plan of a
+//! step is what a graph of plans and appends takes beyond one of appends; a fill is each text's and layer's only one, and
+//! the median of three caches' counts.
 
 use half::bf16;
 use paged_kernels::cudarc::driver::sys::{
     CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
 use paged_kernels::cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream};
-use paged_kernels::{CacheShape, Cuda, DeviceView, DeviceViewMut, Dtype, PagedAttention};
+use paged_kernels::{CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Resident, Seats};
 use std::error::Error;
 use std::fmt::Write;
 use std::sync::Arc;
-use std::time::Instant;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -51,7 +52,8 @@ fn main() -> Result<()> {
         for (op, us, bytes) in [
             ("attend", rows.attend, bytes),
             ("append", rows.append, rows.append_bytes),
-            ("plan (host)", rows.plan, 0.0),
+            ("plan", rows.plan, 0.0),
+            ("fill", rows.fill, rows.fill_bytes),
         ] {
             let floor_us = bytes / floor / 1e3;
             write!(line, "  {op} {us:.2} µs (floor {floor_us:.2})")?;
@@ -127,6 +129,8 @@ struct Rows {
     append: f64,
     append_bytes: f64,
     plan: f64,
+    fill: f64,
+    fill_bytes: f64,
     error: f64,
 }
 
@@ -139,11 +143,17 @@ fn noise(n: usize, seed: u32) -> Vec<bf16> {
     (0..n).map(|_| next()).collect()
 }
 
-fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
-    let (layers, n) = (case.lengths.len(), case.sequences);
-    let pages = case.lengths.iter().flatten().map(|len| len.max(&129).div_ceil(16)).sum::<usize>();
+/// Rows that a head may grow by while it is timed: a window, whose tokens go after it.
+const GROWTH: usize = 140;
+/// Bytes of prompts to read from in turn, more than the L2 holds.
+const PROMPTS: usize = 256 << 20;
+
+/// A cache filled as a case says, and the microseconds of a fill.
+fn filled(case: &Case, stream: &Arc<CudaStream>) -> Result<(Resident, f64)> {
+    let pages =
+        case.lengths.iter().flatten().map(|len| (len.max(&129) + GROWTH).div_ceil(16)).sum();
     let shape = CacheShape {
-        layers,
+        layers: case.lengths.len(),
         kv_heads: HEADS,
         query_heads: QUERY_HEADS,
         head_dim: DIM,
@@ -152,39 +162,82 @@ fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
         pages,
         dtype: Dtype::Bf16,
     };
-    let mut cache = Cuda::on(stream.clone(), shape)?;
+    let tokens = case.lengths.iter().flatten().max().unwrap_or(&1) + GROWTH;
+    let seats = Seats { texts: case.sequences, tokens };
+    let mut cache = Resident::on(stream.clone(), shape, seats)?;
     // The step adds a token to each head.
     let prompt = case.tokens - 1;
-    let rows = stream.clone_htod(&noise(HEADS * prompt * DIM, 1))?;
-    let keys = DeviceView::of(&rows, [HEADS, prompt, DIM], stream)?;
-    let mut step = Vec::new();
-    for sequence in 0..n {
-        let text = cache.allocate()?;
-        step.push((text, 1));
-        for (layer, lengths) in case.lengths.iter().enumerate() {
-            let mut drops = vec![true; HEADS * prompt];
-            for head in 0..HEADS {
-                // A head of 128 rows gets 129: the window and the step's token.
-                let kept = lengths[sequence * HEADS + head].saturating_sub(1 + 128);
-                drops[head * prompt..][..kept].fill(false);
+    let rows = noise(HEADS * prompt * DIM, 1);
+    let copies = (PROMPTS / (2 * rows.len())).max(2);
+    let rows = (0..copies).map(|_| stream.clone_htod(&rows));
+    let rows = rows.collect::<std::result::Result<Vec<_>, _>>()?;
+    let mut bits = Vec::new();
+    let texts = |lengths| (0..case.sequences).map(move |text| (lengths, text));
+    for (lengths, text) in case.lengths.iter().flat_map(texts) {
+        let words = prompt.div_ceil(32);
+        let mut drops = vec![u32::MAX; HEADS * words];
+        for head in 0..HEADS {
+            // A head of 128 rows gets 129: the window and the step's token.
+            let kept = lengths[text * HEADS + head].saturating_sub(1 + 128);
+            for (i, word) in drops[head * words..][..words].iter_mut().enumerate() {
+                let stay = kept.saturating_sub(32 * i).min(32) as u32;
+                *word = u32::MAX.checked_shl(stay).unwrap_or(0);
             }
-            cache.fill_on_device(text, layer, keys, keys, &drops)?;
         }
+        bits.push(stream.clone_htod(&drops)?);
     }
+    let views = rows.iter().map(|rows| DeviceView::of(rows, [HEADS, prompt, DIM], stream));
+    let views = views.collect::<paged_kernels::Result<Vec<_>>>()?;
+    let bits = bits.iter().map(|bits| DeviceBits::of(bits, [HEADS, prompt], stream));
+    let bits = bits.collect::<paged_kernels::Result<Vec<_>>>()?;
+    let texts = (0..case.sequences).map(|_| cache.allocate());
+    let texts = texts.collect::<paged_kernels::Result<Vec<_>>>()?;
+    // The first fill is not timed: it takes memory for a prompt so long.
     stream.synchronize()?;
-    let start = Instant::now();
-    cache.begin_step(&step)?;
+    let mut calls = 0;
+    let mut fill = |cache: &mut Resident, layer: usize, text: usize| -> Result<()> {
+        let (keys, values) = (views[calls % copies], views[(calls + 1) % copies]);
+        calls += 2;
+        Ok(cache.fill(texts[text], layer, keys, values, bits[layer * case.sequences + text])?)
+    };
+    fill(&mut cache, 0, 0)?;
     stream.synchronize()?;
-    let plan = start.elapsed().as_secs_f64() * 1e6;
-
-    let new = stream.clone_htod(&noise(HEADS * n * DIM, 2))?;
-    let new = DeviceView::of(&new, [HEADS, n, DIM], stream)?;
-    let append = capture(stream, || {
-        for layer in 0..layers {
-            cache.append_on_device(layer, new, new, &vec![false; HEADS * n])?;
+    let graph = capture(stream, || {
+        for layer in 0..case.lengths.len() {
+            for text in (0..case.sequences).filter(|&text| (layer, text) != (0, 0)) {
+                fill(&mut cache, layer, text)?;
+            }
         }
         Ok(())
     })?;
+    graph.upload()?;
+    let us = timed(stream, &graph)? / (case.lengths.len() * case.sequences - 1) as f64;
+    cache.batch(&texts.into_iter().map(Some).collect::<Vec<_>>())?;
+    Ok((cache, us))
+}
+
+fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
+    let (layers, n) = (case.lengths.len(), case.sequences);
+    let mut fills = Vec::new();
+    for _ in 0..2 {
+        fills.push(filled(case, stream)?.1);
+    }
+    let (mut cache, fill) = filled(case, stream)?;
+    fills.push(fill);
+    fills.sort_by(f64::total_cmp);
+    let kept = case.lengths.iter().flatten().map(|len| len.max(&129) - 1).sum::<usize>();
+    let fill_bytes = (kept * DIM * 2 * 2 * 2) as f64 / (layers * n) as f64;
+    cache.begin_step()?;
+
+    let new = stream.clone_htod(&noise(HEADS * n * DIM, 2))?;
+    let new = DeviceView::of(&new, [HEADS, n, DIM], stream)?;
+    let drops = stream.clone_htod(&vec![u32::MAX; HEADS * n.div_ceil(32)])?;
+    let drops = DeviceBits::of(&drops, [HEADS, n], stream)?;
+    stream.synchronize()?;
+    let appends = |cache: &mut Resident| -> Result<()> {
+        Ok((0..layers).try_for_each(|layer| cache.append(layer, new, new, Some(drops)))?)
+    };
+    let append = capture(stream, || appends(&mut cache))?;
     let append = replay(stream, &append, layers)?;
 
     let queries = noise(QUERY_HEADS * n * DIM, 3);
@@ -203,7 +256,7 @@ fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
     stream.synchronize()?;
     let graph = capture(stream, || {
         for (i, out) in views.into_iter().enumerate() {
-            cache.attend_on_device(i % layers, seen, (DIM as f32).powf(-0.5), out, None)?;
+            cache.attend(i % layers, seen, (DIM as f32).powf(-0.5), out, None)?;
         }
         Ok(())
     })?;
@@ -213,7 +266,7 @@ fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
         let mut plain = stream.alloc_zeros::<f32>(QUERY_HEADS * n * DIM)?;
         let (queries, out) =
             (DeviceView::of(&wide, shape, stream)?, DeviceViewMut::of(&mut plain, shape, stream)?);
-        cache.attend_on_device(layer, queries, (DIM as f32).powf(-0.5), out, None)?;
+        cache.attend(layer, queries, (DIM as f32).powf(-0.5), out, None)?;
         let (plain, fast) = (stream.clone_dtoh(&plain)?, stream.clone_dtoh(&outs[layer])?);
         let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
         let apart = norm(&mut fast.iter().zip(&plain).map(|(x, y)| f64::from(x.to_f32() - y)));
@@ -224,8 +277,19 @@ fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
     if error.is_nan() || error > 5e-3 {
         return Err(format!("{}: the fast kernel is off by {error}", case.name).into());
     }
+    let steps = capture(stream, || {
+        for _ in 0..4 {
+            cache.begin_step()?;
+            appends(&mut cache)?;
+        }
+        Ok(())
+    })?;
+    let plan = replay(stream, &steps, 4)? - append * layers as f64;
+    if cache.missing()? > 0 {
+        return Err(format!("{}: out of pages", case.name).into());
+    }
     let append_bytes = (HEADS * n * DIM * 2 * 2 * 2) as f64;
-    Ok(Rows { attend, append, append_bytes, plan, error })
+    Ok(Rows { attend, append, append_bytes, plan, fill: fills[1], fill_bytes, error })
 }
 
 fn capture(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
@@ -238,21 +302,21 @@ fn capture(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Resul
 
 /// Median microseconds of a call, of which the graph holds `calls`.
 fn replay(stream: &Arc<CudaStream>, graph: &CudaGraph, calls: usize) -> Result<f64> {
-    let context = stream.context();
-    let event = || context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-    let mut times = Vec::new();
-    for i in 0..REPLAYS + 3 {
-        let (start, end) = (event()?, event()?);
-        start.record(stream)?;
-        graph.launch()?;
-        end.record(stream)?;
-        stream.synchronize()?;
-        if i >= 3 {
-            times.push(f64::from(start.elapsed_ms(&end)?) * 1e3 / calls as f64);
-        }
-    }
+    let times = (0..REPLAYS + 3).map(|_| timed(stream, graph)).collect::<Result<Vec<_>>>()?;
+    let mut times = times[3..].to_vec();
     times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    Ok(times[times.len() / 2] / calls as f64)
+}
+
+/// Microseconds of a graph.
+fn timed(stream: &Arc<CudaStream>, graph: &CudaGraph) -> Result<f64> {
+    let event = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+    let (start, end) = (event()?, event()?);
+    start.record(stream)?;
+    graph.launch()?;
+    end.record(stream)?;
+    stream.synchronize()?;
+    Ok(f64::from(start.elapsed_ms(&end)?) * 1e3)
 }
 
 /// GB/s of a copy of 2 GiB on the card, bytes read and written.

@@ -53,14 +53,14 @@ struct Pool {
 
 // One kv head of one sequence of the step.
 struct Head {
-    uint32_t pages;    // where its pages begin in Attend::pages
+    uint32_t pages;    // its first page in the order of the layer's pages, head after head
     uint32_t len;      // live rows
     uint32_t first;    // its first token in the step
     uint32_t tokens;
     uint32_t kv_head;
     uint32_t blocks;   // that share its pages in stream_attend
     uint32_t opening;  // the first of its parts
-    uint32_t unused;
+    uint32_t table;    // where its pages begin in Attend::tables
 };
 
 struct Attend {
@@ -69,7 +69,7 @@ struct Attend {
     View out;      // [Hq][tokens][dim]
     float *lse;    // [Hq][tokens], or null
     const Head *heads;       // [H][sequences]
-    const uint32_t *pages;   // pages of all heads, one list after the other
+    const uint32_t *tables;  // pages of each head
     const uint32_t *slots;   // [H][tokens]: where each token of the step lies in its head
     const uint32_t *owners;  // [tokens]: its sequence
     uint32_t sequences;
@@ -80,7 +80,7 @@ struct Attend {
 
 // A block's share of a layer's work in stream_attend.
 struct alignas(16) Share {
-    uint32_t begin;  // of Attend::pages; begin == end is a block without work
+    uint32_t begin;  // in the order of the layer's pages; begin == end is a block without work
     uint32_t end;
     uint32_t head;   // index of the head that owns page `begin`
     uint32_t unused;

@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) plain_attend(Attend c
         bool later = false;
         for (uint32_t i = token + 1; i < end; i++) later |= slots[i] == slot;
         if (later) continue;
-        int64_t page = call.pages[head.pages + slot / page_size];
+        int64_t page = call.tables[head.table + slot / page_size];
         int64_t key = (page * 2 * page_size + slot % page_size) * dim, value = key + int64_t(page_size) * dim;
         float score = 0.0f;
 #pragma unroll

@@ -243,6 +243,9 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
     }
 }
 
+// The page after a head's last, in the order of the layer's pages.
+__device__ uint32_t past(const Head &head) { return head.pages + (head.len + PAGE - 1) / PAGE; }
+
 // A block's share. `WIDE` is for more than 8 query heads a kv head: the lower half of the tensor cores' rows.
 template <int D, int STAGES, bool WIDE>
 __device__ void stream_attend(const Stream &call) {
@@ -266,10 +269,19 @@ __device__ void stream_attend(const Stream &call) {
     const auto *pool = static_cast<const unsigned char *>(attend.pool.data);
 
     // The warp's pages are begin + warp, every eighth; `ahead` is the next to be fetched, its number known early.
-    uint32_t ahead = begin + warp, filled = 0, used = 0;
-    uint32_t id = ahead < end ? attend.pages[ahead] : 0;
     uint32_t index = share.head;
     Head head = attend.heads[index];
+    uint32_t ahead = begin + warp, filled = 0, used = 0;
+    uint32_t source = index, source_last = past(head), to_table = head.table - head.pages;
+    auto number = [&]() -> uint32_t {
+        if (ahead >= end) return 0;
+        while (ahead >= source_last) {
+            const Head next = attend.heads[++source];
+            if (next.tokens > 0) source_last = past(next), to_table = next.table - next.pages;
+        }
+        return attend.tables[ahead + to_table];
+    };
+    uint32_t id = number();
     settle();
     auto fetch = [&]() {
         if (ahead < end) {
@@ -284,7 +296,7 @@ __device__ void stream_attend(const Stream &call) {
         commit();
         ahead += TEAM;
         filled = filled + 1 == STAGES ? 0 : filled + 1;
-        if (ahead < end) id = attend.pages[ahead];
+        id = number();
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) fetch();
@@ -292,7 +304,7 @@ __device__ void stream_attend(const Stream &call) {
     const float scale = attend.scale * LOG2E;
     uint32_t page = begin + warp;
     for (uint32_t at = begin;;) {
-        const uint32_t first = head.pages, last = first + (head.len + PAGE - 1) / PAGE, stop = min(last, end);
+        const uint32_t first = head.pages, stop = min(past(head), end);
         uint32_t query[STEPS][4];
         float out[D / 8][4], best[HALVES], sum[HALVES];
 #pragma unroll

@@ -58,6 +58,17 @@ pub struct StepHead<'a> {
     pub table: &'a PageTable,
 }
 
+#[cfg(feature = "cuda")]
+impl Sequence {
+    pub(crate) fn at(index: usize, generation: u64) -> Self {
+        Self { index, generation }
+    }
+
+    pub(crate) fn index(self) -> usize {
+        self.index
+    }
+}
+
 impl Book {
     pub fn new(shape: CacheShape) -> Result<Self> {
         shape.check()?;

@@ -1,21 +1,23 @@
 //! A cache on an NVIDIA card.
 //!
-//! Where everything lies is known on the host without asking the card: the drop bits of a token are older than its
-//! obeying by a whole window, so the same book that the host backends keep plans each step ahead, and the plan of all
-//! layers goes to the card in one copy. The card holds the pages and does the work.
+//! The drop bits of a token are older than its obeying by a whole window, so where everything lies is known before a step
+//! begins. [`Cuda`] takes the bits on the host and keeps the same book as the host backends: the plan of all layers goes to
+//! the card in one copy. [`Resident`] takes them on the card and keeps its book there.
 
 mod driver;
 mod plan;
+mod resident;
 mod view;
 
-pub use view::{DeviceElement, DeviceView, DeviceViewMut};
+pub use resident::{Resident, Seats};
+pub use view::{DeviceBits, DeviceElement, DeviceView, DeviceViewMut};
 
 use crate::backend::PagedAttention;
 use crate::book::{Book, Sequence};
 use crate::error::{Error, Result};
 use crate::shape::{CacheShape, Dtype, Stats};
 use crate::table::PageTable;
-use crate::view::{Data, View, ViewMut, check_shape};
+use crate::view::{Data, View, ViewMut};
 use cudarc::driver::CudaStream;
 use driver::{AttendStep, Device, Part, Plain, Pool, Room};
 use plan::{Plan, Range};
@@ -26,10 +28,8 @@ const MAX_DIM: usize = 512;
 
 /// A cache in the memory of an NVIDIA card of compute capability 8.0 or newer. All pages are taken at once.
 ///
-/// Two faces: [`PagedAttention`], whose views are in host memory and whose calls return when the work is done; and
-/// the methods ending in `_on_device`, whose views are on the card and whose calls only queue work on the cache's
-/// stream. `append_on_device` and `attend_on_device` can be captured into a graph on a stream of the caller's; the graph
-/// serves the step it was captured in, since the next step's plan may lie elsewhere.
+/// Its face is [`PagedAttention`]: views are in host memory, and calls return when the work is done. For tensors on the
+/// card there is [`Resident`].
 #[derive(Debug)]
 pub struct Cuda {
     book: Book,
@@ -102,65 +102,6 @@ impl Cuda {
         self.book.layer(sequence, layer)
     }
 
-    /// [`PagedAttention::fill`] from tensors on the card, queued on the stream.
-    ///
-    /// # Errors
-    /// Those of [`PagedAttention::fill`], and [`Cuda`](Error::Cuda).
-    pub fn fill_on_device(
-        &mut self,
-        sequence: Sequence,
-        layer: usize,
-        keys: DeviceView<'_>,
-        values: DeviceView<'_>,
-        drops: &[bool],
-    ) -> Result<()> {
-        self.book.fill(sequence, layer, keys.shape(), values.shape(), drops)?;
-        let CacheShape { window, page_size, .. } = self.book.shape;
-        let tables = self.book.layer(sequence, layer)?;
-        let rows = plan::prompt(tables, drops, window, page_size);
-        self.device.upload(&rows, &mut self.rows)?;
-        self.device.store(&self.pool, keys, values, self.rows.part(0, rows.len()))
-    }
-
-    /// [`PagedAttention::append`] from tensors on the card, queued on the stream.
-    ///
-    /// # Errors
-    /// Those of [`PagedAttention::append`], and [`Cuda`](Error::Cuda).
-    pub fn append_on_device(
-        &mut self,
-        layer: usize,
-        keys: DeviceView<'_>,
-        values: DeviceView<'_>,
-        drops: &[bool],
-    ) -> Result<()> {
-        self.book.append(layer, keys.shape(), values.shape(), drops)?;
-        let rows = self.part(self.plan.layers[layer].rows);
-        self.device.store(&self.pool, keys, values, rows)
-    }
-
-    /// [`PagedAttention::attend`] on tensors on the card, queued on the stream. `lse`, if given, is f32 `[Hq, N, 1]`.
-    ///
-    /// # Errors
-    /// Those of [`PagedAttention::attend`], and [`Cuda`](Error::Cuda).
-    pub fn attend_on_device(
-        &mut self,
-        layer: usize,
-        queries: DeviceView<'_>,
-        scale: f32,
-        out: DeviceViewMut<'_>,
-        lse: Option<DeviceViewMut<'_>>,
-    ) -> Result<()> {
-        self.book.attend(layer, queries.shape(), out.shape(), None)?;
-        if let Some(lse) = &lse {
-            let [heads, tokens, _] = queries.shape();
-            check_shape("lse", lse.shape(), [heads, tokens, 1])?;
-            if lse.dtype() != Dtype::F32 {
-                return Err(Error::LseType);
-            }
-        }
-        self.launch(layer, queries, scale, &out, lse.as_ref())
-    }
-
     fn launch(
         &self,
         layer: usize,
@@ -172,7 +113,7 @@ impl Cuda {
         let arrays = &self.plan.layers[layer];
         let step = AttendStep {
             heads: self.part(arrays.heads),
-            pages: self.part(arrays.pages),
+            tables: self.part(arrays.pages),
             slots: self.part(arrays.slots),
             owners: self.part(self.plan.owners),
             shares: self.part(arrays.shares),

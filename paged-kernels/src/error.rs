@@ -116,6 +116,13 @@ pub enum Error {
         /// The layer.
         layer: usize,
     },
+    /// Every seat of a cache is taken.
+    #[cfg(feature = "cuda")]
+    #[error("all {seats} seats are taken; release a sequence or build the cache with more seats")]
+    NoSeat {
+        /// Seats of the cache.
+        seats: usize,
+    },
     /// No CUDA driver on this machine.
     #[cfg(feature = "cuda")]
     #[error(

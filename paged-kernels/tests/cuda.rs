@@ -7,10 +7,7 @@ mod common;
 use common::{Noise, Twins, small, view};
 use half::bf16;
 use paged_kernels::cudarc::driver::{CudaContext, CudaStream};
-use paged_kernels::{
-    CacheShape, Cuda, DeviceView, DeviceViewMut, Dtype, Error, PagedAttention, Reference, View,
-    ViewMut,
-};
+use paged_kernels::{CacheShape, Cuda, DeviceView, Dtype, Error, PagedAttention, View, ViewMut};
 use std::sync::Arc;
 
 #[test]
@@ -181,49 +178,6 @@ mod cuda {
         assert!(out[..4 * 128].iter().all(|x| x.is_finite()));
         assert!(out[4 * 128..].iter().all(|x| x.is_nan()));
         assert!(lse[..4].iter().all(|x| x.is_finite()) && lse[4..].iter().all(|x| x.is_nan()));
-    }
-
-    /// The same few tokens through tensors on the card and through `Reference`.
-    #[test]
-    #[ignore = "needs a CUDA device"]
-    fn tensors_on_the_card_give_what_tensors_on_the_host_give() {
-        let shape = CacheShape { layers: 1, ..small(Dtype::F32) };
-        let stream = own_stream();
-        let mut cache = Cuda::on(stream.clone(), shape.clone()).unwrap();
-        let mut reference = Reference::new(shape).unwrap();
-        let texts = (cache.allocate().unwrap(), reference.allocate().unwrap());
-        let mut noise = Noise(11);
-        for (i, tokens) in [9, 1, 3, 1, 1, 1, 1].into_iter().enumerate() {
-            let (keys, values) = (noise.floats(2 * tokens * 16), noise.floats(2 * tokens * 16));
-            let queries = noise.floats(6 * tokens * 16);
-            let drops = noise.bools(2 * tokens, 0.5);
-            let on_card = [&keys, &values, &queries].map(|data| stream.clone_htod(data).unwrap());
-            let (rows, query_rows) = ([2, tokens, 16], [6, tokens, 16]);
-            let seen = |i: usize, shape| DeviceView::of(&on_card[i], shape, &stream).unwrap();
-            let (host_keys, host_values) = (view(&keys, rows), view(&values, rows));
-            if i == 0 {
-                cache.fill_on_device(texts.0, 0, seen(0, rows), seen(1, rows), &drops).unwrap();
-                reference.fill(texts.1, 0, host_keys, host_values, &drops).unwrap();
-                continue;
-            }
-            cache.begin_step(&[(texts.0, tokens)]).unwrap();
-            reference.begin_step(&[(texts.1, tokens)]).unwrap();
-            cache.append_on_device(0, seen(0, rows), seen(1, rows), &drops).unwrap();
-            reference.append(0, host_keys, host_values, &drops).unwrap();
-            let mut out = stream.alloc_zeros::<f32>(queries.len()).unwrap();
-            let mut lse = stream.alloc_zeros::<f32>(6 * tokens).unwrap();
-            let out_view = DeviceViewMut::of(&mut out, query_rows, &stream).unwrap();
-            let lse_view = DeviceViewMut::of(&mut lse, [6, tokens, 1], &stream).unwrap();
-            cache.attend_on_device(0, seen(2, query_rows), 0.25, out_view, Some(lse_view)).unwrap();
-            let (mut expected, mut sums) = (vec![0.0; queries.len()], vec![0.0; 6 * tokens]);
-            let expected_view = ViewMut::new(&mut expected[..], query_rows).unwrap();
-            reference
-                .attend(0, view(&queries, query_rows), 0.25, expected_view, Some(&mut sums))
-                .unwrap();
-            let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
-            assert!(close(&stream.clone_dtoh(&out).unwrap(), &expected));
-            assert!(close(&stream.clone_dtoh(&lse).unwrap(), &sums));
-        }
     }
 
     #[test]

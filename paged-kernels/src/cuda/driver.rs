@@ -2,6 +2,8 @@
 
 #![allow(unsafe_code)]
 
+pub mod resident;
+
 use crate::cuda::view::{DeviceView, DeviceViewMut};
 use crate::error::{Error, Result};
 use crate::shape::Dtype;
@@ -218,6 +220,14 @@ impl Device {
             .map_err(failed("cuMemcpyHtoDAsync"))
     }
 
+    /// Fills `room` with zero bytes.
+    pub fn zero(&self, room: &mut Room) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the room is as long as it says, and borrowed alone.
+        unsafe { result::memset_d8_async(room.address, 0, room.bytes, self.stream.cu_stream()) }
+            .map_err(failed("cuMemsetD8Async"))
+    }
+
     /// The front of `room`, once everything before has been done.
     pub fn download<T: Plain + Default>(&self, room: &Room, count: usize) -> Result<Vec<T>> {
         let mut data = vec![T::default(); count];
@@ -292,7 +302,7 @@ impl Device {
             out: out.raw(),
             lse: lse.map_or(0, |lse| lse.raw().data),
             heads: step.heads.address,
-            pages: step.pages.address,
+            tables: step.tables.address,
             slots: step.slots.address,
             owners: step.owners.address,
             sequences: step.sequences as u32,
@@ -489,7 +499,7 @@ impl Pool {
 #[derive(Debug)]
 pub struct AttendStep<'a> {
     pub heads: Part<'a>,
-    pub pages: Part<'a>,
+    pub tables: Part<'a>,
     pub slots: Part<'a>,
     pub owners: Part<'a>,
     pub shares: Part<'a>,
@@ -558,7 +568,7 @@ struct AttendCall {
     out: RawView,
     lse: u64,
     heads: u64,
-    pages: u64,
+    tables: u64,
     slots: u64,
     owners: u64,
     sequences: u32,

@@ -67,7 +67,8 @@ impl Plan {
                     pages.extend(head.table.pages().iter().map(|page| page.index() as u32));
                 }
                 let (first, kv_head) = (head.tokens.start as u32, head.head as u32);
-                records.push([at as u32, len as u32, first, tokens as u32, kv_head, 0, 0, 0]);
+                let (at, len, tokens) = (at as u32, len as u32, tokens as u32);
+                records.push([at, len, first, tokens, kv_head, 0, 0, at]);
                 slots.extend(head.slots.iter().map(|slot| slot.index() as u32));
                 rows.extend(
                     head.slots
@@ -97,7 +98,7 @@ impl Plan {
 /// share it and where its parts begin.
 ///
 /// Equal shares, whatever heads they cut, unless a cut at each head makes the largest no more than [`SECOND_HEAD`] larger.
-fn shares(heads: &mut [[u32; HEAD_WORDS]], pages: usize, blocks: usize) -> Vec<[u32; 4]> {
+pub fn shares(heads: &mut [[u32; HEAD_WORDS]], pages: usize, blocks: usize) -> Vec<[u32; 4]> {
     let mut lengths = Vec::new(); // index, first page and pages of each head that is attended
     for (index, head) in heads.iter().enumerate().filter(|(_, head)| head[3] > 0) {
         let next = heads.get(index + 1).map_or(pages as u32, |next| next[0]);

@@ -150,6 +150,57 @@ impl<'a> DeviceViewMut<'a> {
     }
 }
 
+/// Borrowed drop bits on the card, `[heads, tokens]`: that of token `t` is bit `t % 32` of word `t / 32` of its head,
+/// whose words, `tokens / 32` rounded up, lie before the next head's.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceBits<'a> {
+    address: u64,
+    shape: [usize; 2],
+    borrowed: PhantomData<&'a ()>,
+}
+
+impl<'a> DeviceBits<'a> {
+    /// Bits of `[heads, tokens]`, to be read on `stream`.
+    ///
+    /// # Errors
+    /// Those of [`DeviceView::of`].
+    pub fn of(
+        slice: &'a CudaSlice<u32>,
+        shape: [usize; 2],
+        stream: &Arc<CudaStream>,
+    ) -> Result<Self> {
+        let [heads, tokens] = shape;
+        check_length("bits", slice.len(), heads.saturating_mul(tokens.div_ceil(32)))?;
+        check_stream(slice.stream(), stream)?;
+        let (address, _) = slice.device_ptr(stream);
+        Ok(Self { address, shape, borrowed: PhantomData })
+    }
+
+    /// Bits of `[heads, tokens]` at an address on the card.
+    ///
+    /// # Errors
+    /// Those of [`DeviceView::at`].
+    ///
+    /// # Safety
+    /// As for [`DeviceView::at`], for 32-bit words.
+    pub unsafe fn at(address: u64, shape: [usize; 2]) -> Result<Self> {
+        let empty = shape.contains(&0);
+        if !empty && (address == 0 || !address.is_multiple_of(4)) {
+            return Err(Error::Address { address, dtype: Dtype::F32 });
+        }
+        Ok(Self { address, shape, borrowed: PhantomData })
+    }
+
+    /// `[heads, tokens]`.
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+}
+
 fn check_stream(found: &Arc<CudaStream>, expected: &Arc<CudaStream>) -> Result<()> {
     if found == expected { Ok(()) } else { Err(Error::OtherStream) }
 }

@@ -1,0 +1,412 @@
+// A cache whose bookkeeping lies on the card: what a step does in every layer and head is planned there, one token a
+// text, so a step can be captured into a graph and replayed, and the host waits for nothing.
+//
+// The rules are those of src/table.rs. A token's drop bit is obeyed a whole window after the token came, so its head's
+// length, slot and need of pages are known before the step's first layer runs.
+
+#include "attend.cuh"
+
+namespace resident {
+
+constexpr int PLANNERS = 512;   // threads of the block that plans a layer
+constexpr int ADMITTERS = 1024;  // threads of the block that makes room for a prompt in a head
+constexpr int STRETCH = 32;     // words of drop bits whose kept tokens are counted together
+constexpr int COPIES = 4;       // rows on their way in a warp
+constexpr uint32_t LEAST = 12;       // as in src/cuda/plan.rs
+constexpr uint32_t SECOND_HEAD = 8;  // as in src/cuda/plan.rs
+constexpr uint32_t NO_SEAT = 0xffffffffu;
+constexpr uint32_t NO_ROW = 0xffffffffu;
+constexpr uint32_t TRASH = 0;  // the page that stands for those that were not there
+
+}  // namespace resident
+
+using namespace resident;
+
+// Where everything lies. A row of a table is that of one (layer, kv head, seat); a text has a seat.
+struct State {
+    Pool pool;
+    uint32_t *tables;   // [rows][most_pages]: a head's pages in the order of its slots
+    uint32_t *lens;     // [rows]
+    uint32_t *rings;    // [rows][window + 1]: slot * 2 + drop of the newest tokens; token t lies at t % (window + 1)
+    uint32_t *ages;     // [layers][seats]: tokens so far
+    uint32_t *free;     // a stack of pages
+    int32_t *counters;  // pages on it; pages, or slots of a full table, that were wanted and not there
+    uint32_t layers;
+    uint32_t kv_heads;
+    uint32_t seats;
+    uint32_t most_pages;
+    uint32_t window;
+    uint32_t unused;
+
+    __device__ uint64_t row(uint32_t layer, uint32_t kv_head, uint32_t seat) const {
+        return (uint64_t(layer) * kv_heads + kv_head) * seats + seat;
+    }
+    __device__ uint32_t pages(uint32_t len) const { return (len + pool.page_size - 1) / pool.page_size; }
+};
+
+// Takes pages off the stack and says how many there were before, which may be too few, or negative. A page that is not
+// there is counted, and the trash stands for it.
+__device__ int32_t take(const State &state, uint32_t wanted) {
+    if (wanted == 0) return 0;
+    const int32_t had = atomicSub(state.counters, int32_t(wanted)), missing = int32_t(wanted) - max(had, 0);
+    if (missing > 0) {
+        atomicAdd(state.counters, missing);
+        atomicAdd(state.counters + 1, missing);
+    }
+    return had;
+}
+
+__device__ uint32_t taken(const State &state, int32_t had, uint32_t rank) {
+    const int32_t at = had - 1 - int32_t(rank);
+    return at >= 0 ? state.free[at] : TRASH;
+}
+
+// The sum of `x` over the threads before this one, and over all of the block.
+template <int THREADS>
+__device__ uint32_t sum_before(uint32_t x, uint32_t (&sums)[THREADS / LANES], uint32_t &all) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    uint32_t sum = x;
+#pragma unroll
+    for (int i = 1; i < LANES; i *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, sum, i);
+        if (lane >= i) sum += other;
+    }
+    if (lane == LANES - 1) sums[warp] = sum;
+    __syncthreads();
+    uint32_t before = 0;
+    all = 0;
+#pragma unroll
+    for (int w = 0; w < THREADS / LANES; w++) {
+        if (w < warp) before += sums[w];
+        all += sums[w];
+    }
+    __syncthreads();  // `sums` is free again
+    return before + sum - x;
+}
+
+// A token's key and value into a row, by a warp.
+__device__ void store_row(const State &state, const View &keys, const View &values, int64_t head, int64_t token,
+                          uint32_t row) {
+    const Pool &pool = state.pool;
+    const int64_t key = pool.key(row), value = key + int64_t(pool.page_size) * pool.dim;
+    for (uint32_t d = threadIdx.x % LANES; d < pool.dim; d += LANES) {
+        save(pool.data, pool.type, key + d, load(keys.data, keys.type, keys.at(head, token) + d));
+        save(pool.data, pool.type, value + d, load(values.data, values.type, values.at(head, token) + d));
+    }
+}
+
+struct Admit {
+    State state;
+    View keys;    // [kv heads][tokens][dim]
+    View values;
+    const uint32_t *drops;  // [kv heads][words]: the bit of token t is t % 32 of word t / 32
+    uint32_t *starts;       // [kv heads][stretches]: kept tokens before each
+    uint32_t layer;
+    uint32_t seat;
+    uint32_t tokens;
+    uint32_t wide;  // rows may be copied 16 bytes at a time
+
+    __device__ uint32_t words() const { return (tokens + LANES - 1) / LANES; }
+    __device__ uint32_t stretches() const { return (words() + STRETCH - 1) / STRETCH; }
+    // Bits of the tokens of a word that stay: the newest, and those not dropped.
+    __device__ uint32_t kept(uint32_t kv_head, uint32_t word) const {
+        const uint32_t first = word * LANES, old = tokens - min(tokens, state.window);
+        if (first >= tokens) return 0;
+        uint32_t keep = ~drops[uint64_t(kv_head) * words() + word];
+        if (first + LANES > old) keep |= first >= old ? ~0u : ~0u << (old - first);
+        return tokens - first < LANES ? keep & ((1u << (tokens - first)) - 1) : keep;
+    }
+};
+
+// Room for a prompt in one layer of a text: a block a kv head counts what stays, takes its pages and begins its ring.
+extern "C" __global__ void __launch_bounds__(ADMITTERS) resident_admit(Admit call) {
+    __shared__ uint32_t sums[ADMITTERS / LANES];
+    __shared__ int32_t had;
+    const State &state = call.state;
+    const uint32_t kv_head = blockIdx.x;
+    uint32_t kept = 0;
+    for (uint32_t base = 0; base < call.words(); base += ADMITTERS) {
+        uint32_t all, word = base + threadIdx.x;
+        const uint32_t before = kept + sum_before<ADMITTERS>(__popc(call.kept(kv_head, word)), sums, all);
+        if (word % STRETCH == 0 && word < call.words()) {
+            call.starts[uint64_t(kv_head) * call.stretches() + word / STRETCH] = before;
+        }
+        kept += all;
+    }
+    const uint32_t len = min(kept, state.most_pages * state.pool.page_size), pages = state.pages(len);
+    const uint64_t row = state.row(call.layer, kv_head, call.seat);
+    if (threadIdx.x == 0) {
+        had = take(state, pages);
+        if (len < kept) atomicAdd(state.counters + 1, int32_t(kept - len));
+        state.lens[row] = len;
+        if (kv_head == 0) state.ages[call.layer * state.seats + call.seat] = call.tokens;
+    }
+    __syncthreads();
+    uint32_t *table = state.tables + row * state.most_pages;
+    for (uint32_t i = threadIdx.x; i < pages; i += ADMITTERS) table[i] = taken(state, had, i);
+    const uint32_t places = state.window + 1, recent = min(call.tokens, state.window);
+    for (uint32_t i = threadIdx.x; i < places; i += ADMITTERS) {
+        // The newest tokens; what is left of the ring is of tokens to come.
+        const uint32_t token = call.tokens - recent + i, slot = kept - recent + i;
+        uint32_t entry = 0;
+        if (i < recent && slot < len) {
+            const uint32_t word = call.drops[uint64_t(kv_head) * call.words() + token / LANES];
+            entry = slot << 1 | (word >> token % LANES & 1);
+        }
+        state.rings[row * places + token % places] = entry;
+    }
+}
+
+// The rows of a prompt into the pages that resident_admit has taken. A warp has 32 tokens of a head.
+extern "C" __global__ void resident_fill(Admit call) {
+    const State &state = call.state;
+    const Pool &pool = state.pool;
+    const uint32_t blocks = (call.words() + WARPS - 1) / WARPS, kv_head = blockIdx.x / blocks;
+    const uint32_t lane = threadIdx.x % LANES;
+    const uint32_t word = blockIdx.x % blocks * WARPS + threadIdx.x / LANES, stretch = word / STRETCH;
+    if (word >= call.words()) return;
+    uint32_t keep = call.kept(kv_head, word);
+    const uint32_t earlier = lane < word % STRETCH ? __popc(call.kept(kv_head, stretch * STRETCH + lane)) : 0;
+    const uint32_t before =
+        call.starts[uint64_t(kv_head) * call.stretches() + stretch] + __reduce_add_sync(~0u, earlier);
+    const uint64_t table_row = state.row(call.layer, kv_head, call.seat);
+    const uint32_t slot = before + __popc(keep & ((1u << lane) - 1));
+    const bool stays = keep >> lane & 1 && slot < state.lens[table_row];
+    uint32_t row = 0;
+    if (stays) {
+        row = state.tables[table_row * state.most_pages + slot / pool.page_size] * pool.page_size +
+              slot % pool.page_size;
+    }
+    keep = __ballot_sync(~0u, stays);
+    const int64_t first = int64_t(word) * LANES;
+    if (!call.wide) {
+        for (; keep; keep &= keep - 1) {
+            const int token = __ffs(keep) - 1;
+            store_row(state, call.keys, call.values, kv_head, first + token, __shfl_sync(~0u, row, token));
+        }
+        return;
+    }
+    const uint32_t chunks = pool.dim * 2 / 16;  // of a key, or of a value
+    auto *data = static_cast<int4 *>(pool.data);
+    for (uint32_t base = 0; base < 2 * chunks; base += LANES) {
+        const bool value = base + lane >= chunks, mine = base + lane < 2 * chunks;
+        const uint32_t chunk = base + lane - (value ? chunks : 0);
+        const View &view = value ? call.values : call.keys;
+        const int64_t beyond = value ? int64_t(pool.page_size) * chunks : 0;
+        for (uint32_t left = keep; left;) {
+            int4 x[COPIES];
+            uint32_t to[COPIES];
+#pragma unroll
+            for (int k = 0; k < COPIES; k++) {
+                const int token = left ? __ffs(left) - 1 : 0;
+                to[k] = left ? __shfl_sync(~0u, row, token) : NO_ROW;
+                left &= left - 1;
+                if (mine && to[k] != NO_ROW) {
+                    const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(kv_head, first + token);
+                    x[k] = __ldcs(reinterpret_cast<const int4 *>(from) + chunk);
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < COPIES; k++) {
+                if (mine && to[k] != NO_ROW) data[pool.key(to[k]) / 8 + beyond + chunk] = x[k];
+            }
+        }
+    }
+}
+
+struct Begin {
+    State state;
+    const uint32_t *batch;  // [texts]: their seats, or NO_SEAT
+    Head *heads;            // [layers][kv heads][texts]
+    Share *shares;          // [layers][blocks]
+    uint32_t *rows;         // [layers][kv heads][texts]: row of the pool for each new token
+    uint64_t *marks;        // [layers][kv heads][texts]: place in State::rings of each
+    uint32_t texts;
+    uint32_t blocks;
+};
+
+// A step of one token a text. A block plans a layer: what `Plan::of` and `shares` in src/cuda/plan.rs give.
+extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call) {
+    __shared__ uint32_t sums[PLANNERS / LANES], cuts[SECOND_HEAD + 1];
+    __shared__ int32_t had;
+    const State &state = call.state;
+    const uint32_t layer = blockIdx.x, count = state.kv_heads * call.texts, page_size = state.pool.page_size;
+    Head *heads = call.heads + uint64_t(layer) * count;
+    Share *shares = call.shares + uint64_t(layer) * call.blocks;
+    if (threadIdx.x <= SECOND_HEAD) cuts[threadIdx.x] = 0;
+
+    uint32_t listed = 0;  // pages of the heads so far
+    for (uint32_t base = 0; base < count; base += PLANNERS) {
+        const uint32_t i = base + threadIdx.x, kv_head = i / call.texts, text = i - kv_head * call.texts;
+        const uint32_t seat = i < count ? call.batch[text] : NO_SEAT;
+        const bool active = seat != NO_SEAT;
+        uint32_t slot = 0, len = 0;
+        uint64_t row = 0, mark = 0;
+        bool grows = false;
+        if (active) {
+            row = state.row(layer, kv_head, seat);
+            mark = row * (state.window + 1) + state.ages[layer * state.seats + seat] % (state.window + 1);
+            const uint32_t leaving = state.rings[mark];
+            len = state.lens[row];
+            grows = !(leaving & 1);
+            slot = grows ? len++ : leaving >> 1;
+            if (slot == state.most_pages * page_size) {
+                // The table is full: the token takes a live one's place, and that is counted.
+                grows = false, slot = 0, len--;
+                atomicAdd(state.counters + 1, 1);
+            }
+            state.rings[mark] = slot << 1;
+            if (grows) state.lens[row] = len;
+        }
+        uint32_t wanted, listed_here;
+        const bool wants = grows && slot % page_size == 0;
+        const uint32_t rank = sum_before<PLANNERS>(wants, sums, wanted);
+        if (threadIdx.x == 0) had = take(state, wanted);
+        const uint32_t first = listed + sum_before<PLANNERS>(state.pages(len), sums, listed_here);
+        listed += listed_here;
+        if (i < count) {
+            const uint64_t table = row * state.most_pages;
+            uint32_t page = TRASH;
+            if (wants) {
+                page = state.tables[table + slot / page_size] = taken(state, had, rank);
+            } else if (active) {
+                page = state.tables[table + slot / page_size];
+            }
+            heads[i] = {first, len, text, active, kv_head, 0, 0, uint32_t(table)};
+            call.rows[uint64_t(layer) * count + i] = active ? page * page_size + slot % page_size : NO_ROW;
+            call.marks[uint64_t(layer) * count + i] = mark;
+        }
+    }
+    __syncthreads();
+    for (uint32_t text = threadIdx.x; text < call.texts; text += PLANNERS) {
+        const uint32_t seat = call.batch[text];
+        if (seat != NO_SEAT) state.ages[layer * state.seats + seat]++;
+    }
+
+    // Shares of equal size, or of a few pages more if all heads can then be cut apart. A thread meets the heads that it wrote.
+    const uint32_t equal = max((listed + call.blocks - 1) / call.blocks, LEAST);
+    uint32_t cut[SECOND_HEAD + 1] = {};
+    for (uint32_t i = threadIdx.x; i < count; i += PLANNERS) {
+        const uint32_t pages = state.pages(heads[i].len);
+#pragma unroll
+        for (uint32_t k = 0; k <= SECOND_HEAD; k++) cut[k] += (pages + equal + k - 1) / (equal + k);
+    }
+#pragma unroll
+    for (uint32_t k = 0; k <= SECOND_HEAD; k++) {
+        cut[k] = __reduce_add_sync(~0u, cut[k]);
+        if (threadIdx.x % LANES == 0) atomicAdd(&cuts[k], cut[k]);
+    }
+    __syncthreads();
+    uint32_t extra = 0;
+    while (extra <= SECOND_HEAD && cuts[extra] > call.blocks) extra++;
+    uint32_t used = 0;
+    if (extra <= SECOND_HEAD) {
+        const uint32_t most = equal + extra;
+        for (uint32_t base = 0; base < count; base += PLANNERS) {
+            const uint32_t i = base + threadIdx.x;
+            const uint32_t first = i < count ? heads[i].pages : 0, pages = i < count ? state.pages(heads[i].len) : 0;
+            const uint32_t parts = (pages + most - 1) / most;
+            uint32_t all;
+            const uint32_t opening = used + sum_before<PLANNERS>(parts, sums, all);
+            used += all;
+            if (parts > 0) heads[i].blocks = parts, heads[i].opening = 2 * opening;
+            uint32_t begin = first;
+            for (uint32_t part = 0; part < parts; part++) {
+                const uint32_t end = first + pages * (part + 1) / parts;
+                shares[opening + part] = {begin, end, i, 0};
+                begin = end;
+            }
+        }
+    } else {
+        used = min(call.blocks, (listed + LEAST - 1) / LEAST);
+        auto begin = [&](uint32_t block) { return listed * block / used; };
+        auto owner = [&](uint32_t page) { return ((page + 1) * used - 1) / listed; };
+        for (uint32_t i = threadIdx.x; i < count; i += PLANNERS) {
+            const uint32_t first = heads[i].pages, pages = state.pages(heads[i].len);
+            if (pages == 0) continue;
+            const uint32_t opening = owner(first);
+            heads[i].blocks = owner(first + pages - 1) - opening + 1;
+            heads[i].opening = 2 * opening + (begin(opening) < first);
+        }
+        for (uint32_t block = threadIdx.x; block < used; block += PLANNERS) {
+            // The last head that begins at or before the block's first page.
+            uint32_t low = 0, high = count;
+            while (high - low > 1) {
+                const uint32_t middle = (low + high) / 2;
+                if (heads[middle].pages <= begin(block)) low = middle;
+                else high = middle;
+            }
+            shares[block] = {begin(block), begin(block + 1), low, 0};
+        }
+    }
+    for (uint32_t block = used + threadIdx.x; block < call.blocks; block += PLANNERS) shares[block] = {0, 0, 0, 0};
+}
+
+struct Append {
+    State state;
+    View keys;    // [kv heads][texts][dim]
+    View values;
+    const uint32_t *drops;  // [kv heads][words of texts], or null if all stay
+    const uint32_t *rows;   // [kv heads][texts]: the layer's, of Begin
+    const uint64_t *marks;
+    uint32_t texts;
+    uint32_t wide;  // rows may be copied 16 bytes at a time
+};
+
+// A step's keys and values into their rows, and the drop bits into the ring. A warp a row.
+extern "C" __global__ void resident_append(Append call) {
+    const State &state = call.state;
+    const Pool &pool = state.pool;
+    const uint32_t i = blockIdx.x * WARPS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    if (i >= state.kv_heads * call.texts) return;
+    const uint32_t row = call.rows[i], kv_head = i / call.texts, text = i - kv_head * call.texts;
+    if (row == NO_ROW) return;
+    if (lane == 0 && call.drops) {
+        const uint32_t words = (call.texts + LANES - 1) / LANES;
+        const uint32_t drop = call.drops[uint64_t(kv_head) * words + text / LANES] >> text % LANES & 1;
+        if (drop) state.rings[call.marks[i]] |= 1;
+    }
+    if (!call.wide) return store_row(state, call.keys, call.values, kv_head, text, row);
+    const uint32_t chunks = pool.dim * 2 / 16;
+    auto *data = static_cast<int4 *>(pool.data) + pool.key(row) / 8;
+    for (uint32_t c = lane; c < 2 * chunks; c += LANES) {
+        const bool value = c >= chunks;
+        const uint32_t chunk = value ? c - chunks : c;
+        const View &view = value ? call.values : call.keys;
+        const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(kv_head, text);
+        data[(value ? int64_t(pool.page_size) * chunks : 0) + chunk] = reinterpret_cast<const int4 *>(from)[chunk];
+    }
+}
+
+struct Release {
+    State state;
+    uint32_t seat;
+    uint32_t unused;
+};
+
+// A text's pages back onto the stack. A warp a head.
+extern "C" __global__ void __launch_bounds__(LANES) resident_release(Release call) {
+    const State &state = call.state;
+    const uint32_t layer = blockIdx.x / state.kv_heads, kv_head = blockIdx.x % state.kv_heads, lane = threadIdx.x;
+    const uint64_t row = state.row(layer, kv_head, call.seat);
+    const uint32_t pages = state.pages(state.lens[row]);
+    for (uint32_t base = 0; base < pages; base += LANES) {
+        const uint32_t page = base + lane < pages ? state.tables[row * state.most_pages + base + lane] : TRASH;
+        const uint32_t real = __ballot_sync(~0u, page != TRASH);
+        int32_t at = lane == 0 ? atomicAdd(state.counters, int32_t(__popc(real))) : 0;
+        at = __shfl_sync(~0u, at, 0);
+        if (page != TRASH) state.free[at + __popc(real & ((1u << lane) - 1))] = page;
+    }
+    for (uint32_t i = lane; i <= state.window; i += LANES) state.rings[row * (state.window + 1) + i] = 0;
+    if (lane == 0) state.lens[row] = 0;
+    if (lane == 0 && kv_head == 0) state.ages[layer * state.seats + call.seat] = 0;
+}
+
+// Sizes of the structs above, in their order: the host's mirror must agree.
+extern "C" __global__ void resident_sizes(uint32_t *sizes) {
+    sizes[0] = sizeof(State);
+    sizes[1] = sizeof(Admit);
+    sizes[2] = sizeof(Begin);
+    sizes[3] = sizeof(Append);
+    sizes[4] = sizeof(Release);
+}

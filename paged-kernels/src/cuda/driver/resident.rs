@@ -1,0 +1,434 @@
+//! Launches of kernels/resident.cu.
+
+use super::{
+    AttendStep, Device, Grid, HEAD_WORDS, Part, Pool, RawPool, RawView, Room, function, grid, load,
+};
+use crate::cuda::view::{DeviceBits, DeviceView};
+use crate::error::Result;
+use crate::shape::{CacheShape, Dtype};
+use cudarc::driver::{CudaContext, result, sys};
+use std::sync::Arc;
+
+const PTX: &str = concat!(include_str!("../../../kernels/resident.compute_80.ptx"), "\0");
+/// Threads of the block that plans a layer.
+const PLANNERS: u32 = 512;
+/// Threads of the block that makes room for a prompt in a head.
+const ADMITTERS: u32 = 1024;
+/// Warps of the other kernels' blocks.
+const WARPS: usize = 4;
+/// Tokens whose kept ones are counted together.
+const STRETCH: usize = 1024;
+/// The seat of a place in the batch that nobody has.
+pub const NO_SEAT: u32 = u32::MAX;
+/// 32-bit words of `Share` in kernels/attend.cuh.
+const SHARE_WORDS: usize = 4;
+
+/// The state.kernels.
+#[derive(Debug)]
+struct Kernels {
+    context: Arc<CudaContext>,
+    module: sys::CUmodule,
+    admit: sys::CUfunction,
+    fill: sys::CUfunction,
+    begin: sys::CUfunction,
+    append: sys::CUfunction,
+    release: sys::CUfunction,
+}
+
+// SAFETY: as for `Device`.
+unsafe impl Send for Kernels {}
+
+impl Kernels {
+    fn load(device: &Device) -> Result<Self> {
+        device.bind()?;
+        let module = load(PTX)?;
+        let kernels = Self {
+            context: device.context.clone(),
+            module,
+            admit: function(module, c"resident_admit")?,
+            fill: function(module, c"resident_fill")?,
+            begin: function(module, c"resident_begin")?,
+            append: function(module, c"resident_append")?,
+            release: function(module, c"resident_release")?,
+        };
+        let sizes = device.sizes(function(module, c"resident_sizes")?, MIRRORED.len())?;
+        assert_eq!(sizes, MIRRORED, "the kernels' structs are as they are mirrored here");
+        Ok(kernels)
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: nothing else names the module's functions, and unloading waits for what still runs.
+            self.context.record_err(unsafe { result::module::unload(self.module) });
+        }
+    }
+}
+
+/// Where everything lies: `State` of kernels/resident.cu.
+#[derive(Debug)]
+pub struct State {
+    kernels: Kernels,
+    pub pool: Pool,
+    tables: Room,
+    lens: Room,
+    rings: Room,
+    ages: Room,
+    free: Room,
+    counters: Room,
+    layers: usize,
+    kv_heads: usize,
+    seats: usize,
+    most_pages: usize,
+    window: usize,
+}
+
+impl State {
+    /// Empty, every page but page 0 on the stack.
+    pub fn new(
+        device: &Device,
+        shape: &CacheShape,
+        seats: usize,
+        most_pages: usize,
+    ) -> Result<Self> {
+        let CacheShape { layers, kv_heads, page_size, head_dim, window, pages, dtype, .. } = *shape;
+        let rows = layers * kv_heads * seats;
+        let zeros = |words: usize| {
+            let mut room = device.room(words * 4)?;
+            device.zero(&mut room).map(|()| room)
+        };
+        let pool = Pool {
+            room: device.room((pages + 1) * shape.page_bytes())?,
+            dtype: dtype.code(),
+            page_size: page_size as u32,
+            dim: head_dim as u32,
+        };
+        let (mut free, mut counters) = (device.room(pages * 4)?, device.room(8)?);
+        device.upload(&(1..=pages as u32).rev().collect::<Vec<_>>(), &mut free)?;
+        device.upload(&[pages as u32, 0], &mut counters)?;
+        Ok(Self {
+            kernels: Kernels::load(device)?,
+            pool,
+            tables: zeros(rows * most_pages)?,
+            lens: zeros(rows)?,
+            rings: zeros(rows * (window + 1))?,
+            ages: zeros(layers * seats)?,
+            free,
+            counters,
+            layers,
+            kv_heads,
+            seats,
+            most_pages,
+            window,
+        })
+    }
+
+    /// Pages that are free, and those that were wanted when there was none.
+    pub fn counters(&self, device: &Device) -> Result<[usize; 2]> {
+        let counters = device.download::<u32>(&self.counters, 2)?;
+        Ok([counters[0] as usize, counters[1] as usize])
+    }
+
+    /// Live rows, `[layers, H, seats]`.
+    pub fn lens(&self, device: &Device) -> Result<Vec<u32>> {
+        device.download(&self.lens, self.layers * self.kv_heads * self.seats)
+    }
+
+    fn raw(&self) -> RawState {
+        RawState {
+            pool: self.pool.raw(),
+            tables: self.tables.address,
+            lens: self.lens.address,
+            rings: self.rings.address,
+            ages: self.ages.address,
+            free: self.free.address,
+            counters: self.counters.address,
+            layers: self.layers as u32,
+            kv_heads: self.kv_heads as u32,
+            seats: self.seats as u32,
+            most_pages: self.most_pages as u32,
+            window: self.window as u32,
+            unused: 0,
+        }
+    }
+
+    /// Whether rows of `view` go to the pool 16 bytes at a time.
+    fn wide(&self, view: &DeviceView<'_>) -> bool {
+        let RawView { data, head_stride, token_stride, dtype, .. } = view.raw();
+        let bf16 = Dtype::Bf16.code();
+        (self.pool.dtype, dtype) == (bf16, bf16)
+            && self.pool.dim.is_multiple_of(8)
+            && data % 16 == 0
+            && head_stride % 8 == 0
+            && token_stride % 8 == 0
+    }
+}
+
+/// What a step's plan is written to, for all layers and the most texts, and what attention needs besides.
+#[derive(Debug)]
+pub struct Step {
+    batch: Room,
+    heads: Room,
+    shares: Room,
+    rows: Room,
+    marks: Room,
+    /// `0..seats`: each text has one token, its own.
+    owners: Room,
+    parts: Room,
+    arrivals: Room,
+    /// Kept tokens before each stretch of a prompt.
+    starts: Room,
+}
+
+impl Step {
+    pub fn new(device: &Device, state: &State) -> Result<Self> {
+        let heads = state.kv_heads * state.seats;
+        let rows = state.layers * heads;
+        let mut owners = device.room(state.seats * 4)?;
+        device.upload(&(0..state.seats as u32).collect::<Vec<_>>(), &mut owners)?;
+        let mut arrivals = device.room(heads * 4)?;
+        device.zero(&mut arrivals)?;
+        Ok(Self {
+            batch: device.room(state.seats * 4)?,
+            heads: device.room(rows * HEAD_WORDS * 4)?,
+            shares: device.room(state.layers * device.blocks * SHARE_WORDS * 4)?,
+            rows: device.room(rows * 4)?,
+            marks: device.room(rows * 8)?,
+            owners,
+            parts: device.parts(&state.pool)?,
+            arrivals,
+            starts: device.room(0)?,
+        })
+    }
+
+    /// One layer's part, of `texts` texts.
+    pub fn layer<'a>(
+        &'a self,
+        state: &'a State,
+        device: &Device,
+        layer: usize,
+        texts: usize,
+        group: usize,
+    ) -> AttendStep<'a> {
+        let heads = state.kv_heads * texts;
+        let shares = device.blocks * SHARE_WORDS;
+        let rows = self.rows.part(layer * heads, heads);
+        AttendStep {
+            heads: self.heads.part(layer * heads * HEAD_WORDS, heads * HEAD_WORDS),
+            tables: state.tables.whole(),
+            slots: rows, // read only for several tokens of one text
+            owners: self.owners.part(0, texts),
+            shares: self.shares.part(layer * shares, shares),
+            parts: self.parts.whole(),
+            arrivals: self.arrivals.whole(),
+            single: true,
+            sequences: texts,
+            group,
+        }
+    }
+
+    /// The arrays of one layer, for a test.
+    #[cfg(test)]
+    pub fn plan(
+        &self,
+        state: &State,
+        device: &Device,
+        layer: usize,
+        texts: usize,
+    ) -> Result<(Vec<u32>, Vec<u32>)> {
+        let heads = state.kv_heads * texts * HEAD_WORDS;
+        let shares = device.blocks * SHARE_WORDS;
+        let all = device.download::<u32>(&self.heads, (layer + 1) * heads)?;
+        let all_shares = device.download::<u32>(&self.shares, (layer + 1) * shares)?;
+        Ok((all[layer * heads..].to_vec(), all_shares[layer * shares..].to_vec()))
+    }
+}
+
+impl Device {
+    /// Says who takes the steps that follow, by seat.
+    pub fn batch(&self, step: &mut Step, seats: &[u32]) -> Result<()> {
+        assert!(seats.len() * 4 <= step.batch.bytes, "no more texts than seats");
+        self.upload(seats, &mut step.batch)
+    }
+
+    /// A prompt's rows in one layer of a seat. `keys`, `values` and `drops` are of as many tokens.
+    pub fn admit(
+        &self,
+        state: &State,
+        step: &mut Step,
+        [layer, seat]: [usize; 2],
+        keys: DeviceView<'_>,
+        values: DeviceView<'_>,
+        drops: DeviceBits<'_>,
+    ) -> Result<()> {
+        let [heads, tokens, dim] = keys.shape();
+        assert_eq!(
+            (heads, dim, values.shape()),
+            (state.kv_heads, state.pool.dim as usize, keys.shape())
+        );
+        assert_eq!(drops.shape(), [heads, tokens]);
+        assert!(layer < state.layers && seat < state.seats);
+        self.reserve(heads * tokens.div_ceil(STRETCH) * 4, &mut step.starts)?;
+        let call = AdmitCall {
+            state: state.raw(),
+            keys: keys.raw(),
+            values: values.raw(),
+            drops: drops.address(),
+            starts: step.starts.address,
+            layer: layer as u32,
+            seat: seat as u32,
+            tokens: tokens as u32,
+            wide: (state.wide(&keys) && state.wide(&values)).into(),
+        };
+        let blocks = Grid { blocks: heads, threads: ADMITTERS, shared: 0, overlaps: false };
+        // SAFETY: the state's rooms are of its sizes, the views and bits hold what their shapes say, layer and seat
+        // exist, and `starts` has a word for each stretch of each head.
+        unsafe { self.launch(state.kernels.admit, blocks, &call) }?;
+        let words = tokens.div_ceil(32);
+        // SAFETY: as above; it reads what `admit` has written, on the same stream.
+        unsafe { self.launch(state.kernels.fill, grid(words.div_ceil(WARPS) * heads, 0), &call) }
+    }
+
+    /// Plans a step of the first `texts` places of the batch, one token each.
+    pub fn begin(&self, state: &State, step: &Step, texts: usize) -> Result<()> {
+        assert!(texts <= state.seats);
+        let call = BeginCall {
+            state: state.raw(),
+            batch: step.batch.address,
+            heads: step.heads.address,
+            shares: step.shares.address,
+            rows: step.rows.address,
+            marks: step.marks.address,
+            texts: texts as u32,
+            blocks: self.blocks as u32,
+        };
+        let blocks = if texts == 0 { 0 } else { state.layers };
+        let blocks = Grid { blocks, threads: PLANNERS, shared: 0, overlaps: false };
+        // SAFETY: the batch names seats, each once, or `NO_SEAT`; the step's rooms are for as many texts as there are
+        // seats, and the state's of its sizes.
+        unsafe { self.launch(state.kernels.begin, blocks, &call) }
+    }
+
+    /// A planned step's rows into one layer.
+    pub fn append(
+        &self,
+        state: &State,
+        step: &Step,
+        layer: usize,
+        keys: DeviceView<'_>,
+        values: DeviceView<'_>,
+        drops: Option<DeviceBits<'_>>,
+    ) -> Result<()> {
+        let [heads, texts, dim] = keys.shape();
+        assert_eq!(
+            (heads, dim, values.shape()),
+            (state.kv_heads, state.pool.dim as usize, keys.shape())
+        );
+        assert!(drops.is_none_or(|drops| drops.shape() == [heads, texts]));
+        let rows: Part<'_> = step.rows.part(layer * heads * texts, heads * texts);
+        let marks = step.marks.part(2 * layer * heads * texts, 2 * heads * texts);
+        let call = AppendCall {
+            state: state.raw(),
+            keys: keys.raw(),
+            values: values.raw(),
+            drops: drops.map_or(0, |drops| drops.address()),
+            rows: rows.address,
+            marks: marks.address,
+            texts: texts as u32,
+            wide: (state.wide(&keys) && state.wide(&values)).into(),
+        };
+        // SAFETY: the views and bits hold what their shapes say; rows and marks are those that `begin` has written for
+        // as many texts.
+        unsafe {
+            self.launch(state.kernels.append, grid((heads * texts).div_ceil(WARPS), 0), &call)
+        }
+    }
+
+    /// Gives a seat's pages back and empties it.
+    pub fn release(&self, state: &State, seat: usize) -> Result<()> {
+        assert!(seat < state.seats);
+        let call = ReleaseCall { state: state.raw(), seat: seat as u32, unused: 0 };
+        let blocks = state.layers * state.kv_heads;
+        // SAFETY: the state's rooms are of its sizes and the seat exists.
+        unsafe {
+            self.launch(
+                state.kernels.release,
+                Grid { blocks, threads: 32, shared: 0, overlaps: false },
+                &call,
+            )
+        }
+    }
+}
+
+// Mirrors of the structs in kernels/resident.cu.
+
+#[repr(C)]
+struct RawState {
+    pool: RawPool,
+    tables: u64,
+    lens: u64,
+    rings: u64,
+    ages: u64,
+    free: u64,
+    counters: u64,
+    layers: u32,
+    kv_heads: u32,
+    seats: u32,
+    most_pages: u32,
+    window: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+struct AdmitCall {
+    state: RawState,
+    keys: RawView,
+    values: RawView,
+    drops: u64,
+    starts: u64,
+    layer: u32,
+    seat: u32,
+    tokens: u32,
+    wide: u32,
+}
+
+#[repr(C)]
+struct BeginCall {
+    state: RawState,
+    batch: u64,
+    heads: u64,
+    shares: u64,
+    rows: u64,
+    marks: u64,
+    texts: u32,
+    blocks: u32,
+}
+
+#[repr(C)]
+struct AppendCall {
+    state: RawState,
+    keys: RawView,
+    values: RawView,
+    drops: u64,
+    rows: u64,
+    marks: u64,
+    texts: u32,
+    wide: u32,
+}
+
+#[repr(C)]
+struct ReleaseCall {
+    state: RawState,
+    seat: u32,
+    unused: u32,
+}
+
+/// Sizes of the structs, in the order in which the kernels give theirs.
+const MIRRORED: [u32; 5] = [
+    size_of::<RawState>() as u32,
+    size_of::<AdmitCall>() as u32,
+    size_of::<BeginCall>() as u32,
+    size_of::<AppendCall>() as u32,
+    size_of::<ReleaseCall>() as u32,
+];

@@ -1,0 +1,420 @@
+//! A cache that keeps its books on the card, for steps that are captured once and replayed.
+
+use crate::book::Sequence;
+use crate::cuda::check;
+use crate::cuda::driver::Device;
+use crate::cuda::driver::resident::{NO_SEAT, State, Step};
+use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut};
+use crate::error::{Error, Result};
+use crate::shape::{CacheShape, Dtype};
+use crate::view::check_shape;
+use cudarc::driver::CudaStream;
+use std::sync::Arc;
+
+/// What a [`Resident`] cache has room for besides its pages: 4 bytes for each page that a head may have, and a window's
+/// for its ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seats {
+    /// Texts at once.
+    pub texts: usize,
+    /// Tokens that one head of a text may keep.
+    pub tokens: usize,
+}
+
+/// A cache in the memory of an NVIDIA card whose pages, lengths and windows are the card's own: drop bits are read where
+/// the scores were computed, a step of one token a text is planned there for all layers in one launch, and no call but
+/// those that say so waits for the card.
+///
+/// The rules are those of [`PagedAttention`](crate::PagedAttention): a token's drop bit is obeyed when the window has
+/// passed it. Since the host does not see the bits, it does not know the lengths: a page that is wanted when none is free
+/// is counted ([`missing`](Self::missing)), and the text whose it was gives nonsense, within bounds, until it is released.
+/// A caller who asks [`free_pages`](Self::free_pages) now and then never gets there: a step takes at most a page a head,
+/// and for one text no more than one in a page's worth of steps.
+///
+/// [`begin_step`](Self::begin_step), [`append`](Self::append) and [`attend`](Self::attend) use the same addresses in every
+/// step, so a captured step can be replayed for as long as its texts take part; [`batch`](Self::batch) changes them.
+#[derive(Debug)]
+pub struct Resident {
+    shape: CacheShape,
+    device: Device,
+    state: State,
+    step: Step,
+    /// By seat.
+    texts: Vec<Option<Text>>,
+    allocated: u64,
+    batch: Vec<Option<Sequence>>,
+    /// Which layers have the tokens of the step under way.
+    appended: Option<Vec<bool>>,
+}
+
+#[derive(Debug)]
+struct Text {
+    generation: u64,
+    filled: Vec<bool>,
+    tokens: usize,
+    stepped: bool,
+}
+
+impl Resident {
+    /// An empty cache on the first card, working on its default stream.
+    ///
+    /// # Errors
+    /// Those of [`Cuda::new`](crate::Cuda::new).
+    pub fn new(shape: CacheShape, seats: Seats) -> Result<Self> {
+        check_sizes(&shape, seats, 1)?;
+        Self::build(shape, seats, Device::first()?)
+    }
+
+    /// An empty cache on the card of `stream`, working on that stream.
+    ///
+    /// # Errors
+    /// Those of [`Cuda::new`](crate::Cuda::new).
+    pub fn on(stream: Arc<CudaStream>, shape: CacheShape, seats: Seats) -> Result<Self> {
+        check_sizes(&shape, seats, 1)?;
+        Self::build(shape, seats, Device::new(stream)?)
+    }
+
+    fn build(shape: CacheShape, seats: Seats, device: Device) -> Result<Self> {
+        check_sizes(&shape, seats, device.blocks)?;
+        let most_pages = seats.tokens.div_ceil(shape.page_size);
+        let state = State::new(&device, &shape, seats.texts, most_pages)?;
+        let step = Step::new(&device, &state)?;
+        let texts = (0..seats.texts).map(|_| None).collect();
+        let batch = Vec::new();
+        Ok(Self { shape, device, state, step, texts, allocated: 0, batch, appended: None })
+    }
+
+    /// The size of the cache.
+    pub fn shape(&self) -> &CacheShape {
+        &self.shape
+    }
+
+    /// The stream that the cache works on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        self.device.stream()
+    }
+
+    /// A seat for a text, empty.
+    ///
+    /// # Errors
+    /// [`Error::NoSeat`].
+    pub fn allocate(&mut self) -> Result<Sequence> {
+        let seats = self.texts.len();
+        let seat = self.texts.iter().position(Option::is_none).ok_or(Error::NoSeat { seats })?;
+        let generation = self.allocated;
+        self.allocated += 1;
+        let filled = vec![false; self.shape.layers];
+        self.texts[seat] = Some(Text { generation, filled, tokens: 0, stepped: false });
+        Ok(Sequence::at(seat, generation))
+    }
+
+    fn text(&mut self, sequence: Sequence) -> Result<&mut Text> {
+        match self.texts.get_mut(sequence.index()) {
+            Some(Some(text)) if Sequence::at(sequence.index(), text.generation) == sequence => {
+                Ok(text)
+            }
+            _ => Err(Error::UnknownSequence),
+        }
+    }
+
+    fn check_layer(&self, found: usize) -> Result<()> {
+        let layers = self.shape.layers;
+        if found < layers { Ok(()) } else { Err(Error::Layer { found, layers }) }
+    }
+
+    fn check_bits(&self, bits: DeviceBits<'_>, tokens: usize) -> Result<()> {
+        let [heads, found] = bits.shape();
+        check_shape("drops", [heads, found, 1], [self.shape.kv_heads, tokens, 1])
+    }
+
+    /// Stores one layer of a text's prompt: `keys` and `values` `[H, T, D]`, of which a head keeps the newest window and
+    /// the tokens whose bit in `drops`, `[H, T]`, is not set. All layers of a text have as many tokens. Nothing waits
+    /// but a first prompt longer than any before, which needs memory.
+    ///
+    /// # Errors
+    /// An unknown text or layer, shapes that are not the cache's, a layer filled before or too late.
+    pub fn fill(
+        &mut self,
+        sequence: Sequence,
+        layer: usize,
+        keys: DeviceView<'_>,
+        values: DeviceView<'_>,
+        drops: DeviceBits<'_>,
+    ) -> Result<()> {
+        let CacheShape { kv_heads, head_dim, .. } = self.shape;
+        let [_, tokens, _] = keys.shape();
+        self.check_layer(layer)?;
+        check_shape("keys", keys.shape(), [kv_heads, tokens, head_dim])?;
+        check_shape("values", values.shape(), [kv_heads, tokens, head_dim])?;
+        self.check_bits(drops, tokens)?;
+        let text = self.text(sequence)?;
+        if text.stepped {
+            return Err(Error::FilledLate);
+        }
+        if text.filled[layer] {
+            return Err(Error::FilledTwice { layer });
+        }
+        if text.filled.contains(&true) && text.tokens != tokens {
+            return Err(Error::TokensDiffer { layer, expected: text.tokens, found: tokens });
+        }
+        text.filled[layer] = true;
+        text.tokens = tokens;
+        let at = [layer, sequence.index()];
+        self.device.admit(&self.state, &mut self.step, at, keys, values, drops)
+    }
+
+    /// Says who takes the steps that follow, one token each, in the order of the steps' tensors. `None` is a place that
+    /// nobody has: what attention writes there is left alone, and a graph serves batches that fill it or not.
+    ///
+    /// # Errors
+    /// An unknown text, one that stands twice or is not filled in every layer; more places than seats; a step under way.
+    pub fn batch(&mut self, texts: &[Option<Sequence>]) -> Result<()> {
+        self.check_finished()?;
+        let seats = self.texts.len();
+        if texts.len() > seats {
+            return Err(Error::NoSeat { seats });
+        }
+        for (i, &sequence) in texts.iter().flatten().enumerate() {
+            if texts.iter().flatten().skip(i + 1).any(|&other| other == sequence) {
+                return Err(Error::SequenceTwice);
+            }
+            let text = self.text(sequence)?;
+            if let Some(layer) = text.filled.iter().position(|filled| !filled)
+                && text.filled.contains(&true)
+            {
+                return Err(Error::NotFilled { layer });
+            }
+        }
+        for &sequence in texts.iter().flatten() {
+            self.text(sequence)?.stepped = true;
+        }
+        self.batch = texts.to_vec();
+        self.appended = None;
+        self.upload_batch()
+    }
+
+    fn upload_batch(&mut self) -> Result<()> {
+        let seat = |text: &Option<Sequence>| text.map_or(NO_SEAT, |text| text.index() as u32);
+        let seats = self.batch.iter().map(seat).collect::<Vec<_>>();
+        self.device.batch(&mut self.step, &seats)
+    }
+
+    fn check_finished(&self) -> Result<()> {
+        let missing =
+            self.appended.as_ref().and_then(|layers| layers.iter().position(|done| !done));
+        match missing {
+            Some(layer) if self.batch.iter().any(Option::is_some) => {
+                Err(Error::StepUnfinished { layer })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Plans a step of one token for each text of the batch, in all layers: one launch.
+    ///
+    /// # Errors
+    /// [`Error::StepUnfinished`] if the step before has not reached every layer.
+    pub fn begin_step(&mut self) -> Result<()> {
+        self.check_finished()?;
+        self.device.begin(&self.state, &self.step, self.batch.len())?;
+        self.appended = Some(vec![false; self.shape.layers]);
+        Ok(())
+    }
+
+    /// Stores the step's `keys` and `values`, `[H, N, D]` for a batch of N, in one layer, and records `drops`, `[H, N]`;
+    /// without them all stay.
+    ///
+    /// # Errors
+    /// No step, an unknown layer or one that has the step's tokens, shapes that are not the cache's.
+    pub fn append(
+        &mut self,
+        layer: usize,
+        keys: DeviceView<'_>,
+        values: DeviceView<'_>,
+        drops: Option<DeviceBits<'_>>,
+    ) -> Result<()> {
+        let CacheShape { kv_heads, head_dim, .. } = self.shape;
+        let shape = [kv_heads, self.batch.len(), head_dim];
+        self.check_layer(layer)?;
+        check_shape("keys", keys.shape(), shape)?;
+        check_shape("values", values.shape(), shape)?;
+        drops.map_or(Ok(()), |drops| self.check_bits(drops, self.batch.len()))?;
+        let appended = self.appended.as_mut().ok_or(Error::NoStep)?;
+        if std::mem::replace(&mut appended[layer], true) {
+            return Err(Error::AppendedTwice { layer });
+        }
+        self.device.append(&self.state, &self.step, layer, keys, values, drops)
+    }
+
+    /// Attends from the step's `queries`, `[Hq, N, D]`, in one layer, after its rows are appended; `lse`, if given, is f32
+    /// `[Hq, N, 1]`.
+    ///
+    /// # Errors
+    /// No step, an unknown layer or one without the step's tokens, shapes that are not the cache's.
+    pub fn attend(
+        &mut self,
+        layer: usize,
+        queries: DeviceView<'_>,
+        scale: f32,
+        out: DeviceViewMut<'_>,
+        lse: Option<DeviceViewMut<'_>>,
+    ) -> Result<()> {
+        let CacheShape { query_heads, head_dim, .. } = self.shape;
+        let texts = self.batch.len();
+        self.check_layer(layer)?;
+        check_shape("queries", queries.shape(), [query_heads, texts, head_dim])?;
+        check_shape("out", out.shape(), [query_heads, texts, head_dim])?;
+        if let Some(lse) = &lse {
+            check_shape("lse", lse.shape(), [query_heads, texts, 1])?;
+            if lse.dtype() != Dtype::F32 {
+                return Err(Error::LseType);
+            }
+        }
+        if !self.appended.as_ref().ok_or(Error::NoStep)?[layer] {
+            return Err(Error::NotAppended { layer });
+        }
+        let step = self.step.layer(&self.state, &self.device, layer, texts, self.shape.group());
+        self.device.attend(&self.state.pool, &step, queries, scale, &out, lse.as_ref())
+    }
+
+    /// Gives a text's pages and its seat back. Its place in the batch, if it has one, is nobody's then.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn release(&mut self, sequence: Sequence) -> Result<()> {
+        self.text(sequence)?;
+        self.texts[sequence.index()] = None;
+        if let Some(place) = self.batch.iter_mut().find(|place| **place == Some(sequence)) {
+            *place = None;
+            self.upload_batch()?;
+        }
+        self.device.release(&self.state, sequence.index())
+    }
+
+    /// Pages that are free. Waits for the card.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn free_pages(&self) -> Result<usize> {
+        Ok(self.state.counters(&self.device)?[0])
+    }
+
+    /// Pages, and rows past a head's most tokens, that were wanted so far and not there. Waits for the card.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn missing(&self) -> Result<usize> {
+        Ok(self.state.counters(&self.device)?[1])
+    }
+
+    /// Live tokens of each head of a text, `[layers, H]`. Waits for the card.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], [`Error::Cuda`].
+    pub fn lengths(&mut self, sequence: Sequence) -> Result<Vec<usize>> {
+        self.text(sequence)?;
+        let lens = self.state.lens(&self.device)?;
+        let own = lens.iter().skip(sequence.index()).step_by(self.texts.len());
+        Ok(own.map(|&len| len as usize).collect())
+    }
+}
+
+/// Says whether the kernels' numbers hold a cache's sizes on a card of `blocks` multiprocessors.
+fn check_sizes(shape: &CacheShape, seats: Seats, blocks: usize) -> Result<()> {
+    check(shape)?;
+    let wrong = |field, found, advice| Err(Error::CacheShape { field, found, advice });
+    let Seats { texts, tokens } = seats;
+    if texts == 0 || tokens == 0 {
+        let field = if texts == 0 { "texts" } else { "tokens" };
+        return wrong(field, 0, "it must be at least 1");
+    }
+    let rows = shape.layers.checked_mul(shape.kv_heads).and_then(|n| n.checked_mul(texts));
+    let entries = rows.and_then(|rows| rows.checked_mul(tokens.div_ceil(shape.page_size)));
+    if entries.is_none_or(|entries| entries > u32::MAX as usize) {
+        let advice = "the pages of all heads' tables must fit 32 bits; give fewer texts or tokens";
+        return wrong("tokens", tokens, advice);
+    }
+    let shares = shape.pages.checked_add(1).and_then(|pages| pages.checked_mul(blocks + 1));
+    if shares.is_none_or(|shares| shares > u32::MAX as usize) {
+        return wrong("pages", shape.pages, "pages times multiprocessors must fit 32 bits");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::driver::HEAD_WORDS;
+    use crate::cuda::plan::shares;
+    use cudarc::driver::CudaContext;
+
+    /// Rows of each head of each text, `[texts][2]`, of which every seventh text rests.
+    fn compare(lengths: &[[usize; 2]]) {
+        let shape = CacheShape {
+            layers: 2,
+            kv_heads: 2,
+            query_heads: 2,
+            head_dim: 16,
+            page_size: 16,
+            window: 1,
+            pages: 1 << 15,
+            dtype: Dtype::Bf16,
+        };
+        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        let tokens = lengths.iter().flatten().max().unwrap() + 1;
+        let seats = Seats { texts: lengths.len(), tokens: tokens + 1 };
+        let mut cache = Resident::on(stream.clone(), shape, seats).unwrap();
+        let rows = stream.alloc_zeros::<half::bf16>(2 * tokens * 16).unwrap();
+        let rows = DeviceView::of(&rows, [2, tokens, 16], &stream).unwrap();
+        let mut batch = Vec::new();
+        for (i, lengths) in lengths.iter().enumerate() {
+            let text = cache.allocate().unwrap();
+            // The first ones stay, and the window's one.
+            let bit = |head: usize, token: usize| u32::from(token + 1 >= lengths[head]);
+            let word =
+                |head: usize, word: usize| (0..32).map(|t| bit(head, 32 * word + t) << t).sum();
+            let words =
+                (0..2).flat_map(|head| (0..tokens.div_ceil(32)).map(move |w| word(head, w)));
+            let bits = stream.clone_htod(&words.collect::<Vec<u32>>()).unwrap();
+            let bits = DeviceBits::of(&bits, [2, tokens], &stream).unwrap();
+            for layer in 0..2 {
+                cache.fill(text, layer, rows, rows, bits).unwrap();
+            }
+            assert_eq!(cache.lengths(text).unwrap()[..2], *lengths);
+            batch.push((i % 7 != 6).then_some(text));
+        }
+        cache.batch(&batch).unwrap();
+        cache.begin_step().unwrap();
+
+        let (mut records, mut listed) = (Vec::new(), 0);
+        for head in 0..2 {
+            for (text, lengths) in lengths.iter().enumerate() {
+                let active = text % 7 != 6;
+                let len = if active { lengths[head] as u32 + 1 } else { 0 };
+                let (text, head) = (text as u32, head as u32);
+                records.push([listed, len, text, active.into(), head, 0, 0, 0]);
+                listed += len.div_ceil(16);
+            }
+        }
+        let expected = shares(&mut records, listed as usize, cache.device.blocks);
+        for layer in 0..2 {
+            let (heads, shares) =
+                cache.step.plan(&cache.state, &cache.device, layer, batch.len()).unwrap();
+            assert_eq!(shares.as_chunks::<4>().0, expected);
+            for (found, expected) in heads.as_chunks::<HEAD_WORDS>().0.iter().zip(&records) {
+                assert_eq!(found[..7], expected[..7], "{lengths:?}");
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn a_step_is_planned_as_on_the_host() {
+        compare(&[[1, 1]]);
+        compare(&[[33, 9000]]);
+        compare(&[[5000, 5000], [31, 16], [15, 700]]);
+        let scattered = |i: usize| [i * 7919 % 400 + 1, i * 104_729 % 90 + 1];
+        compare(&(0..70).map(scattered).collect::<Vec<_>>());
+        compare(&(0..700).map(|i| scattered(i).map(|len| len / 8 + 1)).collect::<Vec<_>>());
+    }
+}
