@@ -1,12 +1,12 @@
 //! One text through one model: feed it tokens, let it continue.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use crate::cache::KvCache;
 use crate::causal_lm::CausalLm;
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::sampling::Sampler;
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Device, Tensor};
 
 /// A model, what it has read so far, and what is forgotten on the way. Knows token ids only.

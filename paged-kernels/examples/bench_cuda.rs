@@ -14,7 +14,9 @@ use paged_kernels::cudarc::driver::sys::{
     CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
 use paged_kernels::cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream};
-use paged_kernels::{CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Resident, Seats};
+use paged_kernels::{
+    CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Mode, Resident, Seats,
+};
 use std::error::Error;
 use std::fmt::Write;
 use std::sync::Arc;
@@ -44,20 +46,22 @@ fn main() -> Result<()> {
     let floor = read.unwrap_or(copy);
     let mut json = Vec::new();
     for case in cases(&std::fs::read_to_string(lengths)?)? {
-        let rows = run(&case, &stream)?;
+        let rows = run(&case, &stream, Mode::Fast)?;
+        let invariant = run(&case, &stream, Mode::BatchInvariant)?;
         let bytes = case.lengths.iter().flatten().sum::<usize>() as f64 / case.lengths.len() as f64
             * (DIM * 2 * 2) as f64;
         let (best, best_us) = best_peer(&peers, &case);
         let mut line = format!("{:>7} {:>4} {:>7}", case.name, case.keep, case.dist);
         for (op, us, bytes) in [
             ("attend", rows.attend, bytes),
+            ("attend, batch-invariant", invariant.attend, bytes),
             ("append", rows.append, rows.append_bytes),
             ("plan", rows.plan, 0.0),
             ("fill", rows.fill, rows.fill_bytes),
         ] {
             let floor_us = bytes / floor / 1e3;
             write!(line, "  {op} {us:.2} µs (floor {floor_us:.2})")?;
-            let peer = (op == "attend").then_some((&best, best_us));
+            let peer = op.starts_with("attend").then_some((&best, best_us));
             json.push(serde_json::json!({
                 "op": op, "case": case.name, "keep": case.keep, "dist": case.dist,
                 "us": round(us), "floor_us": round(floor_us),
@@ -66,7 +70,10 @@ fn main() -> Result<()> {
                 "card": card, "date": date,
             }));
         }
-        println!("{line}  best peer {best:?} {best_us:?}  error {:.1e}", rows.error);
+        println!(
+            "{line}  best peer {best:?} {best_us:?}  error {:.1e}",
+            rows.error.max(invariant.error)
+        );
     }
     let lines = json.iter().map(|row| format!("  {row}")).collect::<Vec<_>>();
     Ok(std::fs::write(results, format!("[\n{}\n]\n", lines.join(",\n")))?)
@@ -149,7 +156,7 @@ const GROWTH: usize = 140;
 const PROMPTS: usize = 256 << 20;
 
 /// A cache filled as a case says, and the microseconds of a fill.
-fn filled(case: &Case, stream: &Arc<CudaStream>) -> Result<(Resident, f64)> {
+fn filled(case: &Case, stream: &Arc<CudaStream>, mode: Mode) -> Result<(Resident, f64)> {
     let pages =
         case.lengths.iter().flatten().map(|len| (len.max(&129) + GROWTH).div_ceil(16)).sum();
     let shape = CacheShape {
@@ -163,7 +170,7 @@ fn filled(case: &Case, stream: &Arc<CudaStream>) -> Result<(Resident, f64)> {
         dtype: Dtype::Bf16,
     };
     let tokens = case.lengths.iter().flatten().max().unwrap_or(&1) + GROWTH;
-    let seats = Seats { texts: case.sequences, tokens };
+    let seats = Seats { texts: case.sequences, tokens, mode };
     let mut cache = Resident::on(stream.clone(), shape, seats)?;
     // The step adds a token to each head.
     let prompt = case.tokens - 1;
@@ -216,13 +223,13 @@ fn filled(case: &Case, stream: &Arc<CudaStream>) -> Result<(Resident, f64)> {
     Ok((cache, us))
 }
 
-fn run(case: &Case, stream: &Arc<CudaStream>) -> Result<Rows> {
+fn run(case: &Case, stream: &Arc<CudaStream>, mode: Mode) -> Result<Rows> {
     let (layers, n) = (case.lengths.len(), case.sequences);
     let mut fills = Vec::new();
     for _ in 0..2 {
-        fills.push(filled(case, stream)?.1);
+        fills.push(filled(case, stream, mode)?.1);
     }
-    let (mut cache, fill) = filled(case, stream)?;
+    let (mut cache, fill) = filled(case, stream, mode)?;
     fills.push(fill);
     fills.sort_by(f64::total_cmp);
     let kept = case.lengths.iter().flatten().map(|len| len.max(&129) - 1).sum::<usize>();

@@ -58,8 +58,8 @@ struct Head {
     uint32_t first;    // its first token in the step
     uint32_t tokens;
     uint32_t kv_head;
-    uint32_t blocks;   // that share its pages in stream_attend
-    uint32_t opening;  // the first of its parts
+    uint32_t parts;    // that its pages are cut into in stream_attend
+    uint32_t opening;  // the first of them
     uint32_t table;    // where its pages begin in Attend::tables
 };
 
@@ -86,9 +86,19 @@ struct alignas(16) Share {
     uint32_t unused;
 };
 
+// How heads are cut into parts in stream_attend. Fast: at the ends of equal shares of a layer's pages, whatever heads they
+// fall into; a block has two parts at most, of the heads that it begins and ends in. Invariant: each head by its own length
+// alone, into pieces, of which a block has any number; then its bits do not depend on its neighbours.
+enum : uint32_t { FAST = 0, INVARIANT = 1 };
+
+// Pages of a piece. No more than 32 of them, so that the folding stays short.
+inline __device__ uint32_t piece_of(uint32_t pages) { return max(16u, (pages + 31) / 32); }
+
 struct Stream {
     Attend attend;
     const Share *shares;  // [blocks]
-    float *parts;         // [2 * blocks][16 * (dim + 2)]: what a block has of heads that it shares
-    uint32_t *arrivals;   // [H][sequences]: blocks that have come to a head; 0 between launches
+    float *parts;         // [parts][group * (dim + 2)]
+    uint32_t *arrivals;   // [H][sequences]: parts of a head that are done; 0 between launches
+    uint32_t cut;
+    uint32_t unused;
 };

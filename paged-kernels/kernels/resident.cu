@@ -11,7 +11,7 @@ namespace resident {
 constexpr int PLANNERS = 512;   // threads of the block that plans a layer
 constexpr int ADMITTERS = 1024;  // threads of the block that makes room for a prompt in a head
 constexpr int STRETCH = 32;     // words of drop bits whose kept tokens are counted together
-constexpr int COPIES = 4;       // rows on their way in a warp
+constexpr int COPIES = 8;       // rows on their way in a warp
 constexpr uint32_t LEAST = 12;       // as in src/cuda/plan.rs
 constexpr uint32_t SECOND_HEAD = 8;  // as in src/cuda/plan.rs
 constexpr uint32_t NO_SEAT = 0xffffffffu;
@@ -95,6 +95,19 @@ __device__ void store_row(const State &state, const View &keys, const View &valu
     }
 }
 
+// Hopper starts a kernel while the one before still runs. What that one writes may be read only after `settle`.
+__device__ void settle() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 struct Admit {
     State state;
     View keys;    // [kv heads][tokens][dim]
@@ -122,6 +135,7 @@ struct Admit {
 extern "C" __global__ void __launch_bounds__(ADMITTERS) resident_admit(Admit call) {
     __shared__ uint32_t sums[ADMITTERS / LANES];
     __shared__ int32_t had;
+    start_next();
     const State &state = call.state;
     const uint32_t kv_head = blockIdx.x;
     uint32_t kept = 0;
@@ -165,29 +179,31 @@ extern "C" __global__ void resident_fill(Admit call) {
     const uint32_t lane = threadIdx.x % LANES;
     const uint32_t word = blockIdx.x % blocks * WARPS + threadIdx.x / LANES, stretch = word / STRETCH;
     if (word >= call.words()) return;
-    uint32_t keep = call.kept(kv_head, word);
+    const uint32_t keep = call.kept(kv_head, word);
     const uint32_t earlier = lane < word % STRETCH ? __popc(call.kept(kv_head, stretch * STRETCH + lane)) : 0;
-    const uint32_t before =
-        call.starts[uint64_t(kv_head) * call.stretches() + stretch] + __reduce_add_sync(~0u, earlier);
-    const uint64_t table_row = state.row(call.layer, kv_head, call.seat);
-    const uint32_t slot = before + __popc(keep & ((1u << lane) - 1));
-    const bool stays = keep >> lane & 1 && slot < state.lens[table_row];
-    uint32_t row = 0;
-    if (stays) {
-        row = state.tables[table_row * state.most_pages + slot / pool.page_size] * pool.page_size +
-              slot % pool.page_size;
-    }
-    keep = __ballot_sync(~0u, stays);
+    const uint32_t in_stretch = __reduce_add_sync(~0u, earlier) + __popc(keep & ((1u << lane) - 1));
+    // The row of the lane's token, once resident_admit has made room.
+    auto find = [&]() -> uint32_t {
+        settle();
+        const uint32_t slot = call.starts[uint64_t(kv_head) * call.stretches() + stretch] + in_stretch;
+        const uint64_t row = state.row(call.layer, kv_head, call.seat);
+        if (!(keep >> lane & 1) || slot >= state.lens[row]) return NO_ROW;
+        return state.tables[row * state.most_pages + slot / pool.page_size] * pool.page_size + slot % pool.page_size;
+    };
     const int64_t first = int64_t(word) * LANES;
-    if (!call.wide) {
-        for (; keep; keep &= keep - 1) {
-            const int token = __ffs(keep) - 1;
-            store_row(state, call.keys, call.values, kv_head, first + token, __shfl_sync(~0u, row, token));
+    if (!call.wide || !keep) {
+        const uint32_t row = find();
+        for (uint32_t left = keep; left; left &= left - 1) {
+            const int token = __ffs(left) - 1;
+            const uint32_t to = __shfl_sync(~0u, row, token);
+            if (to != NO_ROW) store_row(state, call.keys, call.values, kv_head, first + token, to);
         }
         return;
     }
     const uint32_t chunks = pool.dim * 2 / 16;  // of a key, or of a value
     auto *data = static_cast<int4 *>(pool.data);
+    uint32_t row = 0;
+    bool found = false;
     for (uint32_t base = 0; base < 2 * chunks; base += LANES) {
         const bool value = base + lane >= chunks, mine = base + lane < 2 * chunks;
         const uint32_t chunk = base + lane - (value ? chunks : 0);
@@ -195,23 +211,36 @@ extern "C" __global__ void resident_fill(Admit call) {
         const int64_t beyond = value ? int64_t(pool.page_size) * chunks : 0;
         for (uint32_t left = keep; left;) {
             int4 x[COPIES];
-            uint32_t to[COPIES];
+            int tokens[COPIES];
 #pragma unroll
             for (int k = 0; k < COPIES; k++) {
-                const int token = left ? __ffs(left) - 1 : 0;
-                to[k] = left ? __shfl_sync(~0u, row, token) : NO_ROW;
+                tokens[k] = left ? __ffs(left) - 1 : -1;
                 left &= left - 1;
-                if (mine && to[k] != NO_ROW) {
-                    const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(kv_head, first + token);
+                if (mine && tokens[k] >= 0) {
+                    const int64_t at = view.at(kv_head, first + tokens[k]);
+                    const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + at;
                     x[k] = __ldcs(reinterpret_cast<const int4 *>(from) + chunk);
                 }
             }
+            if (!found) row = find(), found = true;  // while the first rows are on their way
 #pragma unroll
             for (int k = 0; k < COPIES; k++) {
-                if (mine && to[k] != NO_ROW) data[pool.key(to[k]) / 8 + beyond + chunk] = x[k];
+                const uint32_t to = tokens[k] >= 0 ? __shfl_sync(~0u, row, tokens[k]) : NO_ROW;
+                if (mine && to != NO_ROW) data[pool.key(to) / 8 + beyond + chunk] = x[k];
             }
         }
     }
+}
+
+// The head that a page is of: the last that begins at or before it.
+__device__ uint32_t owner_of(const Head *heads, uint32_t count, uint32_t page) {
+    uint32_t low = 0, high = count;
+    while (high - low > 1) {
+        const uint32_t middle = (low + high) / 2;
+        if (heads[middle].pages <= page) low = middle;
+        else high = middle;
+    }
+    return low;
 }
 
 struct Begin {
@@ -223,6 +252,8 @@ struct Begin {
     uint64_t *marks;        // [layers][kv heads][texts]: place in State::rings of each
     uint32_t texts;
     uint32_t blocks;
+    uint32_t cut;  // FAST, INVARIANT
+    uint32_t unused;
 };
 
 // A step of one token a text. A block plans a layer: what `Plan::of` and `shares` in src/cuda/plan.rs give.
@@ -283,6 +314,36 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
         if (seat != NO_SEAT) state.ages[layer * state.seats + seat]++;
     }
 
+    if (call.cut == INVARIANT) {
+        uint32_t parts_so_far = 0;
+        for (uint32_t base = 0; base < count; base += PLANNERS) {
+            const uint32_t i = base + threadIdx.x, pages = i < count ? state.pages(heads[i].len) : 0;
+            uint32_t all;
+            const uint32_t parts = pages == 0 ? 0 : (pages + piece_of(pages) - 1) / piece_of(pages);
+            const uint32_t opening = parts_so_far + sum_before<PLANNERS>(parts, sums, all);
+            parts_so_far += all;
+            if (parts > 0) heads[i].parts = parts, heads[i].opening = opening;
+        }
+        // Equal shares, each cut moved on to the next end of a piece.
+        const uint32_t used = min(call.blocks, listed);
+        auto cut = [&](uint32_t block) {
+            const uint32_t page = listed * block / used;
+            if (page == listed) return listed;
+            const Head &head = heads[owner_of(heads, count, page)];
+            const uint32_t pages = state.pages(head.len), piece = piece_of(pages);
+            return head.pages + min((page - head.pages + piece - 1) / piece * piece, pages);
+        };
+        for (uint32_t block = threadIdx.x; block < call.blocks; block += PLANNERS) {
+            Share share = {0, 0, 0, 0};
+            if (block < used) {
+                const uint32_t begin = cut(block), end = cut(block + 1);
+                if (begin < end) share = {begin, end, owner_of(heads, count, begin), 0};
+            }
+            shares[block] = share;
+        }
+        return;
+    }
+
     // Shares of equal size, or of a few pages more if all heads can then be cut apart. A thread meets the heads that it wrote.
     const uint32_t equal = max((listed + call.blocks - 1) / call.blocks, LEAST);
     uint32_t cut[SECOND_HEAD + 1] = {};
@@ -309,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
             uint32_t all;
             const uint32_t opening = used + sum_before<PLANNERS>(parts, sums, all);
             used += all;
-            if (parts > 0) heads[i].blocks = parts, heads[i].opening = 2 * opening;
+            if (parts > 0) heads[i].parts = parts, heads[i].opening = 2 * opening;
             uint32_t begin = first;
             for (uint32_t part = 0; part < parts; part++) {
                 const uint32_t end = first + pages * (part + 1) / parts;
@@ -325,18 +386,11 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
             const uint32_t first = heads[i].pages, pages = state.pages(heads[i].len);
             if (pages == 0) continue;
             const uint32_t opening = owner(first);
-            heads[i].blocks = owner(first + pages - 1) - opening + 1;
+            heads[i].parts = owner(first + pages - 1) - opening + 1;
             heads[i].opening = 2 * opening + (begin(opening) < first);
         }
         for (uint32_t block = threadIdx.x; block < used; block += PLANNERS) {
-            // The last head that begins at or before the block's first page.
-            uint32_t low = 0, high = count;
-            while (high - low > 1) {
-                const uint32_t middle = (low + high) / 2;
-                if (heads[middle].pages <= begin(block)) low = middle;
-                else high = middle;
-            }
-            shares[block] = {begin(block), begin(block + 1), low, 0};
+            shares[block] = {begin(block), begin(block + 1), owner_of(heads, count, begin(block)), 0};
         }
     }
     for (uint32_t block = used + threadIdx.x; block < call.blocks; block += PLANNERS) shares[block] = {0, 0, 0, 0};

@@ -1,19 +1,18 @@
 // Decode attention at the speed of memory: bf16, pages of 16 rows, one new token a sequence, up to 16 query heads a kv
 // head. Computes what plain_attend computes, with sums in f32 and probabilities rounded to bf16 for the product.
 //
-// The pages of a layer lie in one list, head after head. Each block takes an equal share of that list, whatever heads it
-// cuts (stream-K). In a block each warp takes every eighth page through a pipeline of its own: 16-byte asynchronous
-// copies into swizzled shared memory, then mma.sync with the query heads as rows. One block fills a multiprocessor:
-// two of half the size would keep as much in flight and leave twice as many parts to fold. What a block has of a head that it
-// shares with others goes to a workspace; the last of them to arrive folds the parts in the order of the blocks, so the
-// same inputs give the same bits. Shares move when a neighbour grows, and then a head's bits may change.
+// The pages of a layer lie in one order, head after head, and each block takes a share of it (stream-K). A head that
+// several blocks share is cut into parts. In a part each warp takes every eighth page through a pipeline of its own, which
+// runs on into the next part: 16-byte asynchronous copies into swizzled shared memory, then mma.sync with the query heads
+// as rows. One block fills a multiprocessor: two of half the size would keep as much in flight and leave twice as many
+// parts to fold. A part goes to a workspace; who brings the last of a head folds them in their order, so the same cuts give
+// the same bits. Fast cuts move when a neighbour grows, and then a head's bits may change; invariant ones do not.
 
 #include "attend.cuh"
 
 namespace stream {
 
 constexpr int PAGE = 16;
-constexpr int ROWS = 16;
 constexpr int TEAM = 8;  // warps of a block
 constexpr int THREADS = TEAM * LANES;
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
@@ -170,32 +169,34 @@ __device__ void finish(const Attend &call, uint32_t query_head, uint32_t token, 
     }
 }
 
-// Elements of a part: [group][D] sums, and for each row its best score and the sum of its weights.
+// A part of a head: [group][D] sums, and for each row its best score and the sum of its weights.
 template <int D>
-constexpr uint32_t PART = ROWS * (D + 2);
+__device__ float *part_at(const Stream &call, uint32_t i) {
+    return call.parts + uint64_t(i) * call.attend.group * (D + 2);
+}
 
-// Folds a head's parts in the order of the blocks that made them, a warp a row. With few rows several warps share one,
+// Folds a head's parts in their order, a warp a row. With few rows several warps share one,
 // each taking every n-th part, and meet in shared memory: the more loads are on their way at once the better.
 template <int D>
 __device__ void fold(const Stream &call, const Head &head, float *merged, float2 *totals) {
     const uint32_t warp = threadIdx.x / LANES, group = call.attend.group;
     const uint32_t teams = group < TEAM ? TEAM / group : 1, team = group < TEAM ? warp / group : 0;
-    const float *first = call.parts + uint64_t(head.opening) * PART<D>;
-    const float *later = call.parts + uint64_t(head.opening / 2 * 2) * PART<D>;
+    const float *first = part_at<D>(call, head.opening);
+    const uint32_t stride = call.cut == FAST ? 2 : 1, later = head.opening / stride * stride;
     if (team < teams) {
         for (uint32_t row = warp - team * group; row < group; row += TEAM) {
             Lane<D> all = {};
             float best = -INFINITY, sum = 0.0f;
-            for (uint32_t j = team; j < head.blocks; j += FOLDED * teams) {
+            for (uint32_t j = team; j < head.parts; j += FOLDED * teams) {
                 float theirs[FOLDED][D / LANES];
                 float2 their[FOLDED];
                 float top = best;
 #pragma unroll
                 for (int k = 0; k < FOLDED; k++) {
                     const uint32_t at = j + k * teams;
-                    const float *part = at == 0 ? first : later + uint64_t(2 * at) * PART<D>;
+                    const float *part = at == 0 ? first : part_at<D>(call, later + at * stride);
                     their[k] = make_float2(-INFINITY, 0.0f);
-                    if (at < head.blocks) {
+                    if (at < head.parts) {
                         read_part<D>(theirs[k], part + row * D);
                         their[k] = __ldcg(reinterpret_cast<const float2 *>(part + group * D) + row);
                     } else {
@@ -268,20 +269,30 @@ __device__ void stream_attend(const Stream &call) {
     const uint32_t stage0 = shared_address(shared) + warp * STAGES * 2 * HALF;
     const auto *pool = static_cast<const unsigned char *>(attend.pool.data);
 
-    // The warp's pages are begin + warp, every eighth; `ahead` is the next to be fetched, its number known early.
+    // Where the block's part of a head ends that begins at a page.
+    auto part_end = [&](const Head &head, uint32_t at) {
+        const uint32_t last = min(past(head), end);
+        if (call.cut == FAST) return last;
+        const uint32_t piece = piece_of(past(head) - head.pages);
+        return min(last, at + piece);
+    };
+    // The warp's pages of a part are its first + warp, and every eighth. `ahead` is the next to be fetched, of the part
+    // that ends at `source_stop`; its number is known early.
     uint32_t index = share.head;
     Head head = attend.heads[index];
     uint32_t ahead = begin + warp, filled = 0, used = 0;
-    uint32_t source = index, source_last = past(head), to_table = head.table - head.pages;
-    auto number = [&]() -> uint32_t {
-        if (ahead >= end) return 0;
-        while (ahead >= source_last) {
-            const Head next = attend.heads[++source];
-            if (next.tokens > 0) source_last = past(next), to_table = next.table - next.pages;
+    uint32_t source_index = index, source_stop = part_end(head, begin);
+    Head source = head;
+    auto next_page = [&]() -> uint32_t {
+        while (ahead >= source_stop) {
+            if (source_stop == end) return 0;
+            while (source_stop == past(source) || source.tokens == 0) source = attend.heads[++source_index];
+            ahead = source_stop + warp;
+            source_stop = part_end(source, source_stop);
         }
-        return attend.tables[ahead + to_table];
+        return attend.tables[ahead - source.pages + source.table];
     };
-    uint32_t id = number();
+    uint32_t id = next_page();
     settle();
     auto fetch = [&]() {
         if (ahead < end) {
@@ -296,15 +307,14 @@ __device__ void stream_attend(const Stream &call) {
         commit();
         ahead += TEAM;
         filled = filled + 1 == STAGES ? 0 : filled + 1;
-        id = number();
+        id = next_page();
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
     const float scale = attend.scale * LOG2E;
-    uint32_t page = begin + warp;
     for (uint32_t at = begin;;) {
-        const uint32_t first = head.pages, stop = min(past(head), end);
+        const uint32_t first = head.pages, stop = part_end(head, at);
         uint32_t query[STEPS][4];
         float out[D / 8][4], best[HALVES], sum[HALVES];
 #pragma unroll
@@ -327,7 +337,7 @@ __device__ void stream_attend(const Stream &call) {
         for (int i = 0; i < D / 8; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
 
 #pragma unroll 1
-        for (; page < stop; page += TEAM) {
+        for (uint32_t page = at + warp; page < stop; page += TEAM) {
             wait<STAGES - 2>();
             __syncwarp();
             fetch();
@@ -404,9 +414,12 @@ __device__ void stream_attend(const Stream &call) {
                 if (lane % 4 == 0) totals[warp * group + row] = make_float2(best[half], total);
             }
         }
-        const Head next = stop < end ? attend.heads[index + 1] : head;
+        const bool leaves = stop == past(head) && stop < end;
+        const Head next = leaves ? attend.heads[index + 1] : head;
         __syncthreads();
-        float *part = call.parts + uint64_t(2 * blockIdx.x + (at != begin)) * PART<D>;
+        const uint32_t number = call.cut == FAST ? 2 * blockIdx.x + (at != begin)
+                                                 : head.opening + (at - first) / piece_of(past(head) - first);
+        float *part = part_at<D>(call, number);
 #pragma unroll 1
         for (uint32_t row = warp; row < group; row += TEAM) {
             float2 their[TEAM];
@@ -426,19 +439,19 @@ __device__ void stream_attend(const Stream &call) {
                 all_sum += weight * their[w].y;
                 all.add(weight, theirs[w]);
             }
-            if (head.blocks == 1) {
+            if (head.parts == 1) {
                 finish<D>(attend, head.kv_head * group + row, head.first, all, most, all_sum);
             } else {
                 write_row<D>(part + row * D, all.x);
                 if (lane == 0) reinterpret_cast<float2 *>(part + group * D)[row] = make_float2(most, all_sum);
             }
         }
-        if (head.blocks > 1) {
+        if (head.parts > 1) {
             __threadfence();
             __syncthreads();
             if (threadIdx.x == 0) arrived = atomicAdd(call.arrivals + index, 1u);
             __syncthreads();
-            if (arrived == head.blocks - 1) {
+            if (arrived == head.parts - 1) {
                 __threadfence();
                 fold<D>(call, head, merged, totals);
                 if (threadIdx.x == 0) call.arrivals[index] = 0;
@@ -447,6 +460,7 @@ __device__ void stream_attend(const Stream &call) {
         if (stop == end) return;
         __syncthreads();  // `merged` is free again
         at = stop;
+        if (!leaves) continue;
         index++;
         head = next;
         while (head.tokens == 0) head = attend.heads[++index];

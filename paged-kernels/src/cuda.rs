@@ -9,7 +9,7 @@ mod plan;
 mod resident;
 mod view;
 
-pub use resident::{Resident, Seats};
+pub use resident::{Mode, Resident, Seats};
 pub use view::{DeviceBits, DeviceElement, DeviceView, DeviceViewMut};
 
 use crate::backend::PagedAttention;
@@ -19,7 +19,7 @@ use crate::shape::{CacheShape, Dtype, Stats};
 use crate::table::PageTable;
 use crate::view::{Data, View, ViewMut};
 use cudarc::driver::CudaStream;
-use driver::{AttendStep, Device, Part, Plain, Pool, Room};
+use driver::{AttendStep, Cut, Device, Part, Plain, Pool, Room};
 use plan::{Plan, Range};
 use std::sync::Arc;
 
@@ -84,7 +84,12 @@ impl Cuda {
         let pool = Pool { room, dtype: dtype.code(), page_size, dim };
         let empty = || device.room(0);
         let staged = Staged { keys: empty()?, values: empty()?, out: empty()?, lse: empty()? };
-        let (words, rows, parts, arrivals) = (empty()?, empty()?, device.parts(&pool)?, empty()?);
+        let (words, rows, parts, arrivals) = (
+            empty()?,
+            empty()?,
+            device.parts(&pool, book.shape.group(), 2 * device.blocks)?,
+            empty()?,
+        );
         let plan = Plan::default();
         Ok(Self { book, device, pool, plan, words, rows, parts, arrivals, staged })
     }
@@ -119,6 +124,7 @@ impl Cuda {
             shares: self.part(arrays.shares),
             parts: self.parts.whole(),
             arrivals: self.arrivals.whole(),
+            cut: Cut::Fast,
             single: self.plan.single,
             sequences: self.plan.sequences,
             group: self.book.shape.group(),

@@ -20,7 +20,7 @@ pub use backend::PagedAttention;
 pub use book::Sequence;
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
-pub use cuda::{Cuda, DeviceBits, DeviceElement, DeviceView, DeviceViewMut, Resident, Seats};
+pub use cuda::{Cuda, DeviceBits, DeviceElement, DeviceView, DeviceViewMut, Mode, Resident, Seats};
 #[cfg(feature = "cuda")]
 pub use cudarc;
 pub use error::{Error, Result};

@@ -9,8 +9,8 @@ use half::bf16;
 use paged_kernels::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use paged_kernels::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use paged_kernels::{
-    CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Error, PagedAttention, Reference,
-    Resident, Seats, Sequence, ViewMut,
+    CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Error, Mode, PagedAttention,
+    Reference, Resident, Seats, Sequence, ViewMut,
 };
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ fn wide() -> CacheShape {
     }
 }
 
-const SEATS: Seats = Seats { texts: 5, tokens: 700 };
+const SEATS: Seats = Seats { texts: 5, tokens: 700, mode: Mode::Fast };
 
 /// `[heads, tokens]` as the card takes them.
 fn pack(drops: &[bool], heads: usize) -> Vec<u32> {
@@ -242,9 +242,14 @@ mod cuda {
             small(Dtype::F32),
         ];
         for shape in shapes {
-            for drop in [0.0, 0.4, 1.0] {
+            for (drop, mode) in [
+                (0.0, Mode::Fast),
+                (0.4, Mode::Fast),
+                (0.4, Mode::BatchInvariant),
+                (1.0, Mode::BatchInvariant),
+            ] {
                 let pages = shape.pages;
-                let mut twins = Twins::new(shape.clone(), SEATS, drop);
+                let mut twins = Twins::new(shape.clone(), Seats { mode, ..SEATS }, drop);
                 let mut texts: Vec<Pair> = Vec::new();
                 for round in 0..12 {
                     if texts.len() == SEATS.texts || (round % 3 == 2 && !texts.is_empty()) {
@@ -285,6 +290,56 @@ mod cuda {
         }
     }
 
+    /// Outputs of a text's steps, whose numbers are always the same, beside texts of some lengths.
+    fn beside(before: &[usize], after: &[usize], mode: Mode) -> Vec<Vec<f32>> {
+        let shape = CacheShape { pages: 1 << 14, ..wide() };
+        let seats = Seats { texts: 8, tokens: 6000, mode };
+        let mut twins = Twins::new(shape.clone(), seats, 0.3);
+        let mut texts = before.iter().map(|&tokens| twins.prompt(tokens)).collect::<Vec<_>>();
+        twins.noise = Noise(5);
+        texts.push(twins.prompt(3000));
+        texts.extend(after.iter().map(|&tokens| twins.prompt(tokens)));
+        let seats = texts.iter().map(|pair| Some(pair.0)).collect::<Vec<_>>();
+        twins.resident.batch(&seats).unwrap();
+        let places = texts.len();
+        let mut tensors = twins.tensors(places);
+        // Every place has the same rows.
+        let mut noise = Noise(6);
+        for (heads, to) in [
+            (shape.kv_heads, &mut tensors.keys),
+            (shape.kv_heads, &mut tensors.values),
+            (shape.query_heads, &mut tensors.queries),
+        ] {
+            let rows = (0..heads).flat_map(|_| noise.floats(shape.head_dim).repeat(places));
+            let rows = rows.map(bf16::from_f32).collect::<Vec<_>>();
+            twins.stream.memcpy_htod(&rows, to).unwrap();
+        }
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            twins.queue_all(&mut tensors, places);
+            for out in &tensors.outs {
+                let out = twins.stream.clone_dtoh(out).unwrap();
+                let row = |head: usize| (head * places + before.len()) * shape.head_dim;
+                let rows = (0..shape.query_heads).map(|head| &out[row(head)..][..shape.head_dim]);
+                seen.push(rows.collect::<Vec<_>>().concat());
+            }
+        }
+        seen
+    }
+
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn batch_invariant_bits_do_not_depend_on_the_neighbours() {
+        let neighbours: [(&[usize], &[usize]); 4] =
+            [(&[], &[40]), (&[3], &[]), (&[1500, 17], &[4000, 300]), (&[1, 2, 3, 4, 5, 6, 7], &[])];
+        for mode in [Mode::BatchInvariant, Mode::Fast] {
+            let alone = beside(&[], &[], mode);
+            let same = neighbours.map(|(before, after)| beside(before, after, mode) == alone);
+            // The fast mode shows that the test can see a difference.
+            assert_eq!(same.iter().all(|&same| same), mode == Mode::BatchInvariant);
+        }
+    }
+
     /// A step captured once and replayed past the ends of pages and of the window.
     #[test]
     #[ignore = "needs a CUDA device"]
@@ -315,7 +370,7 @@ mod cuda {
     #[ignore = "needs a CUDA device"]
     fn a_shortage_is_counted_and_stays_in_bounds() {
         for (pages, tokens) in [(40, 700), (2048, 32)] {
-            let seats = Seats { texts: 2, tokens };
+            let seats = Seats { texts: 2, tokens, mode: Mode::Fast };
             let mut twins = Twins::new(CacheShape { pages, ..wide() }, seats, 0.1);
             // The reference would refuse; only the card is told.
             let (one, two) =
@@ -351,7 +406,7 @@ mod cuda {
     #[test]
     #[ignore = "needs a CUDA device"]
     fn wrong_calls_are_refused() {
-        let mut twins = Twins::new(wide(), Seats { texts: 2, tokens: 100 }, 0.5);
+        let mut twins = Twins::new(wide(), Seats { texts: 2, tokens: 100, mode: Mode::Fast }, 0.5);
         let (first, second) = (twins.prompt(3), twins.prompt(0));
         assert_eq!(twins.resident.allocate().unwrap_err(), Error::NoSeat { seats: 2 });
         assert_eq!(twins.resident.batch(&[None; 3]).unwrap_err(), Error::NoSeat { seats: 2 });
@@ -361,8 +416,8 @@ mod cuda {
         );
         let tensors = twins.tensors(1);
         let rows = DeviceView::of(&tensors.keys, [3, 1, 128], &twins.stream).unwrap();
-        assert_eq!(twins.resident.append(0, rows, rows, None).unwrap_err(), Error::NoStep);
         twins.resident.batch(&[Some(first.0)]).unwrap();
+        assert_eq!(twins.resident.append(0, rows, rows, None).unwrap_err(), Error::NoStep);
         twins.resident.begin_step().unwrap();
         assert_eq!(twins.resident.begin_step().unwrap_err(), Error::StepUnfinished { layer: 0 });
         twins.resident.append(0, rows, rows, None).unwrap();

@@ -312,14 +312,15 @@ impl Device {
         };
         if let Some(stream) = self.fast(pool, step, &queries) {
             let (shares, parts) = (step.shares.address, step.parts.address);
-            let call = StreamCall { attend: call, shares, parts, arrivals: step.arrivals.address };
+            let (arrivals, cut) = (step.arrivals.address, step.cut as u32);
+            let call = StreamCall { attend: call, shares, parts, arrivals, cut, unused: 0 };
             let grid = Grid {
                 blocks: self.blocks,
                 threads: 32 * STREAM_TEAM as u32,
                 shared: stream_shared(dim, step.group, stream.stages) as u32,
                 overlaps: self.overlaps,
             };
-            // SAFETY: as below; `shares` is the plan's, `parts` holds two parts of each block, and `arrivals` a number
+            // SAFETY: as below; `shares` is the plan's, `parts` holds the parts of its cut, and `arrivals` a number
             // for each head, 0 between launches. It may overlap: it waits before it reads what kernels write.
             return unsafe { self.launch(stream.kernel, grid, &call) };
         }
@@ -344,9 +345,9 @@ impl Device {
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
     }
 
-    /// Room for what the blocks of a fast attention hand to each other.
-    pub fn parts(&self, pool: &Pool) -> Result<Room> {
-        self.room(self.blocks * 2 * STREAM_GROUP * (pool.dim as usize + 2) * 4)
+    /// Room for what the blocks of a fast attention hand to each other: `count` parts of heads.
+    pub fn parts(&self, pool: &Pool, group: usize, count: usize) -> Result<Room> {
+        self.room(count * group * (pool.dim as usize + 2) * 4)
     }
 
     /// # Safety
@@ -495,6 +496,15 @@ impl Pool {
     }
 }
 
+/// How heads are cut for the blocks of a fast attention, as the kernels number it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// At the ends of equal shares of a layer's pages.
+    Fast = 0,
+    /// Each head by its own length alone.
+    Invariant = 1,
+}
+
 /// One layer's part of a plan.
 #[derive(Debug)]
 pub struct AttendStep<'a> {
@@ -505,6 +515,7 @@ pub struct AttendStep<'a> {
     pub shares: Part<'a>,
     pub parts: Part<'a>,
     pub arrivals: Part<'a>,
+    pub cut: Cut,
     pub sequences: usize,
     pub group: usize,
     /// No sequence has more than one token.
@@ -583,6 +594,8 @@ struct StreamCall {
     shares: u64,
     parts: u64,
     arrivals: u64,
+    cut: u32,
+    unused: u32,
 }
 
 /// 32-bit words of a head's record.

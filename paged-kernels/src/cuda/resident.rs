@@ -2,8 +2,8 @@
 
 use crate::book::Sequence;
 use crate::cuda::check;
-use crate::cuda::driver::Device;
 use crate::cuda::driver::resident::{NO_SEAT, State, Step};
+use crate::cuda::driver::{Cut, Device};
 use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut};
 use crate::error::{Error, Result};
 use crate::shape::{CacheShape, Dtype};
@@ -19,6 +19,18 @@ pub struct Seats {
     pub texts: usize,
     /// Tokens that one head of a text may keep.
     pub tokens: usize,
+    /// What attention promises.
+    pub mode: Mode,
+}
+
+/// What attention promises about the bits of its results. They are the same in every run in either mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// A layer's pages are shared out equally, whatever heads that cuts: a text's neighbours change its last bits.
+    #[default]
+    Fast,
+    /// Each head is cut by its own length alone: a text's bits are the same whatever its neighbours.
+    BatchInvariant,
 }
 
 /// A cache in the memory of an NVIDIA card whose pages, lengths and windows are the card's own: drop bits are read where
@@ -78,7 +90,11 @@ impl Resident {
         check_sizes(&shape, seats, device.blocks)?;
         let most_pages = seats.tokens.div_ceil(shape.page_size);
         let state = State::new(&device, &shape, seats.texts, most_pages)?;
-        let step = Step::new(&device, &state)?;
+        let cut = match seats.mode {
+            Mode::Fast => Cut::Fast,
+            Mode::BatchInvariant => Cut::Invariant,
+        };
+        let step = Step::new(&device, &state, shape.group(), cut)?;
         let texts = (0..seats.texts).map(|_| None).collect();
         let batch = Vec::new();
         Ok(Self { shape, device, state, step, texts, allocated: 0, batch, appended: None })
@@ -323,7 +339,7 @@ impl Resident {
 fn check_sizes(shape: &CacheShape, seats: Seats, blocks: usize) -> Result<()> {
     check(shape)?;
     let wrong = |field, found, advice| Err(Error::CacheShape { field, found, advice });
-    let Seats { texts, tokens } = seats;
+    let Seats { texts, tokens, .. } = seats;
     if texts == 0 || tokens == 0 {
         let field = if texts == 0 { "texts" } else { "tokens" };
         return wrong(field, 0, "it must be at least 1");
@@ -362,7 +378,7 @@ mod tests {
         };
         let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
         let tokens = lengths.iter().flatten().max().unwrap() + 1;
-        let seats = Seats { texts: lengths.len(), tokens: tokens + 1 };
+        let seats = Seats { texts: lengths.len(), tokens: tokens + 1, mode: Mode::Fast };
         let mut cache = Resident::on(stream.clone(), shape, seats).unwrap();
         let rows = stream.alloc_zeros::<half::bf16>(2 * tokens * 16).unwrap();
         let rows = DeviceView::of(&rows, [2, tokens, 16], &stream).unwrap();

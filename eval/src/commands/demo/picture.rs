@@ -46,8 +46,10 @@ fn chart(svg: &mut String, runs: &[Run], asked: usize) -> Result<(), Box<dyn std
         };
         line.extend(run.threshold.map(|_| at));
         chart.draw_series([Circle::new(at, 4, colour.filled())])?;
-        let below = TEXT.into_font().color(&colour);
-        chart.draw_series([EmptyElement::at(at) + Text::new(label, (-14, 10), below)])?;
+        // KVzap's above its line, the others' beside their points.
+        let beside = if run.threshold.is_some() { (-18, -22) } else { (9, -7) };
+        let text = Text::new(label, beside, TEXT.into_font().color(&colour));
+        chart.draw_series([EmptyElement::at(at) + text])?;
     }
     line.sort_by(|a, b| a.0.total_cmp(&b.0));
     chart.draw_series(LineSeries::new(line, KVZAP.stroke_width(2)))?;

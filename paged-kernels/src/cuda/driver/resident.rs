@@ -1,7 +1,8 @@
 //! Launches of kernels/resident.cu.
 
 use super::{
-    AttendStep, Device, Grid, HEAD_WORDS, Part, Pool, RawPool, RawView, Room, function, grid, load,
+    AttendStep, Cut, Device, Grid, HEAD_WORDS, Part, Pool, RawPool, RawView, Room, function, grid,
+    load,
 };
 use crate::cuda::view::{DeviceBits, DeviceView};
 use crate::error::Result;
@@ -10,6 +11,7 @@ use cudarc::driver::{CudaContext, result, sys};
 use std::sync::Arc;
 
 const PTX: &str = concat!(include_str!("../../../kernels/resident.compute_80.ptx"), "\0");
+const PTX_HOPPER: &str = concat!(include_str!("../../../kernels/resident.compute_90.ptx"), "\0");
 /// Threads of the block that plans a layer.
 const PLANNERS: u32 = 512;
 /// Threads of the block that makes room for a prompt in a head.
@@ -20,6 +22,8 @@ const WARPS: usize = 4;
 const STRETCH: usize = 1024;
 /// The seat of a place in the batch that nobody has.
 pub const NO_SEAT: u32 = u32::MAX;
+/// Pieces that a head has at most: `piece_of` in kernels/attend.cuh.
+const MOST_PIECES: usize = 32;
 /// 32-bit words of `Share` in kernels/attend.cuh.
 const SHARE_WORDS: usize = 4;
 
@@ -41,7 +45,7 @@ unsafe impl Send for Kernels {}
 impl Kernels {
     fn load(device: &Device) -> Result<Self> {
         device.bind()?;
-        let module = load(PTX)?;
+        let module = load(if device.overlaps { PTX_HOPPER } else { PTX })?;
         let kernels = Self {
             context: device.context.clone(),
             module,
@@ -177,14 +181,19 @@ pub struct Step {
     owners: Room,
     parts: Room,
     arrivals: Room,
+    pub cut: Cut,
     /// Kept tokens before each stretch of a prompt.
     starts: Room,
 }
 
 impl Step {
-    pub fn new(device: &Device, state: &State) -> Result<Self> {
+    pub fn new(device: &Device, state: &State, group: usize, cut: Cut) -> Result<Self> {
         let heads = state.kv_heads * state.seats;
         let rows = state.layers * heads;
+        let parts = match cut {
+            Cut::Fast => 2 * device.blocks,
+            Cut::Invariant => MOST_PIECES * heads,
+        };
         let mut owners = device.room(state.seats * 4)?;
         device.upload(&(0..state.seats as u32).collect::<Vec<_>>(), &mut owners)?;
         let mut arrivals = device.room(heads * 4)?;
@@ -196,8 +205,9 @@ impl Step {
             rows: device.room(rows * 4)?,
             marks: device.room(rows * 8)?,
             owners,
-            parts: device.parts(&state.pool)?,
+            parts: device.parts(&state.pool, group, parts)?,
             arrivals,
+            cut,
             starts: device.room(0)?,
         })
     }
@@ -222,6 +232,7 @@ impl Step {
             shares: self.shares.part(layer * shares, shares),
             parts: self.parts.whole(),
             arrivals: self.arrivals.whole(),
+            cut: self.cut,
             single: true,
             sequences: texts,
             group,
@@ -286,8 +297,9 @@ impl Device {
         // exist, and `starts` has a word for each stretch of each head.
         unsafe { self.launch(state.kernels.admit, blocks, &call) }?;
         let words = tokens.div_ceil(32);
-        // SAFETY: as above; it reads what `admit` has written, on the same stream.
-        unsafe { self.launch(state.kernels.fill, grid(words.div_ceil(WARPS) * heads, 0), &call) }
+        let blocks = Grid { overlaps: self.overlaps, ..grid(words.div_ceil(WARPS) * heads, 0) };
+        // SAFETY: as above. It may overlap: it waits before it reads what `admit` writes.
+        unsafe { self.launch(state.kernels.fill, blocks, &call) }
     }
 
     /// Plans a step of the first `texts` places of the batch, one token each.
@@ -302,6 +314,8 @@ impl Device {
             marks: step.marks.address,
             texts: texts as u32,
             blocks: self.blocks as u32,
+            cut: step.cut as u32,
+            unused: 0,
         };
         let blocks = if texts == 0 { 0 } else { state.layers };
         let blocks = Grid { blocks, threads: PLANNERS, shared: 0, overlaps: false };
@@ -403,6 +417,8 @@ struct BeginCall {
     marks: u64,
     texts: u32,
     blocks: u32,
+    cut: u32,
+    unused: u32,
 }
 
 #[repr(C)]
