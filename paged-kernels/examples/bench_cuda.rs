@@ -186,9 +186,10 @@ fn filled(case: &Case, stream: &Arc<CudaStream>, mode: Mode) -> Result<(Resident
         for head in 0..HEADS {
             // A head of 128 rows gets 129: the window and the step's token.
             let kept = lengths[text * HEADS + head].saturating_sub(1 + 128);
-            for (i, word) in drops[head * words..][..words].iter_mut().enumerate() {
-                let stay = kept.saturating_sub(32 * i).min(32) as u32;
-                *word = u32::MAX.checked_shl(stay).unwrap_or(0);
+            // Spread over the tokens before the window.
+            let old = prompt.saturating_sub(128).max(1);
+            for token in (0..kept).map(|i| i * old / kept) {
+                drops[head * words + token / 32] &= !(1 << (token % 32));
             }
         }
         bits.push(stream.clone_htod(&drops)?);

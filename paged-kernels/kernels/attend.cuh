@@ -83,15 +83,15 @@ struct alignas(16) Share {
     uint32_t begin;  // in the order of the layer's pages; begin == end is a block without work
     uint32_t end;
     uint32_t head;   // index of the head that owns page `begin`
-    uint32_t unused;
+    uint32_t part;   // the number of its first part
 };
 
-// How heads are cut into parts in stream_attend. Fast: at the ends of equal shares of a layer's pages, whatever heads they
-// fall into; a block has two parts at most, of the heads that it begins and ends in. Invariant: each head by its own length
-// alone, into pieces, of which a block has any number; then its bits do not depend on its neighbours.
+// Heads are cut into parts in stream_attend, in one of two ways. Fast: at the ends of equal shares of a layer's pages,
+// whatever heads they fall into; block b has parts 2b and 2b + 1, of the heads that it begins and ends in. Invariant: each
+// head by its own length alone, into pieces, so that its bits do not depend on its neighbours; a block has any number.
 enum : uint32_t { FAST = 0, INVARIANT = 1 };
 
-// Pages of a piece. No more than 32 of them, so that the folding stays short.
+// Pages of a piece. A head has no more than 32, so that the folding stays short.
 inline __device__ uint32_t piece_of(uint32_t pages) { return max(16u, (pages + 31) / 32); }
 
 struct Stream {

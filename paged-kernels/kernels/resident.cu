@@ -324,6 +324,7 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
             parts_so_far += all;
             if (parts > 0) heads[i].parts = parts, heads[i].opening = opening;
         }
+        __syncthreads();
         // Equal shares, each cut moved on to the next end of a piece.
         const uint32_t used = min(call.blocks, listed);
         auto cut = [&](uint32_t block) {
@@ -337,7 +338,11 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
             Share share = {0, 0, 0, 0};
             if (block < used) {
                 const uint32_t begin = cut(block), end = cut(block + 1);
-                if (begin < end) share = {begin, end, owner_of(heads, count, begin), 0};
+                if (begin < end) {
+                    const uint32_t owner = owner_of(heads, count, begin);
+                    const uint32_t piece = piece_of(state.pages(heads[owner].len));
+                    share = {begin, end, owner, heads[owner].opening + (begin - heads[owner].pages) / piece};
+                }
             }
             shares[block] = share;
         }
@@ -374,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
             uint32_t begin = first;
             for (uint32_t part = 0; part < parts; part++) {
                 const uint32_t end = first + pages * (part + 1) / parts;
-                shares[opening + part] = {begin, end, i, 0};
+                shares[opening + part] = {begin, end, i, 2 * (opening + part)};
                 begin = end;
             }
         }
@@ -390,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
             heads[i].opening = 2 * opening + (begin(opening) < first);
         }
         for (uint32_t block = threadIdx.x; block < used; block += PLANNERS) {
-            shares[block] = {begin(block), begin(block + 1), owner_of(heads, count, begin(block)), 0};
+            shares[block] = {begin(block), begin(block + 1), owner_of(heads, count, begin(block)), 2 * block};
         }
     }
     for (uint32_t block = used + threadIdx.x; block < call.blocks; block += PLANNERS) shares[block] = {0, 0, 0, 0};

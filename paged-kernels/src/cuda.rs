@@ -64,7 +64,8 @@ impl Cuda {
     /// [`DeviceMemory`](Error::DeviceMemory) where the machine can't.
     pub fn new(shape: CacheShape) -> Result<Self> {
         check(&shape)?;
-        Self::build(shape, Device::first()?)
+        let dtype = shape.dtype;
+        Self::build(shape, Device::first(dtype)?)
     }
 
     /// An empty cache on the card of `stream`, working on that stream.
@@ -73,7 +74,8 @@ impl Cuda {
     /// Those of [`new`](Self::new).
     pub fn on(stream: Arc<CudaStream>, shape: CacheShape) -> Result<Self> {
         check(&shape)?;
-        Self::build(shape, Device::new(stream)?)
+        let dtype = shape.dtype;
+        Self::build(shape, Device::new(stream, dtype)?)
     }
 
     fn build(shape: CacheShape, device: Device) -> Result<Self> {

@@ -19,23 +19,41 @@ const DRIVER: i32 = 13_000;
 const CAPABILITY: (i32, i32) = (8, 0);
 /// PTX, with the zero byte that the driver looks for.
 const PLAIN: &str = concat!(include_str!("../../kernels/plain.compute_80.ptx"), "\0");
-const STREAM: &str = concat!(include_str!("../../kernels/stream.compute_80.ptx"), "\0");
-const STREAM_HOPPER: &str = concat!(include_str!("../../kernels/stream.compute_90.ptx"), "\0");
+/// The fast attention for each type that it is made for, portable and for Hopper.
+const STREAM_BF16: [&str; 2] = [
+    concat!(include_str!("../../kernels/stream_bf16.compute_80.ptx"), "\0"),
+    concat!(include_str!("../../kernels/stream_bf16.compute_90.ptx"), "\0"),
+];
+const STREAM_F16: [&str; 2] = [
+    concat!(include_str!("../../kernels/stream_f16.compute_80.ptx"), "\0"),
+    concat!(include_str!("../../kernels/stream_f16.compute_90.ptx"), "\0"),
+];
 /// Threads of a block of the plain kernels: four warps.
 const BLOCK: u32 = 128;
-/// What the fast attention is made for; see kernels/stream.cu.
+/// Rows of a page that the fast attention is made for.
 const STREAM_PAGE: u32 = 16;
-const STREAM_GROUP: usize = 16;
-/// Warps of its block, of which one fills a multiprocessor.
-const STREAM_TEAM: usize = 8;
-/// Its kernels: name, head dim, the most query heads of a kv head, stages of each warp's pipeline. The first that
-/// fits is taken.
-const STREAM_KERNELS: [(&CStr, usize, usize, usize); 4] = [
-    (c"stream_attend_d64", 64, 8, 4),
-    (c"stream_attend_wide_d64", 64, STREAM_GROUP, 4),
-    (c"stream_attend_d128", 128, 8, 3),
-    (c"stream_attend_wide_d128", 128, STREAM_GROUP, 2),
-];
+/// Its kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each. The first that fits is taken.
+const STREAM_KERNELS: [Stream<&CStr>; 8] = {
+    const fn kernel(
+        kernel: &CStr,
+        dim: usize,
+        group: usize,
+        team: usize,
+        stages: usize,
+    ) -> Stream<&CStr> {
+        Stream { kernel, dim, group, team, stages }
+    }
+    [
+        kernel(c"stream_attend_d64", 64, 8, 8, 4),
+        kernel(c"stream_attend_wide_d64", 64, 16, 8, 4),
+        kernel(c"stream_attend_d96", 96, 8, 8, 3),
+        kernel(c"stream_attend_wide_d96", 96, 16, 8, 2),
+        kernel(c"stream_attend_d128", 128, 8, 8, 3),
+        kernel(c"stream_attend_wide_d128", 128, 16, 8, 2),
+        kernel(c"stream_attend_d256", 256, 8, 4, 3),
+        kernel(c"stream_attend_wide_d256", 256, 16, 4, 2),
+    ]
+};
 
 /// Where a row is not to be stored.
 pub const NO_ROW: u32 = u32::MAX;
@@ -79,18 +97,26 @@ fn function(module: sys::CUmodule, name: &CStr) -> Result<sys::CUfunction> {
         .map_err(failed("cuModuleGetFunction"))
 }
 
-/// A block's shared memory in the fast attention: pages on their way, then each warp's sums.
-fn stream_shared(dim: usize, group: usize, stages: usize) -> usize {
-    STREAM_TEAM * (stages * 2 * STREAM_PAGE as usize * dim * 2 + group * (dim + 2) * 4)
-}
-
 /// A kernel of the fast attention.
 #[derive(Debug, Clone, Copy)]
-struct Stream {
-    kernel: sys::CUfunction,
+struct Stream<K> {
+    kernel: K,
     dim: usize,
+    /// The most query heads of a kv head.
     group: usize,
+    /// Warps of a block.
+    team: usize,
+    /// Pages that each of them has on their way.
     stages: usize,
+}
+
+impl<K> Stream<K> {
+    /// A block's shared memory: pages on their way, then each warp's sums.
+    fn shared(&self, group: usize) -> usize {
+        let pitch = self.dim.next_multiple_of(64) * 2;
+        let page = 2 * STREAM_PAGE as usize * pitch;
+        self.team * (self.stages * page + group * (self.dim + 2) * 4)
+    }
 }
 
 /// A card, a stream on it, and the kernels.
@@ -98,11 +124,13 @@ struct Stream {
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    modules: [sys::CUmodule; 2],
+    modules: Vec<sys::CUmodule>,
     store: sys::CUfunction,
     shift: sys::CUfunction,
     attend: sys::CUfunction,
-    streams: Vec<Stream>,
+    /// The fast attention's kernels, for caches of its type.
+    streams: Vec<Stream<sys::CUfunction>>,
+    dtype: Dtype,
     /// Whether a fast attention may start while the kernel before it ends.
     overlaps: bool,
     /// Blocks that share a layer's pages.
@@ -114,19 +142,19 @@ pub struct Device {
 unsafe impl Send for Device {}
 
 impl Device {
-    /// Card 0 and its default stream.
-    pub fn first() -> Result<Self> {
+    /// Card 0 and its default stream, for a cache of a type.
+    pub fn first(dtype: Dtype) -> Result<Self> {
         check_driver()?;
         let cards = CudaContext::device_count().map_err(failed("cuDeviceGetCount"))?;
         if cards == 0 {
             return Err(Error::NoCard);
         }
         let context = CudaContext::new(0).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        Self::new(context.default_stream())
+        Self::new(context.default_stream(), dtype)
     }
 
-    /// The card of `stream`, working on that stream.
-    pub fn new(stream: Arc<CudaStream>) -> Result<Self> {
+    /// The card of `stream`, working on that stream, for a cache of a type.
+    pub fn new(stream: Arc<CudaStream>, dtype: Dtype) -> Result<Self> {
         check_driver()?;
         let context = stream.context().clone();
         let (major, minor) =
@@ -142,32 +170,48 @@ impl Device {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let overlaps = (major, minor) >= (9, 0);
-        let (plain, streams) = (load(PLAIN)?, load(if overlaps { STREAM_HOPPER } else { STREAM })?);
+        let plain = load(PLAIN)?;
         let mut device = Self {
             store: function(plain, c"plain_store")?,
             shift: function(plain, c"plain_move")?,
             attend: function(plain, c"plain_attend")?,
             streams: Vec::new(),
+            dtype,
             overlaps,
             context,
             stream,
-            modules: [plain, streams],
+            modules: vec![plain],
             blocks: multiprocessors,
         };
-        for (name, dim, group, stages) in STREAM_KERNELS {
-            let (kernel, bytes) = (function(streams, name)?, stream_shared(dim, group, stages));
-            if bytes > shared as usize {
-                continue; // a card with less room takes the next, or the plain kernel
-            }
-            let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is of a module that is loaded.
-            unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
-                .map_err(failed("cuFuncSetAttribute"))?;
-            device.streams.push(Stream { kernel, dim, group, stages });
-        }
         let mut sizes = device.sizes(function(plain, c"plain_sizes")?, 6)?;
-        sizes.extend(device.sizes(function(streams, c"stream_sizes")?, 2)?);
-        assert_eq!(sizes, MIRRORED, "the kernels' structs are as they are mirrored here");
+        if let Some(images) = match dtype {
+            Dtype::F32 => None,
+            Dtype::Bf16 => Some(STREAM_BF16),
+            Dtype::F16 => Some(STREAM_F16),
+        } {
+            let module = load(images[usize::from(overlaps)])?;
+            device.modules.push(module);
+            for stream in STREAM_KERNELS {
+                let bytes = stream.shared(stream.group);
+                if bytes > shared as usize {
+                    continue; // a card with less room takes the next, or the plain kernel
+                }
+                let kernel = function(module, stream.kernel)?;
+                let which =
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function is of a module that is loaded.
+                unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
+                    .map_err(failed("cuFuncSetAttribute"))?;
+                let Stream { dim, group, team, stages, .. } = stream;
+                device.streams.push(Stream { kernel, dim, group, team, stages });
+            }
+            sizes.extend(device.sizes(function(module, c"stream_sizes")?, 2)?);
+        }
+        assert_eq!(
+            sizes,
+            MIRRORED[..sizes.len()],
+            "the kernels' structs are as they are mirrored here"
+        );
         Ok(device)
     }
 
@@ -316,8 +360,8 @@ impl Device {
             let call = StreamCall { attend: call, shares, parts, arrivals, cut, unused: 0 };
             let grid = Grid {
                 blocks: self.blocks,
-                threads: 32 * STREAM_TEAM as u32,
-                shared: stream_shared(dim, step.group, stream.stages) as u32,
+                threads: 32 * stream.team as u32,
+                shared: stream.shared(step.group) as u32,
                 overlaps: self.overlaps,
             };
             // SAFETY: as below; `shares` is the plan's, `parts` holds the parts of its cut, and `arrivals` a number
@@ -335,13 +379,14 @@ impl Device {
         pool: &Pool,
         step: &AttendStep<'_>,
         queries: &DeviceView<'_>,
-    ) -> Option<&Stream> {
+    ) -> Option<&Stream<sys::CUfunction>> {
         let RawView { data, head_stride, token_stride, dtype, .. } = queries.raw();
-        let bf16 = Dtype::Bf16.code();
         // Queries are read two at a time.
         let even = data % 4 == 0 && head_stride % 2 == 0 && token_stride % 2 == 0;
-        let made_for = (pool.dtype, dtype, pool.page_size) == (bf16, bf16, STREAM_PAGE);
-        let fits = |stream: &&Stream| stream.dim == pool.dim as usize && step.group <= stream.group;
+        let code = self.dtype.code();
+        let made_for = (pool.dtype, dtype, pool.page_size) == (code, code, STREAM_PAGE);
+        let fits =
+            |stream: &&Stream<_>| stream.dim == pool.dim as usize && step.group <= stream.group;
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
     }
 
@@ -394,7 +439,7 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         let Ok(()) = self.bind() else { return };
-        for module in self.modules {
+        for &module in &self.modules {
             // SAFETY: nothing else names the module's functions, and unloading waits for what still runs.
             self.context.record_err(unsafe { result::module::unload(module) });
         }

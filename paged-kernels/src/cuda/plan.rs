@@ -116,8 +116,9 @@ pub fn shares(heads: &mut [[u32; HEAD_WORDS]], pages: usize, blocks: usize) -> V
                 let begin = |part: u32| {
                     first + (u64::from(pages) * u64::from(part) / u64::from(parts)) as u32
                 };
-                shares
-                    .extend((0..parts).map(|part| [begin(part), begin(part + 1), index as u32, 0]));
+                let block = shares.len() as u32;
+                let share = |part| [begin(part), begin(part + 1), index as u32, 2 * (block + part)];
+                shares.extend((0..parts).map(share));
             }
         }
         None => {
@@ -129,7 +130,7 @@ pub fn shares(heads: &mut [[u32; HEAD_WORDS]], pages: usize, blocks: usize) -> V
                 let opening = if begin(next) > first { next - 1 } else { next };
                 while shares.len() < used && begin(shares.len()) < first + pages {
                     let block = shares.len();
-                    shares.push([begin(block), begin(block + 1), index as u32, 0]);
+                    shares.push([begin(block), begin(block + 1), index as u32, 2 * block as u32]);
                 }
                 heads[index][5] = (shares.len() - opening) as u32;
                 heads[index][6] = 2 * opening as u32 + u32::from(begin(opening) < first);
@@ -185,8 +186,8 @@ mod tests {
 
             // Walk each block as the kernel does, and note the parts of each head.
             let (mut at, mut parts) = (0, vec![Vec::new(); heads.len()]);
-            for (block, &[begin, end, head, _]) in shares.iter().enumerate().filter(|(_, s)| s[0] < s[1]) {
-                prop_assert_eq!(begin, at);
+            for (block, &[begin, end, head, part]) in shares.iter().enumerate().filter(|(_, s)| s[0] < s[1]) {
+                prop_assert_eq!((begin, part), (at, 2 * block as u32));
                 let mut head = head as usize;
                 while at < end {
                     while !heads[head].1 {

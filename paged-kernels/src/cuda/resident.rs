@@ -74,7 +74,8 @@ impl Resident {
     /// Those of [`Cuda::new`](crate::Cuda::new).
     pub fn new(shape: CacheShape, seats: Seats) -> Result<Self> {
         check_sizes(&shape, seats, 1)?;
-        Self::build(shape, seats, Device::first()?)
+        let dtype = shape.dtype;
+        Self::build(shape, seats, Device::first(dtype)?)
     }
 
     /// An empty cache on the card of `stream`, working on that stream.
@@ -83,7 +84,8 @@ impl Resident {
     /// Those of [`Cuda::new`](crate::Cuda::new).
     pub fn on(stream: Arc<CudaStream>, shape: CacheShape, seats: Seats) -> Result<Self> {
         check_sizes(&shape, seats, 1)?;
-        Self::build(shape, seats, Device::new(stream)?)
+        let dtype = shape.dtype;
+        Self::build(shape, seats, Device::new(stream, dtype)?)
     }
 
     fn build(shape: CacheShape, seats: Seats, device: Device) -> Result<Self> {

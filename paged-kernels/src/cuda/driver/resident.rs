@@ -102,8 +102,9 @@ impl State {
             let mut room = device.room(words * 4)?;
             device.zero(&mut room).map(|()| room)
         };
+        // Zero, since whole pages are read: what no one has written must be a number.
         let pool = Pool {
-            room: device.room((pages + 1) * shape.page_bytes())?,
+            room: zeros((pages + 1) * shape.page_bytes() / 4)?,
             dtype: dtype.code(),
             page_size: page_size as u32,
             dim: head_dim as u32,

@@ -1,5 +1,5 @@
-// Decode attention at the speed of memory: bf16, pages of 16 rows, one new token a sequence, up to 16 query heads a kv
-// head. Computes what plain_attend computes, with sums in f32 and probabilities rounded to bf16 for the product.
+// Decode attention at the speed of memory: bf16 or fp16, pages of 16 rows, one new token a sequence, up to 16 query heads
+// a kv head. Computes what plain_attend computes, with sums in f32 and probabilities rounded to the type of the values.
 //
 // The pages of a layer lie in one order, head after head, and each block takes a share of it (stream-K). A head that
 // several blocks share is cut into parts. In a part each warp takes every eighth page through a pipeline of its own, which
@@ -8,13 +8,17 @@
 // parts to fold. A part goes to a workspace; who brings the last of a head folds them in their order, so the same cuts give
 // the same bits. Fast cuts move when a neighbour grows, and then a head's bits may change; invariant ones do not.
 
+#pragma once
+
 #include "attend.cuh"
+
+#include <cuda_fp16.h>
+
+#include <type_traits>
 
 namespace stream {
 
 constexpr int PAGE = 16;
-constexpr int TEAM = 8;  // warps of a block
-constexpr int THREADS = TEAM * LANES;
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
@@ -46,16 +50,41 @@ __device__ void load_transposed(uint32_t (&r)[4], uint32_t from) {
                  : "memory");
 }
 
-__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// c += a b. Without `WIDE` the lower half of a's rows is zero, and so is that half of c: no registers are kept for it.
+#define MULTIPLY(TYPE)                                                                                        \
+    if constexpr (WIDE) {                                                                                     \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                   \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                             \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                         \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
+    } else {                                                                                                  \
+        float none0, none1;                                                                                   \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                   \
+                     ".f32 {%0,%1,%2,%3}, {%4,%8,%5,%8}, {%6,%7}, {%0,%1,%9,%9};"                             \
+                     : "+f"(c[0]), "+f"(c[1]), "=f"(none0), "=f"(none1)                                       \
+                     : "r"(a[0]), "r"(a[2]), "r"(b0), "r"(b1), "r"(0), "f"(0.0f));                            \
+    }
 
-__device__ uint32_t pack(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&pair);
-}
+// The two types of 16 bits: products of the tensor cores, and pairs in a register.
+struct Bf16 {
+    template <bool WIDE>
+    static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MULTIPLY("bf16") }
+    static __device__ uint32_t pack(float low, float high) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<uint32_t *>(&pair);
+    }
+};
+
+struct F16 {
+    template <bool WIDE>
+    static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MULTIPLY("f16") }
+    static __device__ uint32_t pack(float low, float high) {
+        __half2 pair = __floats2half2_rn(low, high);
+        return *reinterpret_cast<uint32_t *>(&pair);
+    }
+};
+
+#undef MULTIPLY
 
 __device__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
@@ -90,17 +119,21 @@ __device__ float exp2_of(float x) {
 // are 0, or NaN, and a weight of 0 leaves them so.
 __device__ float anchor(float best) { return best == -INFINITY ? 0.0f : best; }
 
-// Where a 16-byte chunk of a row lies, so that eight rows of one chunk fall into all banks.
+// Bytes of a row in shared memory: a multiple of eight chunks of 16.
+template <int D>
+constexpr int PITCH = (D + 63) / 64 * 128;
+
+// Where a chunk of a row lies, so that eight rows of one chunk fall into all banks.
 template <int D>
 __device__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
-    return row * D * 2 + ((chunk ^ (row & 7)) << 4);
+    return row * PITCH<D> + ((chunk ^ (row & 7)) << 4);
 }
 
-// A lane's share of a row: it holds D / 32 elements that lie together.
+// A lane's share of a row: D / 32 elements that lie together.
 template <int D>
 struct Lane {
     static constexpr int WIDTH = D / LANES;
-    float x[WIDTH];
+    alignas(16) float x[WIDTH];
 
     __device__ void add(float weight, const float (&other)[WIDTH]) {
 #pragma unroll
@@ -112,39 +145,25 @@ struct Lane {
     }
 };
 
+// The widest load of a lane's share; a row of 96 is not aligned for more than 4 bytes a lane.
 template <int D>
-__device__ void read_row(float (&x)[D / LANES], const float *row) {
-    const int lane = threadIdx.x % LANES;
-    if constexpr (D == 128) {
-        const float4 v = reinterpret_cast<const float4 *>(row)[lane];
-        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-    } else {
-        const float2 v = reinterpret_cast<const float2 *>(row)[lane];
-        x[0] = v.x, x[1] = v.y;
-    }
-}
+using Vector = std::conditional_t<D % 128 == 0, float4, std::conditional_t<D % 64 == 0, float2, float>>;
 
-// As read_row, past the L1: another block wrote it.
-template <int D>
-__device__ void read_part(float (&x)[D / LANES], const float *row) {
-    const int lane = threadIdx.x % LANES;
-    if constexpr (D == 128) {
-        const float4 v = __ldcg(reinterpret_cast<const float4 *>(row) + lane);
-        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-    } else {
-        const float2 v = __ldcg(reinterpret_cast<const float2 *>(row) + lane);
-        x[0] = v.x, x[1] = v.y;
-    }
+// `FRESH` reads past the L1: another block wrote it.
+template <int D, bool FRESH>
+__device__ void read_row(float (&x)[D / LANES], const float *row) {
+    constexpr int COUNT = D / LANES * sizeof(float) / sizeof(Vector<D>);
+    const auto *from = reinterpret_cast<const Vector<D> *>(row) + threadIdx.x % LANES * COUNT;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) reinterpret_cast<Vector<D> *>(x)[i] = FRESH ? __ldcg(from + i) : from[i];
 }
 
 template <int D>
 __device__ void write_row(float *row, const float (&x)[D / LANES]) {
-    const int lane = threadIdx.x % LANES;
-    if constexpr (D == 128) {
-        reinterpret_cast<float4 *>(row)[lane] = make_float4(x[0], x[1], x[2], x[3]);
-    } else {
-        reinterpret_cast<float2 *>(row)[lane] = make_float2(x[0], x[1]);
-    }
+    constexpr int COUNT = D / LANES * sizeof(float) / sizeof(Vector<D>);
+    auto *to = reinterpret_cast<Vector<D> *>(row) + threadIdx.x % LANES * COUNT;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) to[i] = reinterpret_cast<const Vector<D> *>(x)[i];
 }
 
 // The result of a query row from its sums, by a warp.
@@ -155,15 +174,8 @@ __device__ void finish(const Attend &call, uint32_t query_head, uint32_t token, 
     const int lane = threadIdx.x % LANES;
     lane_sums.scale(sum == 0.0f ? 0.0f : 1.0f / sum);
     const int64_t at = call.out.at(query_head, token) + lane * WIDTH;
-    if (call.out.type == F32) {
-        float *to = static_cast<float *>(call.out.data) + at;
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) to[i] = lane_sums.x[i];
-    } else {
-        auto *to = static_cast<__nv_bfloat16 *>(call.out.data) + at;
-#pragma unroll
-        for (int i = 0; i < WIDTH; i++) to[i] = __float2bfloat16(lane_sums.x[i]);
-    }
+    for (int i = 0; i < WIDTH; i++) save(call.out.data, call.out.type, at + i, lane_sums.x[i]);
     if (call.lse && lane == 0) {
         call.lse[uint64_t(query_head) * call.tokens + token] = sum == 0.0f ? -INFINITY : best * LN2 + logf(sum);
     }
@@ -177,12 +189,12 @@ __device__ float *part_at(const Stream &call, uint32_t i) {
 
 // Folds a head's parts in their order, a warp a row. With few rows several warps share one,
 // each taking every n-th part, and meet in shared memory: the more loads are on their way at once the better.
-template <int D>
+template <int D, int TEAM>
 __device__ void fold(const Stream &call, const Head &head, float *merged, float2 *totals) {
     const uint32_t warp = threadIdx.x / LANES, group = call.attend.group;
     const uint32_t teams = group < TEAM ? TEAM / group : 1, team = group < TEAM ? warp / group : 0;
     const float *first = part_at<D>(call, head.opening);
-    const uint32_t stride = call.cut == FAST ? 2 : 1, later = head.opening / stride * stride;
+    const uint32_t stride = call.cut == FAST ? 2 : 1, later = head.opening & ~(stride - 1);
     if (team < teams) {
         for (uint32_t row = warp - team * group; row < group; row += TEAM) {
             Lane<D> all = {};
@@ -197,7 +209,7 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
                     const float *part = at == 0 ? first : part_at<D>(call, later + at * stride);
                     their[k] = make_float2(-INFINITY, 0.0f);
                     if (at < head.parts) {
-                        read_part<D>(theirs[k], part + row * D);
+                        read_row<D, true>(theirs[k], part + row * D);
                         their[k] = __ldcg(reinterpret_cast<const float2 *>(part + group * D) + row);
                     } else {
 #pragma unroll
@@ -236,7 +248,7 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
             const float2 their = totals[i * group + warp];
             const float weight = exp2_of(their.x - base);
             float theirs[D / LANES];
-            read_row<D>(theirs, merged + (i * group + warp) * D);
+            read_row<D, false>(theirs, merged + (i * group + warp) * D);
             sum += weight * their.y;
             all.add(weight, theirs);
         }
@@ -248,10 +260,12 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
 __device__ uint32_t past(const Head &head) { return head.pages + (head.len + PAGE - 1) / PAGE; }
 
 // A block's share. `WIDE` is for more than 8 query heads a kv head: the lower half of the tensor cores' rows.
-template <int D, int STAGES, bool WIDE>
-__device__ void stream_attend(const Stream &call) {
+// `TEAM` warps have `STAGES` pages each on their way.
+template <class T, int D, int TEAM, int STAGES, bool WIDE>
+__device__ void attend_share(const Stream &call) {
     constexpr int CHUNKS = D / 8;
-    constexpr int HALF = PAGE * D * 2;  // bytes of a page's keys
+    constexpr int HALF = PAGE * PITCH<D>;    // bytes of a page's keys in shared memory
+    constexpr int PAGE_BYTES = 2 * PAGE * D * 2;
     constexpr int STEPS = D / 16;
     constexpr int HALVES = WIDE ? 2 : 1;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -270,11 +284,10 @@ __device__ void stream_attend(const Stream &call) {
     const auto *pool = static_cast<const unsigned char *>(attend.pool.data);
 
     // Where the block's part of a head ends that begins at a page.
+    const uint32_t whole = call.cut == FAST ? ~0u : 0;
     auto part_end = [&](const Head &head, uint32_t at) {
-        const uint32_t last = min(past(head), end);
-        if (call.cut == FAST) return last;
-        const uint32_t piece = piece_of(past(head) - head.pages);
-        return min(last, at + piece);
+        const uint32_t last = past(head);
+        return at + min(min(last, end) - at, piece_of(last - head.pages) | whole);
     };
     // The warp's pages of a part are its first + warp, and every eighth. `ahead` is the next to be fetched, of the part
     // that ends at `source_stop`; its number is known early.
@@ -296,7 +309,7 @@ __device__ void stream_attend(const Stream &call) {
     settle();
     auto fetch = [&]() {
         if (ahead < end) {
-            const unsigned char *page = pool + uint64_t(id) * 2 * HALF;
+            const unsigned char *page = pool + uint64_t(id) * PAGE_BYTES;
             uint32_t to = stage0 + filled * 2 * HALF;
 #pragma unroll
             for (int i = 0; i < 2 * CHUNKS * PAGE / LANES; i++) {
@@ -313,6 +326,7 @@ __device__ void stream_attend(const Stream &call) {
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
     const float scale = attend.scale * LOG2E;
+    uint32_t done = 0, number = share.part;  // parts of the head, and the one under way
     for (uint32_t at = begin;;) {
         const uint32_t first = head.pages, stop = part_end(head, at);
         uint32_t query[STEPS][4];
@@ -349,8 +363,8 @@ __device__ void stream_attend(const Stream &call) {
             for (int k = 0; k < STEPS; k++) {
                 uint32_t b[4];
                 load_matrices(b, keys + swizzled<D>(key_row, 2 * k + key_chunk));
-                multiply(score[0], query[k], b[0], b[1]);
-                multiply(score[1], query[k], b[2], b[3]);
+                T::template multiply<WIDE>(score[0], query[k], b[0], b[1]);
+                T::template multiply<WIDE>(score[1], query[k], b[2], b[3]);
             }
             const uint32_t live = head.len - (page - first) * PAGE;
 #pragma unroll
@@ -382,8 +396,8 @@ __device__ void stream_attend(const Stream &call) {
                 best[half] = raised;
                 s0 = exp2_of(s0 - base), s1 = exp2_of(s1 - base), s2 = exp2_of(s2 - base), s3 = exp2_of(s3 - base);
                 sum[half] = sum[half] * fade[half] + (s0 + s1) + (s2 + s3);
-                weights[half] = pack(s0, s1);
-                weights[half + 2] = pack(s2, s3);
+                weights[half] = T::pack(s0, s1);
+                weights[half + 2] = T::pack(s2, s3);
             }
             const uint32_t value_row = (lane / 8 & 1) * 8 + lane % 8, value_chunk = lane / 16;
 #pragma unroll
@@ -395,7 +409,7 @@ __device__ void stream_attend(const Stream &call) {
                     float(&o)[4] = out[2 * i + j];
 #pragma unroll
                     for (int half = 0; half < HALVES; half++) o[2 * half] *= fade[half], o[2 * half + 1] *= fade[half];
-                    multiply(o, weights, b[2 * j], b[2 * j + 1]);
+                    T::template multiply<WIDE>(o, weights, b[2 * j], b[2 * j + 1]);
                 }
             }
         }
@@ -417,8 +431,6 @@ __device__ void stream_attend(const Stream &call) {
         const bool leaves = stop == past(head) && stop < end;
         const Head next = leaves ? attend.heads[index + 1] : head;
         __syncthreads();
-        const uint32_t number = call.cut == FAST ? 2 * blockIdx.x + (at != begin)
-                                                 : head.opening + (at - first) / piece_of(past(head) - first);
         float *part = part_at<D>(call, number);
 #pragma unroll 1
         for (uint32_t row = warp; row < group; row += TEAM) {
@@ -427,7 +439,7 @@ __device__ void stream_attend(const Stream &call) {
 #pragma unroll
             for (int w = 0; w < TEAM; w++) {
                 their[w] = totals[w * group + row];
-                read_row<D>(theirs[w], merged + (w * group + row) * D);
+                read_row<D, false>(theirs[w], merged + (w * group + row) * D);
             }
 #pragma unroll
             for (int w = 0; w < TEAM; w++) most = fmaxf(most, their[w].x);
@@ -446,42 +458,50 @@ __device__ void stream_attend(const Stream &call) {
                 if (lane == 0) reinterpret_cast<float2 *>(part + group * D)[row] = make_float2(most, all_sum);
             }
         }
-        if (head.parts > 1) {
+        done++;
+        if (head.parts > 1 && (leaves || stop == end)) {
             __threadfence();
             __syncthreads();
-            if (threadIdx.x == 0) arrived = atomicAdd(call.arrivals + index, 1u);
+            if (threadIdx.x == 0) arrived = atomicAdd(call.arrivals + index, done) + done;
             __syncthreads();
-            if (arrived == head.parts - 1) {
+            if (arrived == head.parts) {
                 __threadfence();
-                fold<D>(call, head, merged, totals);
+                fold<D, TEAM>(call, head, merged, totals);
                 if (threadIdx.x == 0) call.arrivals[index] = 0;
             }
         }
         if (stop == end) return;
         __syncthreads();  // `merged` is free again
         at = stop;
+        number++;
         if (!leaves) continue;
+        done = 0;
         index++;
         head = next;
         while (head.tokens == 0) head = attend.heads[++index];
+        number = head.opening;
     }
 }
 
 }  // namespace stream
 
-using namespace stream;
-
-// Pages on their way get what the warps' sums leave, which is less the more query heads there are.
-#define STREAM_ATTEND(NAME, D, STAGES, WIDE)                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_attend_##NAME(Stream call) { \
-        stream_attend<D, STAGES, WIDE>(call);                                              \
+// Kernels of a type, one a head dim and one more for over 8 query heads a kv head. Pages on their way get what the warps'
+// sums leave, which is less the more query heads there are. Mirrored in src/cuda/driver.rs.
+#define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE)                                                       \
+    extern "C" __global__ void __launch_bounds__(TEAM *LANES, 1) stream_attend_##NAME(Stream call) {        \
+        stream::attend_share<stream::T, D, TEAM, STAGES, WIDE>(call);                                       \
     }
-STREAM_ATTEND(d64, 64, 4, false)
-STREAM_ATTEND(wide_d64, 64, 4, true)
-STREAM_ATTEND(d128, 128, 3, false)
-STREAM_ATTEND(wide_d128, 128, 2, true)
-
-extern "C" __global__ void stream_sizes(uint32_t *sizes) {
-    sizes[0] = sizeof(Share);
-    sizes[1] = sizeof(Stream);
-}
+#define STREAM_KERNELS(T)                          \
+    STREAM_ATTEND(d64, T, 64, 8, 4, false)         \
+    STREAM_ATTEND(wide_d64, T, 64, 8, 4, true)     \
+    STREAM_ATTEND(d96, T, 96, 8, 3, false)         \
+    STREAM_ATTEND(wide_d96, T, 96, 8, 2, true)     \
+    STREAM_ATTEND(d128, T, 128, 8, 3, false)       \
+    STREAM_ATTEND(wide_d128, T, 128, 8, 2, true)   \
+    STREAM_ATTEND(d256, T, 256, 4, 3, false)       \
+    STREAM_ATTEND(wide_d256, T, 256, 4, 2, true)   \
+                                                   \
+    extern "C" __global__ void stream_sizes(uint32_t *sizes) { \
+        sizes[0] = sizeof(Share);                  \
+        sizes[1] = sizeof(Stream);                 \
+    }

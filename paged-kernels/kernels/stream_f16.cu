@@ -1,0 +1,3 @@
+#include "stream.cuh"
+
+STREAM_KERNELS(F16)
