@@ -3,7 +3,7 @@
 use crate::page::{Move, PageId, Place};
 use crate::pool::PagePool;
 use crate::shape::{CacheShape, Dtype};
-use half::bf16;
+use half::{bf16, f16};
 
 /// Bytes of a chunk, about: large enough that the system hands it out and takes it back page by page.
 const CHUNK: usize = 1 << 20;
@@ -36,6 +36,30 @@ impl Element for bf16 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         bf16::from_f32(x)
+    }
+}
+
+impl Element for f16 {
+    /// As for bf16, and without a product of subnormal floats, which costs some hundred cycles on many CPUs.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        const EXPONENT: u32 = 1 << 23;
+        // Where an exponent stands in f32, less 15, its bias in f16, plus 127.
+        const BIAS: u32 = 112 * EXPONENT;
+        let bits = u32::from(self.to_bits());
+        let magnitude = bits & 0x7fff;
+        // Infinities and NaN keep the largest exponent.
+        let top = if magnitude < 0x7c00 { 0 } else { BIAS };
+        // A subnormal is read as if it had a leading 1, which is then taken off.
+        let (lift, least) =
+            if magnitude < 0x400 { (EXPONENT, f32::from_bits(BIAS + EXPONENT)) } else { (0, 0.0) };
+        let wide = f32::from_bits((magnitude << 13) + BIAS + top + lift) - least;
+        f32::from_bits(wide.to_bits() | (bits & 0x8000) << 16)
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        f16::from_f32(x)
     }
 }
 
@@ -129,6 +153,7 @@ impl<E: Element> Storage<E> {
 pub enum Memory {
     F32(Storage<f32>),
     Bf16(Storage<bf16>),
+    F16(Storage<f16>),
 }
 
 impl Memory {
@@ -136,6 +161,7 @@ impl Memory {
         match shape.dtype {
             Dtype::F32 => Self::F32(Storage::new(shape, lanes)),
             Dtype::Bf16 => Self::Bf16(Storage::new(shape, lanes)),
+            Dtype::F16 => Self::F16(Storage::new(shape, lanes)),
         }
     }
 
@@ -143,6 +169,7 @@ impl Memory {
         match self {
             Self::F32(storage) => storage.write(place, key, value),
             Self::Bf16(storage) => storage.write(place, key, value),
+            Self::F16(storage) => storage.write(place, key, value),
         }
     }
 
@@ -150,6 +177,7 @@ impl Memory {
         match self {
             Self::F32(storage) => storage.read(place, key, value),
             Self::Bf16(storage) => storage.read(place, key, value),
+            Self::F16(storage) => storage.read(place, key, value),
         }
     }
 
@@ -157,6 +185,7 @@ impl Memory {
         let dim = match self {
             Self::F32(storage) => storage.dim,
             Self::Bf16(storage) => storage.dim,
+            Self::F16(storage) => storage.dim,
         };
         let (mut key, mut value) = (vec![0.0; dim], vec![0.0; dim]);
         self.read(step.from, &mut key, &mut value);
@@ -168,6 +197,7 @@ impl Memory {
         match self {
             Self::F32(storage) => storage.trim(pool),
             Self::Bf16(storage) => storage.trim(pool),
+            Self::F16(storage) => storage.trim(pool),
         }
     }
 
@@ -176,6 +206,7 @@ impl Memory {
         match self {
             Self::F32(storage) => storage.elements() * Dtype::F32.bytes(),
             Self::Bf16(storage) => storage.elements() * Dtype::Bf16.bytes(),
+            Self::F16(storage) => storage.elements() * Dtype::F16.bytes(),
         }
     }
 }
