@@ -149,6 +149,7 @@ fn main() -> paged_kernels::Result<()> {
         Case { ..small },
         Case { name: "SmolLM2-135M, 2k, 60 % removed", context: 819, ..small },
         Case { name: "SmolLM2-135M, 2k", dtype: Dtype::Bf16, ..small },
+        Case { name: "SmolLM2-135M, 2k", dtype: Dtype::F16, ..small },
         Case { name: "20 tokens over 600 rows", context: 600, tokens: 20, ..small },
         Case {
             name: "G 4, D 128, 8k",

@@ -6,23 +6,27 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
-enum : uint32_t { F32 = 0, BF16 = 1 };
+enum : uint32_t { F32 = 0, BF16 = 1, F16 = 2 };
 constexpr int LANES = 32;
 constexpr int WARPS = 4;
 
 inline __device__ float load(const void *data, uint32_t type, int64_t i) {
-    return type == F32 ? static_cast<const float *>(data)[i]
-                       : __bfloat162float(static_cast<const __nv_bfloat16 *>(data)[i]);
+    if (type == F32) return static_cast<const float *>(data)[i];
+    if (type == BF16) return __bfloat162float(static_cast<const __nv_bfloat16 *>(data)[i]);
+    return __half2float(static_cast<const __half *>(data)[i]);
 }
 
 inline __device__ void save(void *data, uint32_t type, int64_t i, float x) {
     if (type == F32) {
         static_cast<float *>(data)[i] = x;
-    } else {
+    } else if (type == BF16) {
         static_cast<__nv_bfloat16 *>(data)[i] = __float2bfloat16(x);
+    } else {
+        static_cast<__half *>(data)[i] = __float2half(x);
     }
 }
 

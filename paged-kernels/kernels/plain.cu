@@ -1,4 +1,4 @@
-// Plain kernels: any head dim up to 512, any page size, f32 or bf16. The twin that fast kernels are held to on the
+// Plain kernels: any head dim up to 512, any page size, f32, bf16 or fp16. The twin that fast kernels are held to on the
 // card, and the way of shapes that have no fast kernel. Written for reading.
 //
 // Softmax is in f32, in a fixed order, so a result depends on its own head alone and is the same bits in every run.

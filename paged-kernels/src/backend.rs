@@ -17,7 +17,7 @@ use crate::view::{View, ViewMut};
 /// prefill of T tokens `i >= T - window` and every `i` not dropped are live; after a step that makes it `total` tokens,
 /// `i >= total - n - window` and every `i` not dropped. So a query sees itself and at least the `window` tokens before
 /// it, as in kvpress's decoding. Shapes: H kv heads, Hq = H · G query heads, T tokens of a prompt, N tokens of a step
-/// over all its sequences, D head dim. Views may be f32 or bf16 whatever is stored.
+/// over all its sequences, D head dim. Views may be f32, bf16 or f16 whatever is stored.
 pub trait PagedAttention {
     /// The size of the cache.
     fn shape(&self) -> &CacheShape;

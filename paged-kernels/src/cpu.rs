@@ -76,6 +76,8 @@ impl Kernel for Fast {
             (Memory::F32(pages), false) => self.run::<_, 1>(pages, &call, out, lse),
             (Memory::Bf16(pages), true) => self.run::<_, { tile::LANES }>(pages, &call, out, lse),
             (Memory::Bf16(pages), false) => self.run::<_, 1>(pages, &call, out, lse),
+            (Memory::F16(pages), true) => self.run::<_, { tile::LANES }>(pages, &call, out, lse),
+            (Memory::F16(pages), false) => self.run::<_, 1>(pages, &call, out, lse),
         }
     }
 }

@@ -154,6 +154,7 @@ fn stage<'a>(device: &Device, view: View<'_>, room: &'a mut Room) -> Result<Devi
     let dtype = match view.parts().0 {
         Data::F32(data) => stage_rows(device, view, data, room).map(|()| Dtype::F32),
         Data::Bf16(data) => stage_rows(device, view, data, room).map(|()| Dtype::Bf16),
+        Data::F16(data) => stage_rows(device, view, data, room).map(|()| Dtype::F16),
     };
     room.view(dtype?, view.shape())
 }

@@ -9,6 +9,9 @@ pub enum Dtype {
     F32,
     /// bfloat16.
     Bf16,
+    /// IEEE half precision. What lies beyond ±65504 is stored as an infinity, which no longer attends as it should;
+    /// bfloat16 has the range of f32.
+    F16,
 }
 
 impl Dtype {
@@ -16,7 +19,7 @@ impl Dtype {
     pub fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::F16 => 2,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Borrowed tensors, so that this crate needs no tensor library.
 
 use crate::error::{Error, Result};
-use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 /// Elements of a [`View`].
 #[derive(Debug, Clone, Copy)]
@@ -10,6 +11,8 @@ pub enum Data<'a> {
     F32(&'a [f32]),
     /// bfloat16.
     Bf16(&'a [bf16]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
 }
 
 impl<'a> From<&'a [f32]> for Data<'a> {
@@ -21,6 +24,12 @@ impl<'a> From<&'a [f32]> for Data<'a> {
 impl<'a> From<&'a [bf16]> for Data<'a> {
     fn from(data: &'a [bf16]) -> Self {
         Self::Bf16(data)
+    }
+}
+
+impl<'a> From<&'a [f16]> for Data<'a> {
+    fn from(data: &'a [f16]) -> Self {
+        Self::F16(data)
     }
 }
 
@@ -90,6 +99,7 @@ impl<'a> View<'a> {
             Data::Bf16(data) => {
                 row.iter_mut().zip(&data[range]).for_each(|(to, from)| *to = from.to_f32());
             }
+            Data::F16(data) => data[range].convert_to_f32_slice(row),
         }
     }
 }
@@ -99,6 +109,7 @@ impl Data<'_> {
         match self {
             Self::F32(data) => data.len(),
             Self::Bf16(data) => data.len(),
+            Self::F16(data) => data.len(),
         }
     }
 }
@@ -110,6 +121,8 @@ pub enum DataMut<'a> {
     F32(&'a mut [f32]),
     /// bfloat16.
     Bf16(&'a mut [bf16]),
+    /// IEEE half precision.
+    F16(&'a mut [f16]),
 }
 
 impl<'a> From<&'a mut [f32]> for DataMut<'a> {
@@ -121,6 +134,12 @@ impl<'a> From<&'a mut [f32]> for DataMut<'a> {
 impl<'a> From<&'a mut [bf16]> for DataMut<'a> {
     fn from(data: &'a mut [bf16]) -> Self {
         Self::Bf16(data)
+    }
+}
+
+impl<'a> From<&'a mut [f16]> for DataMut<'a> {
+    fn from(data: &'a mut [f16]) -> Self {
+        Self::F16(data)
     }
 }
 
@@ -141,6 +160,7 @@ impl<'a> ViewMut<'a> {
         let found = match &data {
             DataMut::F32(data) => data.len(),
             DataMut::Bf16(data) => data.len(),
+            DataMut::F16(data) => data.len(),
         };
         check_length("view", found, elements(shape))?;
         Ok(Self { data, shape })
@@ -159,6 +179,9 @@ impl<'a> ViewMut<'a> {
             DataMut::F32(data) => data[range].iter_mut().zip(row).for_each(|(to, x)| *to = x),
             DataMut::Bf16(data) => {
                 data[range].iter_mut().zip(row).for_each(|(to, x)| *to = bf16::from_f32(x));
+            }
+            DataMut::F16(data) => {
+                data[range].iter_mut().zip(row).for_each(|(to, x)| *to = f16::from_f32(x));
             }
         }
     }

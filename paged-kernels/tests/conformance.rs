@@ -2,39 +2,8 @@
 
 mod common;
 
-use common::{Noise, Twins, small};
-use half::bf16;
-#[cfg(feature = "cuda")]
-use paged_kernels::Cuda;
-use paged_kernels::{CacheShape, Cpu, Dtype, PagedAttention, Reference, Result, View, ViewMut};
-
-const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
-
-/// Runs a body for every backend in both dtypes.
-macro_rules! on_every_backend {
-    ($($name:ident => $body:path;)*) => {$(
-        mod $name {
-            use super::*;
-
-            #[test]
-            fn reference() {
-                DTYPES.iter().for_each(|&dtype| $body(&Reference::new, dtype));
-            }
-
-            #[test]
-            fn cpu() {
-                DTYPES.iter().for_each(|&dtype| $body(&Cpu::new, dtype));
-            }
-
-            #[cfg(feature = "cuda")]
-            #[test]
-            #[ignore = "needs a CUDA device"]
-            fn cuda() {
-                DTYPES.iter().for_each(|&dtype| $body(&Cuda::new, dtype));
-            }
-        }
-    )*};
-}
+use common::{New, Noise, Twins, on_every_backend, plain, small};
+use paged_kernels::{CacheShape, Dtype, PagedAttention, View, ViewMut};
 
 on_every_backend! {
     attention_equals_masked_dense_attention => check;
@@ -47,12 +16,9 @@ on_every_backend! {
     large_negative_scores_are_no_mask => check_large_negative;
     an_empty_head_gives_zero => check_empty_head;
     a_step_is_causal_from_the_bottom_right => check_step_is_causal;
-    views_may_be_strided_and_bf16 => check_views;
     huge_scores_do_not_overflow => check_huge_scores;
     removed_tokens_hold_no_bytes => check_bytes;
 }
-
-type New<B> = dyn Fn(CacheShape) -> Result<B>;
 
 fn check<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
     for (drop, page_size) in [(0.0, 4), (0.5, 4), (0.9, 16), (1.0, 16)] {
@@ -118,11 +84,6 @@ fn check_prompt_as_step<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
         twins.step(&[(text, tokens)]).unwrap();
         twins.check_stats();
     }
-}
-
-/// One layer with two kv heads of one query head each.
-fn plain(dtype: Dtype) -> CacheShape {
-    CacheShape { layers: 1, query_heads: 2, page_size: 16, ..small(dtype) }
 }
 
 fn check_nan<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
@@ -232,37 +193,6 @@ fn check_step_is_causal<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
         for (d, x) in row.iter().enumerate() {
             let expected = if d < keys { 1.0 / keys as f32 } else { 0.0 };
             assert!((x - expected).abs() < 1e-6, "{row:?}");
-        }
-    }
-}
-
-fn check_views<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
-    // [tokens, heads, dim] seen as [heads, tokens, dim], in bf16, against contiguous f32.
-    let tokens = 9;
-    let source = Noise(3).floats(tokens * 2 * 16);
-    let rounded = source.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
-    let strided = View::strided(&rounded[..], [2, tokens, 16], [16, 32]).unwrap();
-    let mut plain_copy = vec![0.0; source.len()];
-    for (i, x) in source.iter().enumerate() {
-        let (token, head, d) = (i / 32, i / 16 % 2, i % 16);
-        plain_copy[(head * tokens + token) * 16 + d] = *x;
-    }
-    let contiguous = View::new(&plain_copy[..], [2, tokens, 16]).unwrap();
-    let mut cache = new(plain(dtype)).unwrap();
-    let (mut narrow, mut wide) = (vec![bf16::ZERO; source.len()], vec![0.0f32; source.len()]);
-    for view in [strided, contiguous] {
-        let text = cache.allocate().unwrap();
-        cache.begin_step(&[(text, tokens)]).unwrap();
-        cache.append(0, view, view, &vec![false; 2 * tokens]).unwrap();
-        let shape = [2, tokens, 16];
-        let out = ViewMut::new(&mut narrow[..], shape).unwrap();
-        cache.attend(0, view, 0.25, out, None).unwrap();
-        if wide[0] == 0.0 {
-            let out = ViewMut::new(&mut wide[..], shape).unwrap();
-            cache.attend(0, view, 0.25, out, None).unwrap();
-        }
-        for (x, y) in narrow.iter().zip(&wide) {
-            assert!((x.to_f32() - y).abs() <= y.abs() / 256.0);
         }
     }
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Noise, Twins, small, view};
-use half::bf16;
+use half::{bf16, f16};
 use paged_kernels::cudarc::driver::{CudaContext, CudaStream};
 use paged_kernels::{CacheShape, Cuda, DeviceView, Dtype, Error, PagedAttention, View, ViewMut};
 use std::sync::Arc;
@@ -161,6 +161,30 @@ mod cuda {
         compare(fast_shape(128, 8, 4), &(0..90).map(|i| i % 40).collect::<Vec<_>>(), 0.3);
     }
 
+    /// fp16 has no fast kernel, in the pool or in the queries, and the one for bf16 must not take it for its own.
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn fp16_takes_the_plain_kernel() {
+        for dtype in [Dtype::F16, Dtype::Bf16] {
+            let mut twins =
+                Twins::new(Cuda::new(CacheShape { dtype, ..fast_shape(128, 2, 4) }).unwrap(), 0.5);
+            let text = twins.prompt(300);
+            twins.step(&[(text, 1)]).unwrap();
+            let queries = twins.noise.floats(8 * 128);
+            let wide = attend(&mut twins.backend, &queries, 1, false);
+            let narrow = queries.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
+            let (mut out, mut lse) = (vec![f32::NAN; 8 * 128], vec![f32::NAN; 8]);
+            let out_view = ViewMut::new(&mut out[..], [8, 1, 128]).unwrap();
+            let narrow = View::new(&narrow[..], [8, 1, 128]).unwrap();
+            let scale = common::scale(128);
+            twins.backend.attend(0, narrow, scale, out_view, Some(&mut lse)).unwrap();
+            assert_eq!(wide, (out, lse));
+            if dtype == Dtype::F16 {
+                assert_eq!(wide, attend(&mut twins.backend, &queries, 1, true));
+            }
+        }
+    }
+
     #[test]
     #[ignore = "needs a CUDA device"]
     fn a_nan_stays_in_its_head_in_the_fast_kernel() {
@@ -188,6 +212,8 @@ mod cuda {
         assert!(DeviceView::of(&slice, [1, 3, 4], &stream).is_ok());
         let wrong = DeviceView::of(&slice, [1, 3, 5], &stream).unwrap_err();
         assert!(matches!(wrong, Error::Length { expected: 15, found: 12, .. }));
+        let narrow = stream.alloc_zeros::<f16>(12).unwrap();
+        assert!(DeviceView::of(&narrow, [1, 3, 4], &stream).is_ok());
         let wrong = DeviceView::of(&slice, [1, 3, 4], &other).unwrap_err();
         assert_eq!(wrong, Error::OtherStream);
     }

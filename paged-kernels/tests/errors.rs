@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Twins, small, view};
-use half::bf16;
+use half::{bf16, f16};
 use paged_kernels::{CacheShape, Cpu, Dtype, Error, PagedAttention, Sequence, View, ViewMut};
 
 fn cache() -> Cpu {
@@ -121,6 +121,8 @@ fn views_are_checked() {
     assert!(View::strided(&data[..], [2, 3, 2], [usize::MAX, 4]).is_err());
     assert!(View::strided(&data[..0], [0, 3, 2], [6, 2]).is_ok());
     assert!(ViewMut::new(&mut [bf16::ZERO; 3][..], [1, 1, 4]).is_err());
+    assert!(View::new(&[f16::ZERO; 5][..], [1, 1, 4]).is_err());
+    assert!(ViewMut::new(&mut [f16::ZERO; 3][..], [1, 1, 4]).is_err());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Outputs, Twins, small};
+use common::{DTYPES, Outputs, Twins, small};
 #[cfg(feature = "cuda")]
 use paged_kernels::Cuda;
 use paged_kernels::{CacheShape, Cpu, Dtype, Error, PagedAttention, Reference, Sequence};
@@ -70,9 +70,9 @@ fn live<B: PagedAttention>(backend: B, drop: f64, operations: &[Operation]) {
 fn lives() -> impl Strategy<Value = (f64, CacheShape, Vec<Operation>)> {
     let page_size = prop::sample::select(vec![1, 3, 4, 16]);
     let operations = prop::collection::vec(operation(), 1..24);
-    (0.0..=1.0, page_size, 20usize..120, any::<bool>(), operations).prop_map(
-        |(drop, page_size, pages, bf16, operations)| {
-            let dtype = if bf16 { Dtype::Bf16 } else { Dtype::F32 };
+    let dtype = prop::sample::select(DTYPES.to_vec());
+    (0.0..=1.0, page_size, 20usize..120, dtype, operations).prop_map(
+        |(drop, page_size, pages, dtype, operations)| {
             (drop, CacheShape { page_size, pages, ..small(dtype) }, operations)
         },
     )

@@ -213,13 +213,13 @@ impl Tile<'_> {
             .pages
             .iter()
             .flat_map(|(keys, values)| keys.chunks_exact(len).zip(values.chunks_exact(len)));
-        let mut touched = 0.0;
+        let mut touched = 0;
         for (block, (keys, values)) in blocks.enumerate() {
             let mut sums = [[0.0f32; L]; T];
             let lanes = keys.as_chunks::<L>().0.iter().zip(values.as_chunks::<L>().0);
             for (query, (keys, values)) in queries.iter().zip(lanes) {
-                touched += values[0].widen();
-                let keys = keys.map(E::widen);
+                touched |= values[0].bits();
+                let keys = widen_all(keys);
                 for t in 0..T {
                     for l in 0..L {
                         sums[t][l] = mul_add::<S>(query[t], keys[l], sums[t][l]);
@@ -257,7 +257,7 @@ impl Tile<'_> {
                 }
                 for (row, values) in values.chunks_exact(dim).take(live).enumerate() {
                     let Some(values) = values[d..].first_chunk::<L>() else { continue };
-                    let values = values.map(E::widen);
+                    let values = widen_all(values);
                     for t in 0..T {
                         let weight = weights[t][row];
                         for l in 0..L {
@@ -295,4 +295,14 @@ fn softmax<S: Simd, const L: usize>(scores: &mut [f32]) -> (f32, f32) {
         }
     }
     (max, sums.into_iter().sum())
+}
+
+/// A loop, since the compiler makes no vectors of `map` where widening takes several operations, as it does from f16.
+#[inline(always)]
+fn widen_all<E: Element, const L: usize>(lanes: &[E; L]) -> [f32; L] {
+    let mut wide = [0.0; L];
+    for l in 0..L {
+        wide[l] = lanes[l].widen();
+    }
+    wide
 }

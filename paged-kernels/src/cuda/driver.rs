@@ -578,6 +578,8 @@ unsafe impl Plain for u32 {}
 unsafe impl Plain for f32 {}
 // SAFETY: a number of 16 bits, transparent.
 unsafe impl Plain for half::bf16 {}
+// SAFETY: as above.
+unsafe impl Plain for half::f16 {}
 
 // Mirrors of the structs in kernels/attend.cuh and of the kernels' arguments.
 

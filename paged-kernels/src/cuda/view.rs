@@ -16,6 +16,7 @@ impl Dtype {
         match self {
             Self::F32 => 0,
             Self::Bf16 => 1,
+            Self::F16 => 2,
         }
     }
 }
@@ -32,6 +33,10 @@ impl DeviceElement for f32 {
 
 impl DeviceElement for half::bf16 {
     const DTYPE: Dtype = Dtype::Bf16;
+}
+
+impl DeviceElement for half::f16 {
+    const DTYPE: Dtype = Dtype::F16;
 }
 
 /// A borrowed `[heads, tokens, dim]` on the card. Rows of `dim` elements are contiguous; the first two strides are

@@ -1,6 +1,6 @@
 //! A cache beside a naive twin that forgets nothing: every step is compared with masked dense attention in f64.
 
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports, unused_macros)]
 
 use half::bf16;
 use paged_kernels::{CacheShape, Dtype, PagedAttention, Result, Sequence, View, ViewMut};
@@ -20,6 +20,43 @@ pub fn small(dtype: Dtype) -> CacheShape {
     }
 }
 
+/// One layer with two kv heads of one query head each.
+pub fn plain(dtype: Dtype) -> CacheShape {
+    CacheShape { layers: 1, query_heads: 2, page_size: 16, ..small(dtype) }
+}
+
+pub const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+
+/// Builds a backend.
+pub type New<B> = dyn Fn(CacheShape) -> Result<B>;
+
+/// Runs a body for every backend in every dtype.
+macro_rules! on_every_backend {
+    ($($name:ident => $body:path;)*) => {$(
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn reference() {
+                common::DTYPES.iter().for_each(|&dtype| $body(&paged_kernels::Reference::new, dtype));
+            }
+
+            #[test]
+            fn cpu() {
+                common::DTYPES.iter().for_each(|&dtype| $body(&paged_kernels::Cpu::new, dtype));
+            }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            #[ignore = "needs a CUDA device"]
+            fn cuda() {
+                common::DTYPES.iter().for_each(|&dtype| $body(&paged_kernels::Cuda::new, dtype));
+            }
+        }
+    )*};
+}
+pub(crate) use on_every_backend;
+
 /// Pseudo-random numbers, the same in every run.
 #[derive(Debug, Clone)]
 pub struct Noise(pub u64);
@@ -32,9 +69,14 @@ impl Noise {
         self.0
     }
 
-    /// In -1..1, exact in bf16, so that both dtypes store it as it is.
+    /// In -1..1, a multiple of 2^-23: exact in f32 alone.
+    pub fn fine(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    /// In -1..1, exact in bf16 and, being a multiple of 2^-23 still, in f16, so that every dtype stores it as it is.
     pub fn next(&mut self) -> f32 {
-        bf16::from_f32((self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0).to_f32()
+        bf16::from_f32(self.fine()).to_f32()
     }
 
     pub fn floats(&mut self, n: usize) -> Vec<f32> {
