@@ -161,8 +161,8 @@ impl State {
     /// Whether rows of `view` go to the pool 16 bytes at a time.
     fn wide(&self, view: &DeviceView<'_>) -> bool {
         let RawView { data, head_stride, token_stride, dtype, .. } = view.raw();
-        let bf16 = Dtype::Bf16.code();
-        (self.pool.dtype, dtype) == (bf16, bf16)
+        dtype == self.pool.dtype
+            && dtype != Dtype::F32.code()
             && self.pool.dim.is_multiple_of(8)
             && data % 16 == 0
             && head_stride % 8 == 0
