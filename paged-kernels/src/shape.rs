@@ -9,8 +9,8 @@ pub enum Dtype {
     F32,
     /// bfloat16.
     Bf16,
-    /// IEEE half precision. What lies beyond ±65504 is stored as an infinity, which no longer attends as it should;
-    /// bfloat16 has the range of f32.
+    /// IEEE half precision: three more bits of precision than bfloat16, without its range. What lies beyond ±65504 is
+    /// stored as an infinity.
     F16,
 }
 
