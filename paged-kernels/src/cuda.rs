@@ -19,7 +19,8 @@ use crate::shape::{CacheShape, Dtype, Stats};
 use crate::table::PageTable;
 use crate::view::{Data, View, ViewMut};
 use cudarc::driver::CudaStream;
-use driver::{AttendStep, Cut, Device, Part, Plain, Pool, Room};
+use driver::attend::{AttendStep, Cut};
+use driver::{Device, Part, Plain, Pool, Room};
 use plan::{Plan, Range};
 use std::sync::Arc;
 

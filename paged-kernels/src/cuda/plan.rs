@@ -1,7 +1,8 @@
 //! A step's tables flattened into the arrays that kernels read.
 
 use crate::book::Book;
-use crate::cuda::driver::{HEAD_WORDS, NO_ROW};
+use crate::cuda::driver::NO_ROW;
+use crate::cuda::driver::attend::HEAD_WORDS;
 use crate::error::Result;
 use crate::page::Place;
 use crate::table::{PageTable, kept};

@@ -2,8 +2,9 @@
 
 use crate::book::Sequence;
 use crate::cuda::check;
+use crate::cuda::driver::Device;
+use crate::cuda::driver::attend::Cut;
 use crate::cuda::driver::resident::{NO_SEAT, State, Step};
-use crate::cuda::driver::{Cut, Device};
 use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut};
 use crate::error::{Error, Result};
 use crate::shape::{CacheShape, Dtype};
@@ -362,7 +363,7 @@ fn check_sizes(shape: &CacheShape, seats: Seats, blocks: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::driver::HEAD_WORDS;
+    use crate::cuda::driver::attend::HEAD_WORDS;
     use crate::cuda::plan::shares;
     use cudarc::driver::CudaContext;
 

@@ -1,9 +1,7 @@
 //! Launches of kernels/resident.cu.
 
-use super::{
-    AttendStep, Cut, Device, Grid, HEAD_WORDS, Part, Pool, RawPool, RawView, Room, function, grid,
-    load,
-};
+use super::attend::{AttendStep, Cut, HEAD_WORDS};
+use super::{Device, Grid, Part, Pool, RawPool, RawView, Room, function, grid, load};
 use crate::cuda::view::{DeviceBits, DeviceView};
 use crate::error::Result;
 use crate::shape::{CacheShape, Dtype};

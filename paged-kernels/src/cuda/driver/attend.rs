@@ -1,0 +1,218 @@
+//! Attention: the fast kernels where one is made for a cache, else the plain one.
+
+use super::{Device, Grid, Part, Pool, RawPool, RawView, Room, failed, function, grid, load};
+use crate::cuda::view::{DeviceView, DeviceViewMut};
+use crate::error::Result;
+use crate::shape::Dtype;
+use cudarc::driver::{result, sys};
+use std::ffi::CStr;
+
+/// The fast attention for each type that it is made for, portable and for Hopper.
+const STREAM_BF16: [&str; 2] = [
+    concat!(include_str!("../../../kernels/stream_bf16.compute_80.ptx"), "\0"),
+    concat!(include_str!("../../../kernels/stream_bf16.compute_90.ptx"), "\0"),
+];
+const STREAM_F16: [&str; 2] = [
+    concat!(include_str!("../../../kernels/stream_f16.compute_80.ptx"), "\0"),
+    concat!(include_str!("../../../kernels/stream_f16.compute_90.ptx"), "\0"),
+];
+/// Rows of a page that the fast attention is made for.
+const STREAM_PAGE: u32 = 16;
+/// Its kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each. The first that fits is taken.
+const STREAM_KERNELS: [Stream<&CStr>; 8] = {
+    const fn kernel(
+        kernel: &CStr,
+        dim: usize,
+        group: usize,
+        team: usize,
+        stages: usize,
+    ) -> Stream<&CStr> {
+        Stream { kernel, dim, group, team, stages }
+    }
+    [
+        kernel(c"stream_attend_d64", 64, 8, 8, 4),
+        kernel(c"stream_attend_wide_d64", 64, 16, 8, 4),
+        kernel(c"stream_attend_d96", 96, 8, 8, 3),
+        kernel(c"stream_attend_wide_d96", 96, 16, 8, 2),
+        kernel(c"stream_attend_d128", 128, 8, 8, 3),
+        kernel(c"stream_attend_wide_d128", 128, 16, 8, 2),
+        kernel(c"stream_attend_d256", 256, 8, 4, 3),
+        kernel(c"stream_attend_wide_d256", 256, 16, 4, 2),
+    ]
+};
+
+/// 32-bit words of a head's record.
+pub const HEAD_WORDS: usize = 8;
+
+/// A kernel of the fast attention.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stream<K> {
+    kernel: K,
+    dim: usize,
+    /// The most query heads of a kv head.
+    group: usize,
+    /// Warps of a block.
+    team: usize,
+    /// Pages that each of them has on their way.
+    stages: usize,
+}
+
+impl<K> Stream<K> {
+    /// A block's shared memory: pages on their way, then each warp's sums.
+    fn shared(&self, group: usize) -> usize {
+        let pitch = self.dim.next_multiple_of(64) * 2;
+        let page = 2 * STREAM_PAGE as usize * pitch;
+        self.team * (self.stages * page + group * (self.dim + 2) * 4)
+    }
+}
+
+/// How heads are cut for the blocks of a fast attention, as the kernels number it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// At the ends of equal shares of a layer's pages.
+    Fast = 0,
+    /// Each head by its own length alone.
+    Invariant = 1,
+}
+
+/// One layer's part of a plan.
+#[derive(Debug)]
+pub struct AttendStep<'a> {
+    pub heads: Part<'a>,
+    pub tables: Part<'a>,
+    pub slots: Part<'a>,
+    pub owners: Part<'a>,
+    pub shares: Part<'a>,
+    pub parts: Part<'a>,
+    pub arrivals: Part<'a>,
+    pub cut: Cut,
+    pub sequences: usize,
+    pub group: usize,
+    /// No sequence has more than one token.
+    pub single: bool,
+}
+
+impl Device {
+    /// Loads the fast kernels for the device's type, and gives the sizes of their structs.
+    pub(super) fn load_fast(&mut self, shared: usize) -> Result<Vec<u32>> {
+        let images = match self.dtype {
+            Dtype::F32 => return Ok(Vec::new()),
+            Dtype::Bf16 => STREAM_BF16,
+            Dtype::F16 => STREAM_F16,
+        };
+        let module = load(images[usize::from(self.overlaps)])?;
+        self.modules.push(module);
+        for stream in STREAM_KERNELS {
+            let bytes = stream.shared(stream.group);
+            if bytes > shared {
+                continue; // a card with less room takes the next, or the plain kernel
+            }
+            let kernel = function(module, stream.kernel)?;
+            let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is of a module that is loaded.
+            unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
+                .map_err(failed("cuFuncSetAttribute"))?;
+            let Stream { dim, group, team, stages, .. } = stream;
+            self.streams.push(Stream { kernel, dim, group, team, stages });
+        }
+        self.sizes(function(module, c"stream_sizes")?, 2)
+    }
+
+    /// Attends from the step's tokens in one layer.
+    pub fn attend(
+        &self,
+        pool: &Pool,
+        step: &AttendStep<'_>,
+        queries: DeviceView<'_>,
+        scale: f32,
+        out: &DeviceViewMut<'_>,
+        lse: Option<&DeviceViewMut<'_>>,
+    ) -> Result<()> {
+        let [query_heads, tokens, dim] = queries.shape();
+        assert_eq!(
+            (out.shape(), dim, step.owners.words),
+            (queries.shape(), pool.dim as usize, tokens)
+        );
+        let call = AttendCall {
+            pool: pool.raw(),
+            queries: queries.raw(),
+            out: out.raw(),
+            lse: lse.map_or(0, |lse| lse.raw().data),
+            heads: step.heads.address,
+            tables: step.tables.address,
+            slots: step.slots.address,
+            owners: step.owners.address,
+            sequences: step.sequences as u32,
+            group: step.group as u32,
+            tokens: tokens as u32,
+            scale,
+        };
+        if let Some(stream) = self.fast(pool, step, &queries) {
+            let (shares, parts) = (step.shares.address, step.parts.address);
+            let (arrivals, cut) = (step.arrivals.address, step.cut as u32);
+            let call = StreamCall { attend: call, shares, parts, arrivals, cut, unused: 0 };
+            let grid = Grid {
+                blocks: self.blocks,
+                threads: 32 * stream.team as u32,
+                shared: stream.shared(step.group) as u32,
+                overlaps: self.overlaps,
+            };
+            // SAFETY: as below; `shares` is the plan's, `parts` holds the parts of its cut, and `arrivals` a number
+            // for each head, 0 between launches. It may overlap: it waits before it reads what kernels write.
+            return unsafe { self.launch(stream.kernel, grid, &call) };
+        }
+        // SAFETY: the views hold what their shapes say; the arrays are a `Plan`'s, whose heads name ranges of its
+        // pages, and pages of the pool; `lse`, if any, has a number for each row, as the caller has checked.
+        unsafe { self.launch(self.attend, grid(query_heads * tokens, 4 * 4 * dim), &call) }
+    }
+
+    /// The fast kernel for it, if there is one.
+    fn fast(
+        &self,
+        pool: &Pool,
+        step: &AttendStep<'_>,
+        queries: &DeviceView<'_>,
+    ) -> Option<&Stream<sys::CUfunction>> {
+        let RawView { data, head_stride, token_stride, dtype, .. } = queries.raw();
+        // Queries are read two at a time.
+        let even = data % 4 == 0 && head_stride % 2 == 0 && token_stride % 2 == 0;
+        let code = self.dtype.code();
+        let made_for = (pool.dtype, dtype, pool.page_size) == (code, code, STREAM_PAGE);
+        let fits =
+            |stream: &&Stream<_>| stream.dim == pool.dim as usize && step.group <= stream.group;
+        (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
+    }
+
+    /// Room for what the blocks of a fast attention hand to each other: `count` parts of heads.
+    pub fn parts(&self, pool: &Pool, group: usize, count: usize) -> Result<Room> {
+        self.room(count * group * (pool.dim as usize + 2) * 4)
+    }
+}
+
+// Mirrors of the structs in kernels/attend.cuh.
+
+#[repr(C)]
+pub(super) struct AttendCall {
+    pool: RawPool,
+    queries: RawView,
+    out: RawView,
+    lse: u64,
+    heads: u64,
+    tables: u64,
+    slots: u64,
+    owners: u64,
+    sequences: u32,
+    group: u32,
+    tokens: u32,
+    scale: f32,
+}
+
+#[repr(C)]
+pub(super) struct StreamCall {
+    attend: AttendCall,
+    shares: u64,
+    parts: u64,
+    arrivals: u64,
+    cut: u32,
+    unused: u32,
+}
