@@ -11,6 +11,9 @@ mod page;
 mod pool;
 mod reference;
 mod ring;
+#[cfg(feature = "cuda")]
+#[path = "cuda/scores.rs"]
+mod scores;
 mod shape;
 mod storage;
 mod table;
@@ -29,6 +32,10 @@ pub use page::{Move, PageId, Place, Slot};
 pub use pool::PagePool;
 pub use reference::Reference;
 pub use ring::Recent;
+#[cfg(feature = "cuda")]
+pub use scores::{
+    DeviceBits, ScorePrecision, ScoreRule, Scores, Surrogate, SurrogateWeights,
+};
 pub use shape::{CacheShape, Dtype, Stats};
 pub use table::PageTable;
 pub use view::{Data, DataMut, View, ViewMut};
