@@ -137,7 +137,15 @@ impl Scores {
     /// # Errors
     /// [`OldDriver`](Error::OldDriver), [`Card`](Error::Card) where the machine can't; [`Cuda`](Error::Cuda).
     pub fn on(stream: Arc<CudaStream>) -> Result<Self> {
-        Ok(Self { kernels: Kernels::load(stream)? })
+        Ok(Self { kernels: Kernels::load(stream, true)? })
+    }
+
+    /// As [`on`](Self::on), but with the kernels that every card runs, whatever the card: to compare with.
+    ///
+    /// # Errors
+    /// Those of [`on`](Self::on).
+    pub fn portable(stream: Arc<CudaStream>) -> Result<Self> {
+        Ok(Self { kernels: Kernels::load(stream, false)? })
     }
 
     /// The stream that it works on.

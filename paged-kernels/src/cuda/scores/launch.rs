@@ -135,7 +135,8 @@ pub struct Kernels {
 unsafe impl Send for Kernels {}
 
 impl Kernels {
-    pub fn load(stream: Arc<CudaStream>) -> Result<Self> {
+    /// The fastest kernels of the card, or those that every card runs.
+    pub fn load(stream: Arc<CudaStream>, fastest: bool) -> Result<Self> {
         let context = stream.context().clone();
         let mut found: c_int = 0;
         // SAFETY: the library is loaded, since there is a stream; the driver writes one number.
@@ -161,7 +162,7 @@ impl Kernels {
         let shared_of_all =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
         // Kernels for 9.0a run on 9.0 and on nothing newer.
-        let hopper = (major, minor) == (9, 0);
+        let hopper = fastest && (major, minor) == (9, 0);
         let image = if hopper { HOPPER } else { PORTABLE };
         // SAFETY: the image is PTX that ends in a zero byte; the context is bound.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
