@@ -473,7 +473,8 @@ __device__ void few(const Scores &call) {
     }
     __syncthreads();
 #pragma unroll
-    for (uint32_t t = warp; t < TOKENS; t += TEAM) {
+    for (uint32_t i = 0; i < TILES; i++) {
+        const uint32_t t = i * TEAM + warp;
         float x = 0.0f;
 #pragma unroll
         for (int w = 0; w < TEAM; w++) x += theirs[(w * TOKENS + t) * SHORT_PITCH + lane];
@@ -534,6 +535,7 @@ __device__ void few(const Scores &call) {
     } else if (share == 0 && threadIdx.x < call.heads && byte < bytes) {
         bits[uint64_t(threadIdx.x) * bytes + byte] = 0;
     }
+    __syncwarp();
     cluster_wait();
 }
 

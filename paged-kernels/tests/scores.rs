@@ -261,9 +261,12 @@ mod cuda {
                     for (head, &expected) in expected.iter().enumerate() {
                         let score = found.score(head, token, tokens);
                         let room = match precision {
-                            ScorePrecision::F32 => 3e-5,
-                            // A unit may round the other way, and then the score.
-                            ScorePrecision::MatchTorchBf16 => ulp(expected) + 1e-3,
+                            ScorePrecision::F32 => 1e-4,
+                            // Units may round the other way, and then the score.
+                            ScorePrecision::MatchTorchBf16 if shape.width == 0 => ulp(expected),
+                            ScorePrecision::MatchTorchBf16 => {
+                                ulp(expected) + 0.05 / (shape.width as f64).sqrt()
+                            }
                         };
                         let off = (score - expected).abs();
                         assert!(off <= room, "{case}: head {head} token {token}: {score} is not {expected}");

@@ -101,7 +101,7 @@ pub struct Call<'a> {
 
 /// A kernel for few or many tokens, of Hopper's.
 #[derive(Debug, Clone, Copy)]
-struct Sized {
+struct Kernel {
     kernel: sys::CUfunction,
     /// Tokens of a cluster or units of a block.
     size: usize,
@@ -109,8 +109,8 @@ struct Sized {
 
 #[derive(Debug)]
 struct Hopper {
-    few: Vec<Sized>,
-    many: Vec<Sized>,
+    few: Vec<Kernel>,
+    many: Vec<Kernel>,
 }
 
 /// The kernels, loaded for a stream's card.
@@ -182,7 +182,9 @@ impl Kernels {
                 .map_err(failed("cuFuncSetAttribute"))?;
             Ok(kernel)
         };
-        let sized = |name, size| Ok(Sized { kernel: roomy(name, OWN)?, size });
+        let sized = |name: &CStr, size: usize| -> Result<Kernel> {
+            Ok(Kernel { kernel: roomy(name, OWN)?, size })
+        };
         let hopper = if hopper {
             let few = FEW_KERNELS.map(|(name, tokens)| sized(name, tokens));
             let many = MANY_KERNELS.map(|(name, units, _)| sized(name, units));
@@ -349,7 +351,7 @@ impl Kernels {
 
     fn few(&self, tokens: usize, width: usize) -> Option<(sys::CUfunction, Grid)> {
         let hopper = self.hopper.as_ref().filter(|_| tokens <= FEW_MOST)?;
-        let fits = |few: &&Sized| tokens <= few.size || few.size == FEW[1];
+        let fits = |few: &&Kernel| tokens <= few.size || few.size == FEW[1];
         let few = hopper.few.iter().find(fits)?;
         let blocks = [width.div_ceil(FEW[0]) * FEW_BLOCKS, tokens.div_ceil(FEW[1])];
         // The block's sums, and each warp's; rows of 32 units are 36 apart.
