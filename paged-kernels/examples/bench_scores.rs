@@ -12,17 +12,14 @@ use paged_kernels::cudarc::driver::sys::{
     CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
 use paged_kernels::cudarc::driver::{CudaContext, CudaGraph, CudaStream};
-use paged_kernels::{
-    DeviceBits, DeviceView, ScorePrecision, ScoreRule, Scores, SurrogateWeights,
-};
+use paged_kernels::{DeviceBits, DeviceView, ScorePrecision, ScoreRule, Scores, SurrogateWeights};
 use std::error::Error;
 use std::sync::Arc;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const REPLAYS: usize = 40;
-const TOKENS: [usize; 13] =
-    [1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768];
+const TOKENS: [usize; 13] = [1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768];
 /// Name, columns, hidden units, heads.
 const SURROGATES: [(&str, usize, usize, usize); 3] =
     [("mlp 8B", 4096, 512, 8), ("mlp 32B", 5120, 640, 8), ("linear 8B", 4096, 0, 8)];
@@ -127,7 +124,7 @@ fn time(kernels: &Scores, dim: usize, width: usize, heads: usize, tokens: usize)
     stream.synchronize()?;
     let rule = ScoreRule { threshold: 0.0, precision: ScorePrecision::MatchTorchBf16 };
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
-    let mut queue = || -> Result<()> {
+    let queue = || -> Result<()> {
         for (surrogate, hidden, mut bits) in calls {
             kernels.score(surrogate, hidden, rule, &mut bits, None)?;
         }

@@ -36,9 +36,10 @@ __device__ inline uint32_t in_block(uint32_t address, uint32_t rank) {
     return there;
 }
 
-// At a barrier of any block of the cluster; `there` is of in_block.
+// At a barrier of any block of the cluster; `there` is of in_block. It orders what the block itself has seen, no more:
+// a wider scope is a fence of the whole card each time.
 __device__ inline void barrier_arrive(uint32_t there) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 
 __device__ inline float read(uint32_t there) {

@@ -28,7 +28,7 @@ struct Scores {
     const bf16 *hidden;        // [tokens][dim], rows `stride` elements apart
     int64_t stride;
     const bf16 *first;         // W1 [width][dim]
-    const float *first_bias;   // [width]
+    const float *first_bias;   // [pitch], 0 past the last unit
     const bf16 *second;        // W2, or a linear surrogate's W: rows of heads, a multiple of GROUP, `pitch` elements apart,
                                // 0 past the surrogate's
     const float *second_bias;  // [heads]
@@ -51,11 +51,16 @@ struct Scores {
 __device__ float rounded(float x) { return __bfloat162float(__float2bfloat16(x)); }
 
 // A hidden unit from its sum.
-__device__ float activate(const Scores &call, float x, float bias) {
+template <bool TORCH>
+__device__ float activate(float x, float bias) {
     x += bias;
-    if (call.torch) x = rounded(x);
+    if (TORCH) x = rounded(x);
     x = x * 0.5f * (1.0f + erff(x * 0.70710678118654752f));
-    return call.torch ? rounded(x) : x;
+    return TORCH ? rounded(x) : x;
+}
+
+__device__ float activate(const Scores &call, float x, float bias) {
+    return call.torch ? activate<true>(x, bias) : activate<false>(x, bias);
 }
 
 // A score from its sum, stored if wanted; says whether it drops the token.
@@ -93,38 +98,38 @@ __device__ float rest(float x) {
     return left == left ? left : 0.0f;
 }
 
+// Keeps the compiler from fetching for all of an unrolled loop first, for which there are no registers.
+__device__ void in_turn() { asm volatile("" ::: "memory"); }
+
 // The second layer over units from `unit` on, by a warp that has 16 tokens' sums of them as the tensor cores leave
-// them: lane 4 g + c holds of each 8 units those at 2 c and 2 c + 1, for tokens g and g + 8. Puts the product at
-// `to[head * pitch + token]`, or adds it. The sums are lost.
-template <int COUNT>
-__device__ void second_layer(const Scores &call, float (&sums)[COUNT], uint32_t unit, float *to, uint32_t pitch,
+// them, a multiple of 16: lane 4 g + c holds of each 8 units those at 2 c and 2 c + 1, for tokens g and g + 8. Puts the product at
+// `to[head * pitch + token]`, or adds it.
+template <bool TORCH, int COUNT>
+__device__ void second_layer(const Scores &call, const float (&sums)[COUNT], uint32_t unit, float *to, uint32_t pitch,
                              bool add) {
     const uint32_t lane = threadIdx.x % LANES, g = lane / 4, c = lane % 4;
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 4) {
-        const uint32_t at = unit + i * 2 + c * 2;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            // Units past the last are not units at all: infinite hidden states make NaN of their zeros.
-            const bool is = at + j < call.width;
-            const float bias = is ? call.first_bias[at + j] : 0.0f;
-            sums[i + j] = is ? activate(call, sums[i + j], bias) : 0.0f;
-            sums[i + j + 2] = is ? activate(call, sums[i + j + 2], bias) : 0.0f;
-        }
-    }
+    const float *biases = call.first_bias + unit + c * 2;
+    // More than a group of heads is rare, and registers to keep the units in there are none: they are made again.
+#pragma unroll 1
     for (uint32_t group = 0; group < call.heads; group += GROUP) {
         const bf16 *weights = call.second + uint64_t(group + g) * call.pitch + unit + c * 2;
         float product[4] = {};
 #pragma unroll
         for (int i = 0; i < COUNT; i += 8) {
-            const uint32_t b0 = __ldg(reinterpret_cast<const uint32_t *>(weights + i * 2));
-            const uint32_t b1 = __ldg(reinterpret_cast<const uint32_t *>(weights + i * 2 + 8));
+            // Units past the last are not units at all: infinite hidden states make NaN of their zeros.
+            if (unit + i * 2 >= call.width) break;
+            const uint32_t b0 = *reinterpret_cast<const uint32_t *>(weights + i * 2);
+            const uint32_t b1 = *reinterpret_cast<const uint32_t *>(weights + i * 2 + 8);
             float x[8];
 #pragma unroll
-            for (int j = 0; j < 8; j++) x[j] = sums[i + j];
+            for (int j = 0; j < 8; j += 4) {
+                const float2 bias = *reinterpret_cast<const float2 *>(biases + (i + j) * 2);
+#pragma unroll
+                for (int k = 0; k < 4; k++) x[j + k] = activate<TORCH>(sums[i + j + k], k % 2 ? bias.y : bias.x);
+            }
             multiply(product, high_halves(x[0], x[1]), high_halves(x[2], x[3]), high_halves(x[4], x[5]),
                      high_halves(x[6], x[7]), b0, b1);
-            if (!call.torch) {
+            if constexpr (!TORCH) {
 #pragma unroll
                 for (int term = 1; term < 3; term++) {
 #pragma unroll
@@ -133,6 +138,7 @@ __device__ void second_layer(const Scores &call, float (&sums)[COUNT], uint32_t 
                              high_halves(x[6], x[7]), b0, b1);
                 }
             }
+            in_turn();
         }
         float *place = to + (group + c * 2) * pitch + g;
         if (add) {
@@ -141,6 +147,16 @@ __device__ void second_layer(const Scores &call, float (&sums)[COUNT], uint32_t 
         }
         place[0] = product[0], place[pitch] = product[1];
         place[8] = product[2], place[pitch + 8] = product[3];
+    }
+}
+
+template <int COUNT>
+__device__ void second_layer(const Scores &call, const float (&sums)[COUNT], uint32_t unit, float *to, uint32_t pitch,
+                             bool add) {
+    if (call.torch) {
+        second_layer<true>(call, sums, unit, to, pitch, add);
+    } else {
+        second_layer<false>(call, sums, unit, to, pitch, add);
     }
 }
 
@@ -544,7 +560,7 @@ __device__ void few(const Scores &call) {
 // deliver is what bounds this. Two groups of four warps have 64 tokens each, a ninth warp fetches. Products of the second
 // layer meet in the order of the blocks, each of which ends with a word.
 constexpr uint32_t MANY_TOKENS = 128;
-constexpr uint32_t MANY_BLOCKS = 4;
+constexpr uint32_t MANY_BLOCKS = MANY_TOKENS / 32;
 constexpr uint32_t MANY_THREADS = THREADS + LANES;
 constexpr uint32_t MANY_PITCH = 132;
 
@@ -552,11 +568,10 @@ template <int N>
 __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
     constexpr uint32_t HIDDEN_BYTES = MANY_TOKENS * 128, STAGE = HIDDEN_BYTES + N * 128;
     extern __shared__ __align__(1024) unsigned char shared[];
-    const uint32_t start = shared_address(shared), base = (start + 1023) / 1024 * 1024;
+    const uint32_t base = shared_address(shared);
     const uint32_t stages = call.stages, full = base + stages * STAGE, empty = full + stages * 8;
     const uint32_t lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const uint32_t rank = cluster_rank(), tile_of = blockIdx.x / MANY_BLOCKS, steps = (call.dim + 63) / 64;
-    float *merged = reinterpret_cast<float *>(shared + (base - start));  // [heads, padded][MANY_PITCH], over the tiles
+    const uint32_t steps = (call.dim + 63) / 64;
     start_next();
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < stages; i++) {
@@ -571,13 +586,14 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
 
     if (warp == TEAM) {
         if (lane == 0) {
+            const uint32_t rank = cluster_rank(), first_token = blockIdx.x / MANY_BLOCKS * MANY_TOKENS;
             uint32_t stage = 0, round = 0;
             for (uint32_t k = 0; k < steps; k++) {
                 if (round > 0) barrier_wait(empty + stage * 8, (round - 1) & 1);
                 const uint32_t to = base + stage * STAGE, barrier = full + stage * 8;
                 barrier_expect(barrier, STAGE);
                 copy_box_to(to + rank * (HIDDEN_BYTES / MANY_BLOCKS), hidden, k * 64,
-                            tile_of * MANY_TOKENS + rank * (MANY_TOKENS / MANY_BLOCKS), barrier, (1 << MANY_BLOCKS) - 1);
+                            first_token + rank * (MANY_TOKENS / MANY_BLOCKS), barrier, (1 << MANY_BLOCKS) - 1);
                 copy_box(to + HIDDEN_BYTES, first, k * 64, rank * N, barrier);
                 if (++stage == stages) stage = 0, round++;
             }
@@ -607,19 +623,19 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         wgmma_wait<0>();
         wgmma_end(sums);
         asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");  // all tiles have come and been read
-        second_layer(call, sums, rank * N, merged + warp * 16, MANY_PITCH, false);
+        // [heads, padded][MANY_PITCH], over the tiles.
+        float *merged = reinterpret_cast<float *>(shared);
+        second_layer(call, sums, cluster_rank() * N, merged + warp * 16, MANY_PITCH, false);
     }
     __syncwarp();
     cluster_arrive();
     cluster_wait();
-    const uint32_t word = tile_of * (MANY_TOKENS / 32) + rank;
     for (uint32_t head = warp; head < call.heads; head += MANY_THREADS / LANES) {
+        const uint32_t at = base + (head * MANY_PITCH + cluster_rank() * 32 + lane) * 4;
         float sum = 0.0f;
 #pragma unroll
-        for (uint32_t r = 0; r < MANY_BLOCKS; r++) {
-            sum += read(in_block(shared_address(merged + head * MANY_PITCH + rank * 32 + lane), r));
-        }
-        decide(call, head, word, sum);
+        for (uint32_t r = 0; r < MANY_BLOCKS; r++) sum += read(in_block(at, r));
+        decide(call, head, blockIdx.x, sum);  // as many blocks in a cluster as words in its tokens
     }
     cluster_arrive();  // nobody leaves while others read what is theirs
     cluster_wait();
@@ -642,7 +658,7 @@ SCORES_FEW(64, 8)
     }
 SCORES_MANY(64, 2)
 SCORES_MANY(128, 2)
-SCORES_MANY(160, 2)
+SCORES_MANY(160, 1)
 SCORES_MANY(256, 1)
 
 #endif

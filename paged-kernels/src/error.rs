@@ -191,7 +191,9 @@ pub enum Error {
     LseType,
     /// A surrogate that no kernel can score with.
     #[cfg(feature = "cuda")]
-    #[error("a surrogate with {found} {field}, wanted 1 to {most}; check the weights and their dim")]
+    #[error(
+        "a surrogate with {found} {field}, wanted 1 to {most}; check the weights and their dim"
+    )]
     Surrogate {
         /// What is counted.
         field: &'static str,

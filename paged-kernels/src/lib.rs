@@ -33,9 +33,7 @@ pub use pool::PagePool;
 pub use reference::Reference;
 pub use ring::Recent;
 #[cfg(feature = "cuda")]
-pub use scores::{
-    DeviceBits, ScorePrecision, ScoreRule, Scores, Surrogate, SurrogateWeights,
-};
+pub use scores::{DeviceBits, ScorePrecision, ScoreRule, Scores, Surrogate, SurrogateWeights};
 pub use shape::{CacheShape, Dtype, Stats};
 pub use table::PageTable;
 pub use view::{Data, DataMut, View, ViewMut};

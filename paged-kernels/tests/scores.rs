@@ -8,8 +8,8 @@ use common::Noise;
 use half::bf16;
 use paged_kernels::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use paged_kernels::{
-    DeviceBits, DeviceView, DeviceViewMut, Dtype, Error, ScorePrecision, ScoreRule, Scores, Surrogate,
-    SurrogateWeights,
+    DeviceBits, DeviceView, DeviceViewMut, Dtype, Error, ScorePrecision, ScoreRule, Scores,
+    Surrogate, SurrogateWeights,
 };
 use std::sync::Arc;
 
@@ -27,7 +27,8 @@ struct Shape {
 
 fn shapes() -> Vec<Shape> {
     let shape = |(dim, width, heads)| Shape { dim, width, heads };
-    let linear = [(576, 0, 1), (1024, 0, 8), (4096, 0, 8), (4096, 0, 3), (1024, 0, 17), (576, 0, 32)];
+    let linear =
+        [(576, 0, 1), (1024, 0, 8), (4096, 0, 8), (4096, 0, 3), (1024, 0, 17), (576, 0, 32)];
     let mlp = [
         (576, 72, 1),
         (576, 16, 3),
@@ -234,7 +235,7 @@ mod cuda {
         let Shape { dim, heads, .. } = shape;
         let surrogate = card.kernels.surrogate(dim, model.weights()).unwrap();
         let rows = card.rows(&model.hidden, dim, dim + gap);
-        let seen = |t: &usize| *t < 70 || *t % 149 == 0 || *t > MOST - 4;
+        let seen = |t: &usize| *t < 70 || t.is_multiple_of(149) || *t > MOST - 4;
         let seen = (0..MOST).filter(seen).collect::<Vec<_>>();
         let mut worst = 0f64;
         for precision in PRECISIONS {
@@ -269,7 +270,10 @@ mod cuda {
                             }
                         };
                         let off = (score - expected).abs();
-                        assert!(off <= room, "{case}: head {head} token {token}: {score} is not {expected}");
+                        assert!(
+                            off <= room,
+                            "{case}: head {head} token {token}: {score} is not {expected}"
+                        );
                         if precision == ScorePrecision::F32 {
                             worst = worst.max(off);
                         }
@@ -309,7 +313,9 @@ mod cuda {
     fn the_plain_kernel_agrees_with_the_reference() {
         let card = Card::new();
         // An odd stride has no fast kernel, nor have these columns.
-        for (dim, width, heads, gap) in [(576, 72, 3, 1), (100, 33, 8, 0), (1024, 0, 3, 3), (8, 0, 32, 0)] {
+        for (dim, width, heads, gap) in
+            [(576, 72, 3, 1), (100, 33, 8, 0), (1024, 0, 3, 3), (8, 0, 32, 0)]
+        {
             check(&card, Shape { dim, width, heads }, gap);
         }
     }
@@ -346,7 +352,8 @@ mod cuda {
                         for head in 0..shape.heads {
                             for token in 0..tokens {
                                 let at = head * tokens + token;
-                                let case = format!("{shape:?} {precision:?} {tokens}: {head} {token}");
+                                let case =
+                                    format!("{shape:?} {precision:?} {tokens}: {head} {token}");
                                 let ill = sick.contains(&token);
                                 let nan = f32::from_bits(found.scores[at]).is_nan();
                                 assert_eq!(nan, ill, "{case}");
@@ -367,7 +374,8 @@ mod cuda {
     fn arguments_that_do_not_go_together_are_refused() {
         let card = Card::new();
         let model = Model::new(Shape { dim: 64, width: 16, heads: 3 }, 5);
-        let SurrogateWeights::Mlp { first, first_bias, second, second_bias } = model.weights() else {
+        let SurrogateWeights::Mlp { first, first_bias, second, second_bias } = model.weights()
+        else {
             panic!("an MLP")
         };
         let make = |dim, weights| card.kernels.surrogate(dim, weights).map(|_| ());
@@ -376,14 +384,15 @@ mod cuda {
         assert_eq!(make(64, short), Err(expected));
         let none = SurrogateWeights::Mlp { first: &[], first_bias: &[], second, second_bias };
         assert!(matches!(make(64, none), Err(Error::Surrogate { field: "hidden units", .. })));
-        let many = SurrogateWeights::Linear { weight: &vec![bf16::ONE; 33], bias: &[bf16::ONE; 33] };
+        let many = SurrogateWeights::Linear { weight: &[bf16::ONE; 33], bias: &[bf16::ONE; 33] };
         assert!(matches!(make(1, many), Err(Error::Surrogate { field: "heads", found: 33, .. })));
 
         let surrogate = card.kernels.surrogate(64, model.weights()).unwrap();
         let stream = &card.stream;
         let rows = stream.clone_htod(&model.hidden).unwrap();
         let wide = stream.alloc_zeros::<f32>(5 * 64).unwrap();
-        let (mut words, mut other) = (stream.alloc_zeros(3).unwrap(), stream.alloc_zeros(6).unwrap());
+        let (mut words, mut other) =
+            (stream.alloc_zeros(3).unwrap(), stream.alloc_zeros(6).unwrap());
         let mut narrow = stream.alloc_zeros::<bf16>(15).unwrap();
         let good = DeviceView::of(&rows, [1, 5, 64], stream).unwrap();
         let mut bits = DeviceBits::of(&mut words, [3, 5], stream).unwrap();
@@ -423,8 +432,8 @@ mod cuda {
         let rule = ScoreRule { threshold: 0.1, precision: ScorePrecision::MatchTorchBf16 };
         let mut rows = stream.alloc_zeros::<bf16>(600 * shape.dim).unwrap();
         let sizes = [1, 600, 33, 64, 300];
-        let mut outs = sizes
-            .map(|tokens| stream.alloc_zeros::<u32>(DeviceBits::words([8, tokens])).unwrap());
+        let mut outs =
+            sizes.map(|tokens| stream.alloc_zeros::<u32>(DeviceBits::words([8, tokens])).unwrap());
         let graph = {
             let calls = outs.iter_mut().zip(sizes).map(|(out, tokens)| {
                 let hidden = first_rows(&rows, [tokens, shape.dim], shape.dim, stream);
@@ -432,9 +441,7 @@ mod cuda {
             });
             let calls = calls.collect::<Vec<_>>();
             stream.synchronize().unwrap();
-            stream
-                .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
-                .unwrap();
+            stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
             for (mut bits, hidden) in calls {
                 card.kernels.score(&surrogate, hidden, rule, &mut bits, None).unwrap();
             }

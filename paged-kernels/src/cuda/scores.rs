@@ -185,6 +185,8 @@ impl Scores {
             let data = data.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
             self.kernels.upload(&data)
         };
+        let mut units = first_bias.to_vec();
+        units.resize(if width == 0 { 0 } else { pitch }, bf16::ZERO);
         let first = upload(first)?;
         let map = self.kernels.map_weights(&first, width, dim)?;
         let (parts, arrivals) = launch::exchange(width, heads);
@@ -194,7 +196,7 @@ impl Scores {
             heads,
             pitch,
             first,
-            first_bias: wide(first_bias)?,
+            first_bias: wide(&units)?,
             second: upload(&padded)?,
             second_bias: wide(second_bias)?,
             parts: self.kernels.zeros(parts)?,
@@ -207,8 +209,8 @@ impl Scores {
     /// `scores`, if given, is f32 `[H, T, 1]`. It allocates nothing and waits for nothing, so a graph can capture it; but
     /// calls that share a surrogate must run one after the other, also in graphs.
     ///
-    /// Rows that begin at a multiple of 16 bytes and whose `dim` is a multiple of 64 take fast kernels, any others a plain
-    /// one. The same inputs give the same bits in every run; a token's score depends in its last bits on how many it
+    /// Rows that begin at a multiple of 16 bytes take fast kernels if `dim` is a multiple of 64 and hidden units one of
+    /// 16, any others a plain one. The same inputs give the same bits in every run; a token's score depends in its last bits on how many it
     /// comes with.
     ///
     /// # Errors

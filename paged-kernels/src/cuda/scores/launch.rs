@@ -43,7 +43,7 @@ const MANY_THREADS: u32 = THREADS + 32;
 const MANY_KERNELS: [(&CStr, usize, usize); 4] = [
     (c"scores_many_64", 64, 2),
     (c"scores_many_128", 128, 2),
-    (c"scores_many_160", 160, 2),
+    (c"scores_many_160", 160, 1),
     (c"scores_many_256", 256, 1),
 ];
 /// Columns of a tile, of 128 bytes.
@@ -245,12 +245,7 @@ impl Kernels {
     }
 
     /// `first` `[width, dim]` for the kernel that many tokens take, if one does.
-    pub fn map_weights(
-        &self,
-        first: &Held<bf16>,
-        width: usize,
-        dim: usize,
-    ) -> Result<Option<Map>> {
+    pub fn map_weights(&self, first: &Held<bf16>, width: usize, dim: usize) -> Result<Option<Map>> {
         let Some((_, units, _)) = many_for(width) else { return Ok(None) };
         if self.hopper.is_none() || width == 0 || !dim.is_multiple_of(COLUMNS) {
             return Ok(None);
@@ -322,27 +317,28 @@ impl Kernels {
         let aligned = hidden.data.is_multiple_of(16) && stride.is_multiple_of(8) && stride >= dim;
         let tile = TILE_BYTES + 4 * heads.next_multiple_of(8) * (TILE_TOKENS + 4) * 4;
         let words = tokens.div_ceil(32);
-        let (kernel, grid) = if !aligned || !dim.is_multiple_of(COLUMNS) {
-            (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
-        } else if width == 0 {
-            (self.linear[usize::from(heads > 8)], Grid::of(words))
-        } else if let Some((kernel, grid)) = self.few(tokens, width) {
-            (kernel, grid)
-        } else if let Some((kernel, grid, stages, map)) = self.many(call.surrogate, tokens) {
-            raw.stages = stages as u32;
-            let rows = MANY_TOKENS / MANY_BLOCKS;
-            let hidden = self.map(raw.hidden, [dim, tokens], stride, rows)?;
-            let arguments = [argument(&raw), argument(&hidden), argument(&map)];
-            // SAFETY: as below; the maps are of the hidden states and of the first weights.
-            return unsafe { self.launch(kernel, grid, &arguments) };
-        } else if self.hopper.is_none() && tokens <= THIN_MOST {
-            let blocks = [width.div_ceil(THIN[0]), tokens.div_ceil(THIN[1])];
-            (self.thin, Grid { blocks, ..Grid::of(1) })
-        } else if tile <= self.shared {
-            (self.tile, Grid { shared: tile, ..Grid::of(tokens.div_ceil(TILE_TOKENS)) })
-        } else {
-            (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
-        };
+        let (kernel, grid) =
+            if !aligned || !dim.is_multiple_of(COLUMNS) || !width.is_multiple_of(16) {
+                (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
+            } else if width == 0 {
+                (self.linear[usize::from(heads > 8)], Grid::of(words))
+            } else if let Some((kernel, grid)) = self.few(tokens, width) {
+                (kernel, grid)
+            } else if let Some((kernel, grid, stages, map)) = self.many(call.surrogate, tokens) {
+                raw.stages = stages as u32;
+                let rows = MANY_TOKENS / MANY_BLOCKS;
+                let hidden = self.map(raw.hidden, [dim, tokens], stride, rows)?;
+                let arguments = [argument(&raw), argument(&hidden), argument(&map)];
+                // SAFETY: as below; the maps are of the hidden states and of the first weights.
+                return unsafe { self.launch(kernel, grid, &arguments) };
+            } else if self.hopper.is_none() && tokens <= THIN_MOST {
+                let blocks = [width.div_ceil(THIN[0]), tokens.div_ceil(THIN[1])];
+                (self.thin, Grid { blocks, ..Grid::of(1) })
+            } else if tile <= self.shared {
+                (self.tile, Grid { shared: tile, ..Grid::of(tokens.div_ceil(TILE_TOKENS)) })
+            } else {
+                (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
+            };
         // SAFETY: views and bits hold what their shapes say, which go with each other and the surrogate, as the caller has
         // checked; `second` is padded to `pitch` and to 8 heads with zeros; parts and counters are of `exchange`, the
         // counters 0 between launches.
@@ -374,9 +370,9 @@ impl Kernels {
         let together = if blocks > self.multiprocessors { together } else { 1 };
         let room = (self.shared_of_all / together - KEPT).min(self.shared);
         let stage = (MANY_TOKENS + units) * 128;
-        // A pair of barriers a stage; tiles begin at a multiple of 1024 bytes.
-        let stages = ((room - 1024) / (stage + 16)).min(8);
-        let shared = 1024 + stages * (stage + 16);
+        // With a pair of barriers each.
+        let stages = (room / (stage + 16)).min(8);
+        let shared = stages * (stage + 16);
         let grid = Grid { blocks: [blocks, 1], threads: MANY_THREADS, shared, overlaps: true };
         Some((many.kernel, grid, stages, map))
     }
