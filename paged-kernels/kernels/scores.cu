@@ -102,7 +102,7 @@ __device__ float rest(float x) {
 __device__ void in_turn() { asm volatile("" ::: "memory"); }
 
 // The second layer over units from `unit` on, by a warp that has 16 tokens' sums of them as the tensor cores leave
-// them, a multiple of 16: lane 4 g + c holds of each 8 units those at 2 c and 2 c + 1, for tokens g and g + 8. Puts the product at
+// them, a multiple of 8: lane 4 g + c holds of each 8 units those at 2 c and 2 c + 1, for tokens g and g + 8. Puts the product at
 // `to[head * pitch + token]`, or adds it.
 template <bool TORCH, int COUNT>
 __device__ void second_layer(const Scores &call, const float (&sums)[COUNT], uint32_t unit, float *to, uint32_t pitch,
@@ -116,13 +116,13 @@ __device__ void second_layer(const Scores &call, const float (&sums)[COUNT], uin
         float product[4] = {};
 #pragma unroll
         for (int i = 0; i < COUNT; i += 8) {
-            // Units past the last are not units at all: infinite hidden states make NaN of their zeros.
-            if (unit + i * 2 >= call.width) break;
             const uint32_t b0 = *reinterpret_cast<const uint32_t *>(weights + i * 2);
             const uint32_t b1 = *reinterpret_cast<const uint32_t *>(weights + i * 2 + 8);
-            float x[8];
+            float x[8] = {};
 #pragma unroll
             for (int j = 0; j < 8; j += 4) {
+                // Units past the last are not units at all: infinite hidden states make NaN of their zeros.
+                if (unit + (i + j) * 2 >= call.width) continue;
                 const float2 bias = *reinterpret_cast<const float2 *>(biases + (i + j) * 2);
 #pragma unroll
                 for (int k = 0; k < 4; k++) x[j + k] = activate<TORCH>(sums[i + j + k], k % 2 ? bias.y : bias.x);

@@ -210,7 +210,7 @@ impl Scores {
     /// calls that share a surrogate must run one after the other, also in graphs.
     ///
     /// Rows that begin at a multiple of 16 bytes take fast kernels if `dim` is a multiple of 64 and hidden units one of
-    /// 16, any others a plain one. The same inputs give the same bits in every run; a token's score depends in its last bits on how many it
+    /// 8, any others a plain one. The same inputs give the same bits in every run; a token's score depends in its last bits on how many it
     /// comes with.
     ///
     /// # Errors

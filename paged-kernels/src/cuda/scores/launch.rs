@@ -317,28 +317,28 @@ impl Kernels {
         let aligned = hidden.data.is_multiple_of(16) && stride.is_multiple_of(8) && stride >= dim;
         let tile = TILE_BYTES + 4 * heads.next_multiple_of(8) * (TILE_TOKENS + 4) * 4;
         let words = tokens.div_ceil(32);
-        let (kernel, grid) =
-            if !aligned || !dim.is_multiple_of(COLUMNS) || !width.is_multiple_of(16) {
-                (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
-            } else if width == 0 {
-                (self.linear[usize::from(heads > 8)], Grid::of(words))
-            } else if let Some((kernel, grid)) = self.few(tokens, width) {
-                (kernel, grid)
-            } else if let Some((kernel, grid, stages, map)) = self.many(call.surrogate, tokens) {
-                raw.stages = stages as u32;
-                let rows = MANY_TOKENS / MANY_BLOCKS;
-                let hidden = self.map(raw.hidden, [dim, tokens], stride, rows)?;
-                let arguments = [argument(&raw), argument(&hidden), argument(&map)];
-                // SAFETY: as below; the maps are of the hidden states and of the first weights.
-                return unsafe { self.launch(kernel, grid, &arguments) };
-            } else if self.hopper.is_none() && tokens <= THIN_MOST {
-                let blocks = [width.div_ceil(THIN[0]), tokens.div_ceil(THIN[1])];
-                (self.thin, Grid { blocks, ..Grid::of(1) })
-            } else if tile <= self.shared {
-                (self.tile, Grid { shared: tile, ..Grid::of(tokens.div_ceil(TILE_TOKENS)) })
-            } else {
-                (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
-            };
+        let (kernel, grid) = if !aligned || !dim.is_multiple_of(COLUMNS) || !width.is_multiple_of(8)
+        {
+            (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
+        } else if width == 0 {
+            (self.linear[usize::from(heads > 8)], Grid::of(words))
+        } else if let Some((kernel, grid)) = self.few(tokens, width) {
+            (kernel, grid)
+        } else if let Some((kernel, grid, stages, map)) = self.many(call.surrogate, tokens) {
+            raw.stages = stages as u32;
+            let rows = MANY_TOKENS / MANY_BLOCKS;
+            let hidden = self.map(raw.hidden, [dim, tokens], stride, rows)?;
+            let arguments = [argument(&raw), argument(&hidden), argument(&map)];
+            // SAFETY: as below; the maps are of the hidden states and of the first weights.
+            return unsafe { self.launch(kernel, grid, &arguments) };
+        } else if self.hopper.is_none() && tokens <= THIN_MOST {
+            let blocks = [width.div_ceil(THIN[0]), tokens.div_ceil(THIN[1])];
+            (self.thin, Grid { blocks, ..Grid::of(1) })
+        } else if tile <= self.shared {
+            (self.tile, Grid { shared: tile, ..Grid::of(tokens.div_ceil(TILE_TOKENS)) })
+        } else {
+            (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
+        };
         // SAFETY: views and bits hold what their shapes say, which go with each other and the surrogate, as the caller has
         // checked; `second` is padded to `pitch` and to 8 heads with zeros; parts and counters are of `exchange`, the
         // counters 0 between launches.
