@@ -184,7 +184,7 @@ __device__ bool last_of(uint32_t *arrivals, uint32_t blocks) {
 // permuted alike, and nothing passes through shared memory.
 constexpr uint32_t THIN_PITCH = 36;  // of tokens in shared memory: no two lanes meet in a bank
 
-template <int GROUPS>
+template <int GROUPS, uint32_t WARPS>
 __device__ void thin_product(const Scores &call, uint32_t token, const bf16 *weights, uint32_t rows,
                              float (*merged)[GROUPS * 8 * THIN_PITCH]) {
     constexpr int AHEAD = GROUPS == 1 ? 4 : 2;
@@ -195,11 +195,11 @@ __device__ void thin_product(const Scores &call, uint32_t token, const bf16 *wei
 #pragma unroll
     for (int i = 0; i < GROUPS; i++) row[i] = weights + uint64_t(min(g + 8 * i, rows - 1)) * call.dim + c * 8;
     float sums[GROUPS][2][4] = {};
-    for (uint32_t k = warp * 32; k < call.dim; k += TEAM * 32 * AHEAD) {
+    for (uint32_t k = warp * 32; k < call.dim; k += WARPS * 32 * AHEAD) {
         uint4 a[AHEAD][4], b[AHEAD][GROUPS];
 #pragma unroll
         for (int s = 0; s < AHEAD; s++) {
-            const uint32_t at = k + s * TEAM * 32;
+            const uint32_t at = k + s * WARPS * 32;
             const bool is = at < call.dim;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -235,21 +235,21 @@ __device__ void thin_product(const Scores &call, uint32_t token, const bf16 *wei
     __syncthreads();
 }
 
-template <int GROUPS>
+template <int GROUPS, uint32_t WARPS>
 __device__ float thin_sum(float (*merged)[GROUPS * 8 * THIN_PITCH], uint32_t row) {
     float x = 0.0f;
 #pragma unroll
-    for (int w = 0; w < TEAM; w++) x += merged[w][row * THIN_PITCH + threadIdx.x % LANES];
+    for (uint32_t w = 0; w < WARPS; w++) x += merged[w][row * THIN_PITCH + threadIdx.x % LANES];
     return x;
 }
 
 // A linear surrogate, a block a word.
-template <int GROUPS>
+template <int GROUPS, uint32_t WARPS>
 __device__ void linear(const Scores &call) {
-    __shared__ float merged[TEAM][GROUPS * 8 * THIN_PITCH];
-    thin_product<GROUPS>(call, blockIdx.x * 32, call.second, call.heads, merged);
-    for (uint32_t head = threadIdx.x / LANES; head < call.heads; head += TEAM) {
-        decide(call, head, blockIdx.x, thin_sum<GROUPS>(merged, head));
+    __shared__ float merged[WARPS][GROUPS * 8 * THIN_PITCH];
+    thin_product<GROUPS, WARPS>(call, blockIdx.x * 32, call.second, call.heads, merged);
+    for (uint32_t head = threadIdx.x / LANES; head < call.heads; head += WARPS) {
+        decide(call, head, blockIdx.x, thin_sum<GROUPS, WARPS>(merged, head));
     }
 }
 
@@ -310,8 +310,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_plain(Scores call) 
     if (threadIdx.x < call.heads) call.bits[uint64_t(threadIdx.x) * call.words + blockIdx.x] = word[threadIdx.x];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) scores_linear_8(Scores call) { linear<1>(call); }
-extern "C" __global__ void __launch_bounds__(THREADS) scores_linear_32(Scores call) { linear<4>(call); }
+extern "C" __global__ void __launch_bounds__(16 * LANES, 2) scores_linear_8(Scores call) { linear<1, 16>(call); }
+extern "C" __global__ void __launch_bounds__(THREADS) scores_linear_32(Scores call) { linear<4, TEAM>(call); }
 
 // An MLP for few tokens: a block has 8 units and 32 tokens. Its part of the second layer goes to the last block of those
 // tokens, which adds the parts up in the order of the units. `arrivals` is [words].
@@ -319,8 +319,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_thin(Scores call) {
     __shared__ float merged[TEAM][8 * THIN_PITCH];
     __shared__ float units[8][LANES];
     const uint32_t lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, unit = blockIdx.x * 8, word = blockIdx.y;
-    thin_product<1>(call, word * 32, call.first + uint64_t(unit) * call.dim, min(call.width - unit, 8u), merged);
-    const float x = thin_sum<1>(merged, warp);
+    thin_product<1, TEAM>(call, word * 32, call.first + uint64_t(unit) * call.dim, min(call.width - unit, 8u), merged);
+    const float x = thin_sum<1, TEAM>(merged, warp);
     units[warp][lane] = unit + warp < call.width ? activate(call, x, call.first_bias[unit + warp]) : 0.0f;
     __syncthreads();
     float *parts = call.parts + uint64_t(word) * gridDim.x * call.heads * LANES;  // [blocks][heads][32]
@@ -643,8 +643,9 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
 
 }  // namespace scores
 
+// Two blocks must fit a multiprocessor, or the next kernel can't start while this one ends.
 #define SCORES_FEW(NAME, TILES)                                                                               \
-    extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(THREADS, 1) scores_few_##NAME(Scores call) { \
+    extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(THREADS, 2) scores_few_##NAME(Scores call) { \
         few<TILES>(call);                                                                                     \
     }
 SCORES_FEW(8, 1)

@@ -120,7 +120,8 @@ pub struct Kernels {
     stream: Arc<CudaStream>,
     module: sys::CUmodule,
     plain: sys::CUfunction,
-    linear: [sys::CUfunction; 2],
+    /// With their threads: for up to 8 heads, and for more.
+    linear: [(sys::CUfunction, u32); 2],
     thin: sys::CUfunction,
     tile: sys::CUfunction,
     hopper: Option<Hopper>,
@@ -195,7 +196,10 @@ impl Kernels {
         };
         let kernels = Self {
             plain: roomy(c"scores_plain", OWN)?,
-            linear: [function(c"scores_linear_8")?, function(c"scores_linear_32")?],
+            linear: [
+                (function(c"scores_linear_8")?, 512),
+                (function(c"scores_linear_32")?, THREADS),
+            ],
             thin: function(c"scores_thin")?,
             tile: roomy(c"scores_tile", OWN)?,
             hopper,
@@ -321,7 +325,8 @@ impl Kernels {
         {
             (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
         } else if width == 0 {
-            (self.linear[usize::from(heads > 8)], Grid::of(words))
+            let (kernel, threads) = self.linear[usize::from(heads > 8)];
+            (kernel, Grid { threads, ..Grid::of(words) })
         } else if let Some((kernel, grid)) = self.few(tokens, width) {
             (kernel, grid)
         } else if let Some((kernel, grid, stages, map)) = self.many(call.surrogate, tokens) {
@@ -365,9 +370,10 @@ impl Kernels {
         let (_, units, together) = many_for(surrogate.width)?;
         let many = hopper.many.iter().find(|many| many.size == units)?;
         let blocks = tokens.div_ceil(MANY_TOKENS) * MANY_BLOCKS;
-        // Where blocks outnumber multiprocessors two of them share one: what one has to do after its tiles passes while
-        // the other multiplies. Where they do not, one is better off with all of the memory.
-        let together = if blocks > self.multiprocessors { together } else { 1 };
+        // Where there are more blocks than multiprocessors two of them share one: what one has to do after its tiles passes
+        // while the other multiplies. Clusters do not find room on every last multiprocessor, and one that must wait for the
+        // others doubles the time, so a tenth less counts as more. Few blocks are better off with all of the memory.
+        let together = if blocks * 10 > self.multiprocessors * 9 { together } else { 1 };
         let room = (self.shared_of_all / together - KEPT).min(self.shared);
         let stage = (MANY_TOKENS + units) * 128;
         // With a pair of barriers each.
