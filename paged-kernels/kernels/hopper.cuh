@@ -48,9 +48,10 @@ __device__ inline float read(uint32_t there) {
     return x;
 }
 
+// Asked for again each time, not kept in a register.
 __device__ inline uint32_t cluster_rank() {
     uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 

@@ -438,31 +438,32 @@ __device__ void few(const Scores &call) {
     float *sums = shared_floats;                            // [TOKENS][SHORT_PITCH]: the block's
     float *theirs = shared_floats + TOKENS * SHORT_PITCH;   // [TEAM][TOKENS][SHORT_PITCH]: the warps'
     const uint32_t lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, c = lane % 4;
-    const uint32_t rank = cluster_rank(), share = blockIdx.x / SHORT_BLOCKS, shares = gridDim.x / SHORT_BLOCKS;
+    const uint32_t share = blockIdx.x / SHORT_BLOCKS, shares = gridDim.x / SHORT_BLOCKS;
     const uint32_t first_token = blockIdx.y * SHORT_TOKENS, first_unit = share * SHORT_UNITS;
     start_next();
 
-    const bf16 *rows[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        rows[i] = call.first + uint64_t(min(first_unit + g + 8 * i, call.width - 1)) * call.dim + c * 8;
-    }
-    uint32_t k = (rank * TEAM + warp) * 64;
+    uint32_t k = (cluster_rank() * TEAM + warp) * 64;
     uint4 a[4][2] = {};
     auto load_weights = [&]() {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
+            const uint32_t row = min(first_unit + g + 8 * i, call.width - 1);
+            const bf16 *from = call.first + uint64_t(row) * call.dim + c * 8 + k;
 #pragma unroll
-            for (int j = 0; j < 2; j++) a[i][j] = __ldg(reinterpret_cast<const uint4 *>(rows[i] + k + j * 32));
+            for (int j = 0; j < 2; j++) a[i][j] = __ldg(reinterpret_cast<const uint4 *>(from + j * 32));
         }
     };
     if (k < call.dim) load_weights();
     settle();
     float c_sums[TILES][2][4] = {};
+    uint32_t row = first_token + g;
     while (k < call.dim) {
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            const uint32_t token = min(first_token + t * 8 + g, call.tokens - 1);
+            // Later tokens only where there are some; and registers for all loads at once there are none.
+            if ((t == 4 || t == 6) && first_token + t * 8 >= call.tokens) break;
+            if (t % 2 == 0) asm volatile("" : "+r"(row));  // where rows lie is not known early either
+            const uint32_t token = min(row + t * 8, call.tokens - 1);
             const bf16 *hidden = call.hidden + token * call.stride + k + c * 8;
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -498,7 +499,7 @@ __device__ void few(const Scores &call) {
     }
     cluster_arrive();
     // What the second layer wants is fetched while the others come.
-    const uint32_t unit = first_unit + lane, token = rank * 8 + warp;
+    const uint32_t rank = cluster_rank(), unit = first_unit + lane, token = rank * 8 + warp;
     const bool is = unit < call.width;
     const float bias = is ? call.first_bias[unit] : 0.0f;
     float weights[GROUP];
