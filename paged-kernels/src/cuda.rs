@@ -7,10 +7,12 @@
 mod driver;
 mod plan;
 mod resident;
+mod scores;
 mod view;
 
 pub use resident::{Mode, Resident, Seats};
-pub use view::{DeviceBits, DeviceElement, DeviceView, DeviceViewMut};
+pub use scores::{ScorePrecision, ScoreRule, Scores, Surrogate, SurrogateWeights};
+pub use view::{DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut};
 
 use crate::backend::PagedAttention;
 use crate::book::{Book, Sequence};
@@ -82,7 +84,9 @@ impl Cuda {
     fn build(shape: CacheShape, device: Device) -> Result<Self> {
         let book = Book::new(shape)?;
         let CacheShape { pages, page_size, head_dim, dtype, .. } = book.shape;
-        let room = device.room(pages * book.shape.page_bytes())?;
+        // Zero, since whole pages are read: what no one has written must be a number.
+        let mut room = device.room(pages * book.shape.page_bytes())?;
+        device.zero(&mut room)?;
         let (page_size, dim) = (page_size as u32, head_dim as u32);
         let pool = Pool { room, dtype: dtype.code(), page_size, dim };
         let empty = || device.room(0);

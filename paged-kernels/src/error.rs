@@ -196,6 +196,34 @@ pub enum Error {
     #[cfg(feature = "cuda")]
     #[error("lse must be f32; give it a view of f32")]
     LseType,
+    /// A surrogate that no kernel can score with.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "a surrogate with {found} {field}, wanted 1 to {most}; check the weights and their dim"
+    )]
+    Surrogate {
+        /// What is counted.
+        field: &'static str,
+        /// How many there are.
+        found: usize,
+        /// How many there may be.
+        most: usize,
+    },
+    /// Hidden states of another type than bf16.
+    #[cfg(feature = "cuda")]
+    #[error("hidden states must be bf16; give it a view of bf16")]
+    HiddenType,
+    /// Scores of another type than f32.
+    #[cfg(feature = "cuda")]
+    #[error("scores must be f32; give it a view of f32")]
+    ScoresType,
+    /// An address that no drop bits can have.
+    #[cfg(feature = "cuda")]
+    #[error("{address:#x} is no address of 32-bit words; hand over memory on the card")]
+    BitsAddress {
+        /// The address.
+        address: u64,
+    },
     /// A layer was attended before it was given the step's tokens.
     #[error("layer {layer} has no tokens of this step yet; append before you attend")]
     NotAppended {

@@ -20,7 +20,10 @@ pub use backend::PagedAttention;
 pub use book::Sequence;
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
-pub use cuda::{Cuda, DeviceBits, DeviceElement, DeviceView, DeviceViewMut, Mode, Resident, Seats};
+pub use cuda::{
+    Cuda, DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut, Mode, Resident,
+    ScorePrecision, ScoreRule, Scores, Seats, Surrogate, SurrogateWeights,
+};
 #[cfg(feature = "cuda")]
 pub use cudarc;
 pub use error::{Error, Result};

@@ -63,21 +63,8 @@ impl<'a> View<'a> {
         strides: [usize; 2],
     ) -> Result<Self> {
         let data = data.into();
-        let end = if shape.contains(&0) {
-            Some(0)
-        } else {
-            let [heads, tokens] =
-                [(shape[0] - 1).checked_mul(strides[0]), (shape[1] - 1).checked_mul(strides[1])];
-            heads.zip(tokens).and_then(|(h, t)| h.checked_add(t)?.checked_add(shape[2]))
-        };
-        match end {
-            Some(end) if end <= data.len() => Ok(Self { data, shape, strides }),
-            end => Err(Error::Length {
-                argument: "view",
-                expected: end.unwrap_or(usize::MAX),
-                found: data.len(),
-            }),
-        }
+        check_end(data.len(), shape, strides)?;
+        Ok(Self { data, shape, strides })
     }
 
     /// `[heads, tokens, dim]`.
@@ -190,6 +177,21 @@ impl<'a> ViewMut<'a> {
 /// Saturates: no slice holds `usize::MAX` elements.
 fn elements(shape: [usize; 3]) -> usize {
     shape.iter().fold(1, |product: usize, &n| product.saturating_mul(n))
+}
+
+/// Says whether `found` elements reach to the end of a tensor whose heads and tokens lie `strides` elements apart.
+pub(crate) fn check_end(found: usize, shape: [usize; 3], strides: [usize; 2]) -> Result<()> {
+    let end = if shape.contains(&0) {
+        Some(0)
+    } else {
+        let [heads, tokens] =
+            [(shape[0] - 1).checked_mul(strides[0]), (shape[1] - 1).checked_mul(strides[1])];
+        heads.zip(tokens).and_then(|(h, t)| h.checked_add(t)?.checked_add(shape[2]))
+    };
+    match end {
+        Some(end) if end <= found => Ok(()),
+        end => Err(Error::Length { argument: "view", expected: end.unwrap_or(usize::MAX), found }),
+    }
 }
 
 pub(crate) fn check_length(argument: &'static str, found: usize, expected: usize) -> Result<()> {

@@ -4,6 +4,7 @@
 
 pub mod attend;
 pub mod resident;
+pub mod scores;
 
 use self::attend::{AttendCall, HEAD_WORDS, Stream, StreamCall};
 use crate::cuda::view::{DeviceView, DeviceViewMut};
@@ -52,6 +53,17 @@ fn check_driver() -> Result<()> {
         }
     };
     if found < DRIVER { Err(Error::OldDriver { found, wanted: DRIVER }) } else { Ok(()) }
+}
+
+/// Binds the context, and gives the compute capability of a card that has kernels.
+fn check_card(context: &Arc<CudaContext>) -> Result<(i32, i32)> {
+    let (major, minor) = context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?;
+    if (major, minor) < CAPABILITY {
+        let card = context.name().map_err(failed("cuDeviceGetName"))?;
+        return Err(Error::Card { card, major, minor });
+    }
+    context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
+    Ok((major, minor))
 }
 
 fn load(ptx: &'static str) -> Result<sys::CUmodule> {
@@ -103,19 +115,13 @@ impl Device {
     pub fn new(stream: Arc<CudaStream>, dtype: Dtype) -> Result<Self> {
         check_driver()?;
         let context = stream.context().clone();
-        let (major, minor) =
-            context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?;
-        if (major, minor) < CAPABILITY {
-            let card = context.name().map_err(failed("cuDeviceGetName"))?;
-            return Err(Error::Card { card, major, minor });
-        }
-        context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
+        let capability = check_card(&context)?;
         let attribute = |which| context.attribute(which).map_err(failed("cuDeviceGetAttribute"));
         use sys::CUdevice_attribute_enum as Attribute;
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let overlaps = (major, minor) >= (9, 0);
+        let overlaps = capability >= (9, 0);
         let plain = load(PLAIN)?;
         let mut device = Self {
             store: function(plain, c"plain_store")?,

@@ -5,7 +5,7 @@
 use crate::cuda::driver::RawView;
 use crate::error::{Error, Result};
 use crate::shape::Dtype;
-use crate::view::check_length;
+use crate::view::{check_end, check_length};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -64,6 +64,23 @@ impl<'a> DeviceView<'a> {
         let (address, _) = slice.device_ptr(stream);
         // SAFETY: the slice holds `shape` and is borrowed for `'a`; it is freed on the stream that reads it.
         unsafe { Self::at(address, T::DTYPE, shape, [shape[1] * shape[2], shape[2]]) }
+    }
+
+    /// A tensor of `shape` in a slice, whose heads and tokens lie `strides` elements apart, to be read on `stream`.
+    ///
+    /// # Errors
+    /// [`Error::Length`] if the last row ends beyond the slice; [`Error::OtherStream`] as for [`of`](Self::of).
+    pub fn strided<T: DeviceElement>(
+        slice: &'a CudaSlice<T>,
+        shape: [usize; 3],
+        strides: [usize; 2],
+        stream: &Arc<CudaStream>,
+    ) -> Result<Self> {
+        check_end(slice.len(), shape, strides)?;
+        check_stream(slice.stream(), stream)?;
+        let (address, _) = slice.device_ptr(stream);
+        // SAFETY: as above; the last element that shape and strides name is in the slice.
+        unsafe { Self::at(address, T::DTYPE, shape, strides) }
     }
 
     /// A tensor of `shape` at an address on the card, whose heads and tokens lie `strides` elements apart; for a tch
@@ -155,7 +172,7 @@ impl<'a> DeviceViewMut<'a> {
     }
 }
 
-/// Borrowed drop bits on the card, `[heads, tokens]`: that of token `t` is bit `t % 32` of word `t / 32` of its head,
+/// Borrowed drop bits `[heads, tokens]` on the card: that of token `t` is bit `t % 32` of word `t / 32` of its head,
 /// whose words, `tokens / 32` rounded up, lie before the next head's.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceBits<'a> {
@@ -165,7 +182,12 @@ pub struct DeviceBits<'a> {
 }
 
 impl<'a> DeviceBits<'a> {
-    /// Bits of `[heads, tokens]`, to be read on `stream`.
+    /// Words that bits of `[heads, tokens]` take.
+    pub fn words(shape: [usize; 2]) -> usize {
+        shape[0].saturating_mul(shape[1].div_ceil(32))
+    }
+
+    /// Bits of `shape`, to be read on `stream`.
     ///
     /// # Errors
     /// Those of [`DeviceView::of`].
@@ -174,24 +196,23 @@ impl<'a> DeviceBits<'a> {
         shape: [usize; 2],
         stream: &Arc<CudaStream>,
     ) -> Result<Self> {
-        let [heads, tokens] = shape;
-        check_length("bits", slice.len(), heads.saturating_mul(tokens.div_ceil(32)))?;
+        check_length("bits", slice.len(), Self::words(shape))?;
         check_stream(slice.stream(), stream)?;
         let (address, _) = slice.device_ptr(stream);
-        Ok(Self { address, shape, borrowed: PhantomData })
+        // SAFETY: as for `DeviceView::of`.
+        unsafe { Self::at(address, shape) }
     }
 
-    /// Bits of `[heads, tokens]` at an address on the card.
+    /// Bits of `shape` at an address on the card.
     ///
     /// # Errors
-    /// Those of [`DeviceView::at`].
+    /// [`Error::BitsAddress`] for a null or unaligned address of bits that there are.
     ///
     /// # Safety
-    /// As for [`DeviceView::at`], for 32-bit words.
+    /// As for [`DeviceView::at`], for [`words`](Self::words) words.
     pub unsafe fn at(address: u64, shape: [usize; 2]) -> Result<Self> {
-        let empty = shape.contains(&0);
-        if !empty && (address == 0 || !address.is_multiple_of(4)) {
-            return Err(Error::Address { address, dtype: Dtype::F32 });
+        if Self::words(shape) > 0 && (address == 0 || !address.is_multiple_of(4)) {
+            return Err(Error::BitsAddress { address });
         }
         Ok(Self { address, shape, borrowed: PhantomData })
     }
@@ -203,6 +224,50 @@ impl<'a> DeviceBits<'a> {
 
     pub(crate) fn address(&self) -> u64 {
         self.address
+    }
+}
+
+/// Borrowed drop bits on the card to write to, as [`DeviceBits`] has them. Those past the last token are written too, as
+/// zeros.
+#[derive(Debug)]
+pub struct DeviceBitsMut<'a> {
+    bits: DeviceBits<'a>,
+    borrowed: PhantomData<&'a mut ()>,
+}
+
+impl<'a> DeviceBitsMut<'a> {
+    /// Bits of `shape`, to be written on `stream`.
+    ///
+    /// # Errors
+    /// Those of [`DeviceBits::of`].
+    pub fn of(
+        slice: &'a mut CudaSlice<u32>,
+        shape: [usize; 2],
+        stream: &Arc<CudaStream>,
+    ) -> Result<Self> {
+        check_length("bits", slice.len(), DeviceBits::words(shape))?;
+        check_stream(slice.stream(), stream)?;
+        let (address, _) = slice.device_ptr_mut(stream);
+        // SAFETY: the slice holds the words and is borrowed alone for `'a`; it is freed on the stream that writes it.
+        unsafe { Self::at(address, shape) }
+    }
+
+    /// Bits of `shape` at an address on the card.
+    ///
+    /// # Errors
+    /// Those of [`DeviceBits::at`].
+    ///
+    /// # Safety
+    /// As for [`DeviceBits::at`]; and nobody else may read or write the memory meanwhile.
+    pub unsafe fn at(address: u64, shape: [usize; 2]) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        let bits = unsafe { DeviceBits::at(address, shape) }?;
+        Ok(Self { bits, borrowed: PhantomData })
+    }
+
+    /// The same bits, to be read by what is queued after their writer.
+    pub fn bits(&self) -> DeviceBits<'_> {
+        self.bits
     }
 }
 
