@@ -14,6 +14,7 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind};
+use tempfile::NamedTempFile;
 
 /// Which model, and how it runs.
 #[derive(clap::Args, Debug)]
@@ -48,7 +49,7 @@ impl ModelArgs {
     /// Loads the model; says so on a terminal.
     fn load(&self) -> Result<Model> {
         if matches!(self.device, DeviceName::Cuda) {
-            bail!("--device cuda: paged attention on CUDA is not built yet; use --device cpu");
+            bail!("--device cuda: models do not run on CUDA yet; use --device cpu");
         }
         if self.threads == Some(0) {
             bail!("--threads 0: give 1 or more, or leave it out for all cores");
@@ -116,22 +117,27 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     write(path, format!("{value:#}\n").as_bytes())
 }
 
-/// Writes beside the file and renames, so that a half-written one is never found.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+/// A file beside `path`, to be renamed to it, so that a half-written one is never found. Made before a long run, it says
+/// in time that there is no place for the results.
+fn beside(path: &Path) -> Result<NamedTempFile> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let write = || -> Result<()> {
-        let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
-        let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
-        file.write_all(bytes)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().with_context(|| {
-        format!("cannot write {}; does its folder exist, and may you write there?", path.display())
-    })
+    let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
+    let file = tempfile::Builder::new().permissions(readable).tempfile_in(folder);
+    file.with_context(|| no_place(path))
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = beside(path)?;
+    file.write_all(bytes).with_context(|| no_place(path))?;
+    file.persist(path).with_context(|| no_place(path))?;
+    Ok(())
+}
+
+fn no_place(path: &Path) -> String {
+    format!("cannot write {}; does its folder exist, and may you write there?", path.display())
 }
 
 /// 1234567 bytes as `1.23 MB`.

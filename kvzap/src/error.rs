@@ -43,12 +43,12 @@ pub enum Error {
     },
 
     /// A file could not be read or written.
-    #[error("{}: {source}; check that it is there and that you may use it", path.display())]
+    #[error("{}: {cause}; check that it is there and that you may use it", path.display())]
     File {
         /// The file or folder.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
 
     /// A config.json that is no JSON, or lacks a field.

@@ -2,7 +2,7 @@
 
 mod picture;
 
-use super::{ModelArgs, megabytes, progress, surrogate, table, write, write_json};
+use super::{ModelArgs, beside, megabytes, progress, surrogate, table, write, write_json};
 use crate::{Answer, Generate, Haystack, Method, Needle, Runner, Sample, Task};
 use anyhow::{Context, Result, ensure};
 use models::{Model, Sampling, Specials, WINDOW};
@@ -73,6 +73,9 @@ struct Run {
 pub fn run(args: &Args) -> Result<()> {
     ensure!(!args.threshold.is_empty(), "give at least one --threshold");
     ensure!(args.needles > 0, "--needles 0 asks nothing; give 1 or more");
+    for path in args.json.iter().chain(&args.svg) {
+        beside(path)?;
+    }
     let surrogate = surrogate(Some(&args.surrogate))?;
     let model = args.model.load()?;
     let samples = samples(args, &model)?;

@@ -100,7 +100,7 @@ impl Surrogate {
     /// file and a failure leaves what was there.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
-        fs::create_dir_all(folder).map_err(|source| Error::File { path: folder.into(), source })?;
+        fs::create_dir_all(folder).map_err(|cause| Error::File { path: folder.into(), cause })?;
 
         let mut tensors = Vec::new();
         for (layer, module) in self.modules.iter().enumerate() {
@@ -223,7 +223,7 @@ impl Dtype {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|source| Error::File { path: path.into(), source })
+    fs::read(path).map_err(|cause| Error::File { path: path.into(), cause })
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -232,8 +232,8 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         fs::write(&beside, bytes)?;
         fs::rename(&beside, path)
     })();
-    written.map_err(|source| {
+    written.map_err(|cause| {
         let _ = fs::remove_file(&beside);
-        Error::File { path: path.into(), source }
+        Error::File { path: path.into(), cause }
     })
 }

@@ -41,15 +41,20 @@ fn chart(svg: &mut String, runs: &[Run], asked: usize) -> Result<(), Box<dyn std
         let Some(right) = run.right else { continue };
         let at = (run.removed, right as f64);
         let (colour, label) = match run.threshold {
-            Some(threshold) => (KVZAP, format!("τ = {threshold}")),
+            Some(threshold) if line.is_empty() => (KVZAP, format!("KVzap, τ = {threshold}")),
+            Some(threshold) => (KVZAP, threshold.to_string()),
             None => (OTHERS, run.method.to_owned()),
         };
-        line.extend(run.threshold.map(|_| at));
         chart.draw_series([Circle::new(at, 4, colour.filled())])?;
         // KVzap's above its line, the others' beside their points.
-        let beside = if run.threshold.is_some() { (-18, -22) } else { (9, -7) };
+        let beside = match run.threshold {
+            Some(_) if line.is_empty() => (-60, -22),
+            Some(_) => (-12, -22),
+            None => (9, -7),
+        };
         let text = Text::new(label, beside, TEXT.into_font().color(&colour));
         chart.draw_series([EmptyElement::at(at) + text])?;
+        line.extend(run.threshold.map(|_| at));
     }
     line.sort_by(|a, b| a.0.total_cmp(&b.0));
     chart.draw_series(LineSeries::new(line, KVZAP.stroke_width(2)))?;
