@@ -1,6 +1,6 @@
 //! `longctx train`: fits a KVzap surrogate to what KVzip+ says of a model's tokens.
 
-use super::{ModelArgs, progress, table, write_json};
+use super::{ModelArgs, beside, progress, table, write_json};
 use crate::documents;
 use anyhow::{Context, Result, ensure};
 use kvzap::{Collector, Ridge, Spans, Threshold};
@@ -48,6 +48,10 @@ pub fn run(args: &Args) -> Result<()> {
         args.chunks > 0 && args.tokens > 8,
         "--chunks must be 1 or more and --tokens 9 or more"
     );
+    let report = args.out.join("training.json");
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+    beside(&report)?;
     let model = args.model.load()?;
     let pieces = Pieces::new(args, &model)?;
     let layers = model.lm.config().layers;
@@ -87,7 +91,7 @@ pub fn run(args: &Args) -> Result<()> {
         args.out.display()
     );
     write_json(
-        &args.out.join("training.json"),
+        &report,
         &serde_json::json!({
             "text": args.text.iter().filter_map(|p| p.file_name()?.to_str()).collect::<Vec<_>>(),
             "chunks": args.chunks, "held_out": args.held_out, "tokens": args.tokens, "rows": args.rows,
