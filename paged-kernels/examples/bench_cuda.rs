@@ -15,7 +15,8 @@ use paged_kernels::cudarc::driver::sys::{
 };
 use paged_kernels::cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream};
 use paged_kernels::{
-    CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Mode, Resident, Seats,
+    CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Gate, HeadNorms, Mode, Projected,
+    Resident, ScorePrecision, ScoreRule, Seats,
 };
 use std::error::Error;
 use std::fmt::Write;
@@ -56,6 +57,7 @@ fn main() -> Result<()> {
             ("attend", rows.attend, bytes),
             ("attend, batch-invariant", invariant.attend, bytes),
             ("append", rows.append, rows.append_bytes),
+            ("append, fused", rows.fused, rows.fused_bytes),
             ("plan", rows.plan, 0.0),
             ("fill", rows.fill, rows.fill_bytes),
         ] {
@@ -135,6 +137,8 @@ struct Rows {
     attend: f64,
     append: f64,
     append_bytes: f64,
+    fused: f64,
+    fused_bytes: f64,
     plan: f64,
     fill: f64,
     fill_bytes: f64,
@@ -285,6 +289,7 @@ fn run(case: &Case, stream: &Arc<CudaStream>, mode: Mode) -> Result<Rows> {
     if error.is_nan() || error > 5e-3 {
         return Err(format!("{}: the fast kernel is off by {error}", case.name).into());
     }
+    let fused = fused(&mut cache, n, stream)?;
     let steps = capture(stream, || {
         for _ in 0..4 {
             cache.begin_step()?;
@@ -297,7 +302,53 @@ fn run(case: &Case, stream: &Arc<CudaStream>, mode: Mode) -> Result<Rows> {
         return Err(format!("{}: out of pages", case.name).into());
     }
     let append_bytes = (HEADS * n * DIM * 2 * 2 * 2) as f64;
-    Ok(Rows { attend, append, append_bytes, plan, fill: fills[1], fill_bytes, error })
+    // Projections in, queries and rows out.
+    let fused_bytes = ((QUERY_HEADS + 2 * HEADS) * n * DIM * 2 * 2) as f64;
+    Ok(Rows {
+        attend,
+        append,
+        append_bytes,
+        fused,
+        fused_bytes,
+        plan,
+        fill: fills[1],
+        fill_bytes,
+        error,
+    })
+}
+
+/// Microseconds of an append with head norms, rotation and the second layer of a surrogate of 512 units.
+fn fused(cache: &mut Resident, n: usize, stream: &Arc<CudaStream>) -> Result<f64> {
+    const UNITS: usize = 512;
+    let columns = (QUERY_HEADS + 2 * HEADS) * DIM;
+    let qkv = stream.clone_htod(&noise(n * columns, 4))?;
+    let units = stream.clone_htod(&noise(n * UNITS, 5))?;
+    let weights = stream.clone_htod(&noise(HEADS * UNITS, 6))?;
+    let positions = stream.clone_htod(&vec![30_000.0f32; n])?;
+    let inverse = stream.clone_htod(&vec![0.01f32; DIM / 2])?;
+    let mut queries = stream.alloc_zeros::<bf16>(QUERY_HEADS * n * DIM)?;
+    let norm = DeviceView::strided(&weights, [1, 1, DIM], [0, 0], stream)?;
+    let rule = ScoreRule { threshold: 0.0, precision: ScorePrecision::MatchTorchBf16 };
+    let projected = Projected {
+        qkv: DeviceView::of(&qkv, [1, n, columns], stream)?,
+        norms: Some(HeadNorms { query: norm, key: norm, epsilon: 1e-6 }),
+        positions: DeviceView::of(&positions, [1, n, 1], stream)?,
+        inverse: DeviceView::of(&inverse, [1, 1, DIM / 2], stream)?,
+        gate: Some(Gate {
+            units: DeviceView::of(&units, [1, n, UNITS], stream)?,
+            second: DeviceView::of(&weights, [1, HEADS, UNITS], stream)?,
+            bias: DeviceView::strided(&weights, [1, 1, HEADS], [0, 0], stream)?,
+            rule,
+        }),
+    };
+    let mut queries = DeviceViewMut::of(&mut queries, [QUERY_HEADS, n, DIM], stream)?;
+    cache.begin_step()?;
+    stream.synchronize()?;
+    let layers = cache.shape().layers;
+    let graph = capture(stream, || {
+        Ok((0..layers).try_for_each(|layer| cache.append_fused(layer, projected, &mut queries))?)
+    })?;
+    replay(stream, &graph, layers)
 }
 
 fn capture(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {

@@ -4,7 +4,7 @@
 // The rules are those of src/table.rs. A token's drop bit is obeyed a whole window after the token came, so its head's
 // length, slot and need of pages are known before the step's first layer runs.
 
-#include "attend.cuh"
+#include "resident.cuh"
 
 namespace resident {
 
@@ -15,34 +15,11 @@ constexpr int COPIES = 8;       // rows on their way in a warp
 constexpr uint32_t LEAST = 12;       // as in src/cuda/plan.rs
 constexpr uint32_t SECOND_HEAD = 8;  // as in src/cuda/plan.rs
 constexpr uint32_t NO_SEAT = 0xffffffffu;
-constexpr uint32_t NO_ROW = 0xffffffffu;
 constexpr uint32_t TRASH = 0;  // the page that stands for those that were not there
 
 }  // namespace resident
 
 using namespace resident;
-
-// Where everything lies. A row of a table is that of one (layer, kv head, seat); a text has a seat.
-struct State {
-    Pool pool;
-    uint32_t *tables;   // [rows][most_pages]: a head's pages in the order of its slots
-    uint32_t *lens;     // [rows]
-    uint32_t *rings;    // [rows][window + 1]: slot * 2 + drop of the newest tokens; token t lies at t % (window + 1)
-    uint32_t *ages;     // [layers][seats]: tokens so far
-    uint32_t *free;     // a stack of pages
-    int32_t *counters;  // pages on it; pages, or slots of a full table, that were wanted and not there
-    uint32_t layers;
-    uint32_t kv_heads;
-    uint32_t seats;
-    uint32_t most_pages;
-    uint32_t window;
-    uint32_t unused;
-
-    __device__ uint64_t row(uint32_t layer, uint32_t kv_head, uint32_t seat) const {
-        return (uint64_t(layer) * kv_heads + kv_head) * seats + seat;
-    }
-    __device__ uint32_t pages(uint32_t len) const { return (len + pool.page_size - 1) / pool.page_size; }
-};
 
 // Takes pages off the stack and says how many there were before, which may be too few, or negative. A page that is not
 // there is counted, and the trash stands for it.
@@ -461,6 +438,53 @@ extern "C" __global__ void __launch_bounds__(LANES) resident_release(Release cal
     if (lane == 0 && kv_head == 0) state.ages[layer * state.seats + call.seat] = 0;
 }
 
+struct Swap {
+    State state;
+    uint32_t *pages;         // of all heads, one after the other, as words
+    uint32_t *rings;         // [layers][kv heads][window + 1]
+    uint32_t *ages;          // [layers]
+    const uint32_t *lens;    // [layers][kv heads]
+    const uint32_t *starts;  // [layers][kv heads]: pages before each
+    uint32_t seat;
+    uint32_t comes;  // into the cache, or out of it
+};
+
+// A text's rows out of the cache, or into pages that are taken for them. A block a head.
+extern "C" __global__ void resident_swap(Swap call) {
+    __shared__ int32_t had;
+    const State &state = call.state;
+    const uint32_t head = blockIdx.x, layer = head / state.kv_heads;
+    const uint64_t row = state.row(layer, head % state.kv_heads, call.seat);
+    const uint32_t pages = state.pages(call.lens[head]), places = state.window + 1;
+    const uint32_t words = 2 * state.pool.page_size * state.pool.dim * (state.pool.type == F32 ? 4 : 2) / 4;
+    uint32_t *table = state.tables + row * state.most_pages;
+    uint32_t *age = state.ages + uint64_t(layer) * state.seats + call.seat;
+    const bool first = head % state.kv_heads == 0;
+    if (threadIdx.x == 0 && call.comes) {
+        had = take(state, pages);
+        state.lens[row] = call.lens[head];
+        if (first) *age = call.ages[layer];
+    } else if (threadIdx.x == 0 && first) {
+        call.ages[layer] = *age;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; call.comes && i < pages; i += blockDim.x) table[i] = taken(state, had, i);
+    for (uint32_t i = threadIdx.x; i < places; i += blockDim.x) {
+        uint32_t &here = state.rings[row * places + i], &there = call.rings[uint64_t(head) * places + i];
+        if (call.comes) here = there;
+        else there = here;
+    }
+    __syncthreads();
+    for (uint32_t page = 0; page < pages; page++) {
+        uint32_t *here = static_cast<uint32_t *>(state.pool.data) + uint64_t(table[page]) * words;
+        uint32_t *there = call.pages + uint64_t(call.starts[head] + page) * words;
+        for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
+            if (call.comes) here[i] = there[i];
+            else there[i] = here[i];
+        }
+    }
+}
+
 // Sizes of the structs above, in their order: the host's mirror must agree.
 extern "C" __global__ void resident_sizes(uint32_t *sizes) {
     sizes[0] = sizeof(State);
@@ -468,4 +492,5 @@ extern "C" __global__ void resident_sizes(uint32_t *sizes) {
     sizes[2] = sizeof(Begin);
     sizes[3] = sizeof(Append);
     sizes[4] = sizeof(Release);
+    sizes[5] = sizeof(Swap);
 }

@@ -5,12 +5,14 @@
 //! the card in one copy. [`Resident`] takes them on the card and keeps its book there.
 
 mod driver;
+mod fused;
 mod plan;
 mod resident;
 mod scores;
 mod view;
 
-pub use resident::{Mode, Resident, Seats};
+pub use fused::{Gate, HeadNorms, Projected};
+pub use resident::{Mode, Resident, Seats, Suspended};
 pub use scores::{ScorePrecision, ScoreRule, Scores, Surrogate, SurrogateWeights};
 pub use view::{DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut};
 

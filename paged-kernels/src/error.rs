@@ -123,6 +123,12 @@ pub enum Error {
         /// Seats of the cache.
         seats: usize,
     },
+    /// A text that was taken out of a cache of another shape.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "the text comes from a cache of another shape; resume it in one that differs in pages at most"
+    )]
+    OtherCache,
     /// No CUDA driver on this machine.
     #[cfg(feature = "cuda")]
     #[error(
@@ -192,10 +198,17 @@ pub enum Error {
     #[cfg(feature = "cuda")]
     #[error("the slice belongs to another stream; allocate it on the stream of the cache")]
     OtherStream,
-    /// Log-sums of another type than f32.
+    /// A tensor of another type than the call needs.
     #[cfg(feature = "cuda")]
-    #[error("lse must be f32; give it a view of f32")]
-    LseType,
+    #[error("{tensor} is {found:?}, wanted {expected:?}; give it a view of that type")]
+    Type {
+        /// The argument.
+        tensor: &'static str,
+        /// The type that the call needs.
+        expected: Dtype,
+        /// The type that it got.
+        found: Dtype,
+    },
     /// A surrogate that no kernel can score with.
     #[cfg(feature = "cuda")]
     #[error(
@@ -209,14 +222,6 @@ pub enum Error {
         /// How many there may be.
         most: usize,
     },
-    /// Hidden states of another type than bf16.
-    #[cfg(feature = "cuda")]
-    #[error("hidden states must be bf16; give it a view of bf16")]
-    HiddenType,
-    /// Scores of another type than f32.
-    #[cfg(feature = "cuda")]
-    #[error("scores must be f32; give it a view of f32")]
-    ScoresType,
     /// An address that no drop bits can have.
     #[cfg(feature = "cuda")]
     #[error("{address:#x} is no address of 32-bit words; hand over memory on the card")]

@@ -21,8 +21,9 @@ pub use book::Sequence;
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
 pub use cuda::{
-    Cuda, DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut, Mode, Resident,
-    ScorePrecision, ScoreRule, Scores, Seats, Surrogate, SurrogateWeights,
+    Cuda, DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut, Gate, HeadNorms,
+    Mode, Projected, Resident, ScorePrecision, ScoreRule, Scores, Seats, Surrogate,
+    SurrogateWeights, Suspended,
 };
 #[cfg(feature = "cuda")]
 pub use cudarc;

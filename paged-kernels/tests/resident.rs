@@ -290,6 +290,45 @@ mod cuda {
         }
     }
 
+    /// A text that leaves for host memory and comes back, into another seat and other pages, in the middle of its window.
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn a_suspended_text_goes_on_where_it_was() {
+        for shape in [wide(), small(Dtype::F32)] {
+            let pages = shape.pages;
+            let mut twins = Twins::new(shape, SEATS, 0.5);
+            let (mut long, short) = (twins.prompt(130), twins.prompt(3));
+            let mut tensors = twins.tensors(2);
+            for round in 0..3 {
+                twins.resident.batch(&[Some(long.0), Some(short.0)]).unwrap();
+                for _ in 0..7 {
+                    twins.step(&[Some(long), Some(short)], &mut tensors, |twins, tensors| {
+                        twins.queue_all(tensors, 2);
+                    });
+                }
+                let held = twins.resident.free_pages().unwrap();
+                let suspended = twins.resident.suspend(long.0).unwrap();
+                assert!(twins.resident.free_pages().unwrap() > held);
+                assert_eq!(twins.resident.lengths(long.0).unwrap_err(), Error::UnknownSequence);
+                // Somebody else takes the seat and the pages.
+                let other = twins.prompt(40 + round);
+                long.0 = twins.resident.resume(&suspended).unwrap();
+                twins.resident.release(other.0).unwrap();
+                assert_eq!(twins.resident.free_pages().unwrap(), held);
+            }
+            let suspended = twins.resident.suspend(long.0).unwrap();
+            twins.resident.release(short.0).unwrap();
+            assert_eq!(twins.resident.free_pages().unwrap(), pages);
+            let narrower = CacheShape { window: 3, ..twins.resident.shape().clone() };
+            let mut narrower = Resident::on(twins.stream.clone(), narrower, SEATS).unwrap();
+            assert_eq!(narrower.resume(&suspended).unwrap_err(), Error::OtherCache);
+            let poorer = CacheShape { pages: 4, ..twins.resident.shape().clone() };
+            let mut poorer = Resident::on(twins.stream.clone(), poorer, SEATS).unwrap();
+            let error = poorer.resume(&suspended).unwrap_err();
+            assert!(matches!(error, Error::OutOfPages { free: 4, .. }));
+        }
+    }
+
     /// Outputs of a text's steps, whose numbers are always the same, beside texts of some lengths.
     fn beside(before: &[usize], after: &[usize], mode: Mode) -> Vec<Vec<f32>> {
         let shape = CacheShape { pages: 1 << 14, ..wide() };

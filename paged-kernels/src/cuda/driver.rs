@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub mod attend;
+mod fused;
 pub mod resident;
 pub mod scores;
 

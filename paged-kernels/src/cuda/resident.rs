@@ -4,8 +4,9 @@ use crate::book::Sequence;
 use crate::cuda::check;
 use crate::cuda::driver::Device;
 use crate::cuda::driver::attend::Cut;
-use crate::cuda::driver::resident::{NO_SEAT, State, Step};
-use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut};
+use crate::cuda::driver::resident::{NO_SEAT, Packed, State, Step};
+use crate::cuda::fused::Projected;
+use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut, check_type};
 use crate::error::{Error, Result};
 use crate::shape::{CacheShape, Dtype};
 use crate::view::check_shape;
@@ -58,6 +59,23 @@ pub struct Resident {
     batch: Vec<Option<Sequence>>,
     /// Which layers have the tokens of the step under way.
     appended: Option<Vec<bool>>,
+}
+
+/// A text in host memory: see [`Resident::suspend`].
+#[derive(Debug, Clone)]
+pub struct Suspended {
+    shape: CacheShape,
+    rows: Packed,
+    filled: Vec<bool>,
+    tokens: usize,
+    stepped: bool,
+}
+
+impl Suspended {
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        self.rows.bytes()
+    }
 }
 
 #[derive(Debug)]
@@ -258,11 +276,31 @@ impl Resident {
         check_shape("keys", keys.shape(), shape)?;
         check_shape("values", values.shape(), shape)?;
         drops.map_or(Ok(()), |drops| self.check_bits(drops, self.batch.len()))?;
-        let appended = self.appended.as_mut().ok_or(Error::NoStep)?;
-        if std::mem::replace(&mut appended[layer], true) {
-            return Err(Error::AppendedTwice { layer });
-        }
+        self.appended(layer)?;
         self.device.append(&self.state, &self.step, layer, keys, values, drops)
+    }
+
+    /// Notes that a layer has the step's tokens.
+    pub(super) fn appended(&mut self, layer: usize) -> Result<()> {
+        self.check_layer(layer)?;
+        let appended = self.appended.as_mut().ok_or(Error::NoStep)?;
+        let twice = std::mem::replace(&mut appended[layer], true);
+        if twice { Err(Error::AppendedTwice { layer }) } else { Ok(()) }
+    }
+
+    /// Places of the batch.
+    pub(super) fn places(&self) -> usize {
+        self.batch.len()
+    }
+
+    pub(super) fn launch_fused(
+        &mut self,
+        layer: usize,
+        projected: &Projected<'_>,
+        threshold: f32,
+        queries: &mut DeviceViewMut<'_>,
+    ) -> Result<()> {
+        self.device.append_fused(&self.state, &self.step, layer, projected, threshold, queries)
     }
 
     /// Attends from the step's `queries`, `[Hq, N, D]`, in one layer, after its rows are appended; `lse`, if given, is f32
@@ -285,9 +323,7 @@ impl Resident {
         check_shape("out", out.shape(), [query_heads, texts, head_dim])?;
         if let Some(lse) = &lse {
             check_shape("lse", lse.shape(), [query_heads, texts, 1])?;
-            if lse.dtype() != Dtype::F32 {
-                return Err(Error::LseType);
-            }
+            check_type("lse", lse.dtype(), Dtype::F32)?;
         }
         if !self.appended.as_ref().ok_or(Error::NoStep)?[layer] {
             return Err(Error::NotAppended { layer });
@@ -308,6 +344,54 @@ impl Resident {
             self.upload_batch()?;
         }
         self.device.release(&self.state, sequence.index())
+    }
+
+    /// Takes a text out of the cache into host memory, and gives its pages and its seat back, as
+    /// [`release`](Self::release) does. Waits for the card.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::StepUnfinished`] in the middle of a step; [`Error::DeviceMemory`], since its
+    /// pages are gathered on the card first.
+    pub fn suspend(&mut self, sequence: Sequence) -> Result<Suspended> {
+        self.check_finished()?;
+        let Text { filled, tokens, stepped, .. } = self.text(sequence)?;
+        let (filled, tokens, stepped) = (filled.clone(), *tokens, *stepped);
+        let lens = self.lens(sequence)?;
+        let rows = self.device.pack(&self.state, sequence.index(), lens)?;
+        self.release(sequence)?;
+        Ok(Suspended { shape: self.shape.clone(), rows, filled, tokens, stepped })
+    }
+
+    /// Brings a text back, into another seat and other pages: what it gives from then on is the same, bit for bit in
+    /// [`Mode::BatchInvariant`]. Waits for the card.
+    ///
+    /// # Errors
+    /// [`Error::NoSeat`]; [`Error::OutOfPages`]; [`Error::OtherCache`] if it comes from a cache of another shape.
+    pub fn resume(&mut self, suspended: &Suspended) -> Result<Sequence> {
+        let Suspended { shape, rows, filled, tokens, stepped } = suspended;
+        if (CacheShape { pages: self.shape.pages, ..shape.clone() }) != self.shape {
+            return Err(Error::OtherCache);
+        }
+        let page_size = self.shape.page_size;
+        let pages = rows.lens().iter().map(|&len| (len as usize).div_ceil(page_size));
+        let most = rows.lens().iter().max().map_or(0, |&len| len as usize);
+        let (wanted, free) = (pages.sum::<usize>(), self.free_pages()?);
+        if wanted > free {
+            return Err(Error::OutOfPages { wanted, free });
+        }
+        if most > self.state.most_rows() {
+            return Err(Error::OtherCache);
+        }
+        let sequence = self.allocate()?;
+        let text = self.text(sequence)?;
+        (text.filled, text.tokens, text.stepped) = (filled.clone(), *tokens, *stepped);
+        self.device.unpack(&self.state, sequence.index(), rows)?;
+        Ok(sequence)
+    }
+
+    fn lens(&self, sequence: Sequence) -> Result<Vec<u32>> {
+        let lens = self.state.lens(&self.device)?;
+        Ok(lens.into_iter().skip(sequence.index()).step_by(self.texts.len()).collect())
     }
 
     /// Pages that are free. Waits for the card.
@@ -332,9 +416,7 @@ impl Resident {
     /// [`Error::UnknownSequence`], [`Error::Cuda`].
     pub fn lengths(&mut self, sequence: Sequence) -> Result<Vec<usize>> {
         self.text(sequence)?;
-        let lens = self.state.lens(&self.device)?;
-        let own = lens.iter().skip(sequence.index()).step_by(self.texts.len());
-        Ok(own.map(|&len| len as usize).collect())
+        Ok(self.lens(sequence)?.into_iter().map(|len| len as usize).collect())
     }
 }
 

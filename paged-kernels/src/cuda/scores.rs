@@ -4,7 +4,7 @@
 //! and a first GEMM; one launch does it all, from the hidden states to the bits.
 
 use crate::cuda::driver::scores::{self as launch, Call, Held, Kernels, Map};
-use crate::cuda::view::{DeviceBits, DeviceBitsMut, DeviceView, DeviceViewMut};
+use crate::cuda::view::{DeviceBits, DeviceBitsMut, DeviceView, DeviceViewMut, check_type};
 use crate::error::{Error, Result};
 use crate::shape::Dtype;
 use crate::view::{check_length, check_shape};
@@ -207,7 +207,7 @@ impl Scores {
     ///
     /// # Errors
     /// [`Shape`](Error::Shape) unless the arguments go with each other and the surrogate;
-    /// [`HiddenType`](Error::HiddenType), [`ScoresType`](Error::ScoresType) for another type;
+    /// [`Type`](Error::Type) for another type;
     /// [`OtherStream`](Error::OtherStream) for another stream's surrogate; [`Cuda`](Error::Cuda).
     pub fn score(
         &self,
@@ -221,17 +221,13 @@ impl Scores {
         let tokens = hidden.shape()[1];
         check_size("tokens", tokens.max(1), i32::MAX as usize)?;
         check_shape("hidden", hidden.shape(), [1, tokens, dim])?;
-        if hidden.raw().dtype != Dtype::Bf16.code() {
-            return Err(Error::HiddenType);
-        }
+        check_type("hidden", hidden.dtype(), Dtype::Bf16)?;
         let bits: DeviceBits<'_> = bits.bits();
         let [bit_heads, bit_tokens] = bits.shape();
         check_shape("bits", [bit_heads, bit_tokens, 1], [heads, tokens, 1])?;
         if let Some(scores) = &scores {
             check_shape("scores", scores.shape(), [heads, tokens, 1])?;
-            if scores.dtype() != Dtype::F32 {
-                return Err(Error::ScoresType);
-            }
+            check_type("scores", scores.dtype(), Dtype::F32)?;
         }
         if surrogate.first.slice.stream() != self.stream() {
             return Err(Error::OtherStream);

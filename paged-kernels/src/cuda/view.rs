@@ -44,6 +44,7 @@ impl DeviceElement for half::f16 {
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceView<'a> {
     raw: RawView,
+    dtype: Dtype,
     shape: [usize; 3],
     borrowed: PhantomData<&'a ()>,
 }
@@ -105,12 +106,17 @@ impl<'a> DeviceView<'a> {
         let [head_stride, token_stride] = strides.map(|stride| stride as i64);
         let raw =
             RawView { data: address, head_stride, token_stride, dtype: dtype.code(), unused: 0 };
-        Ok(Self { raw, shape, borrowed: PhantomData })
+        Ok(Self { raw, dtype, shape, borrowed: PhantomData })
     }
 
     /// `[heads, tokens, dim]`.
     pub fn shape(&self) -> [usize; 3] {
         self.shape
+    }
+
+    /// The type of its elements.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     pub(crate) fn raw(&self) -> RawView {
@@ -122,7 +128,6 @@ impl<'a> DeviceView<'a> {
 #[derive(Debug)]
 pub struct DeviceViewMut<'a> {
     view: DeviceView<'a>,
-    dtype: Dtype,
     borrowed: PhantomData<&'a mut ()>,
 }
 
@@ -154,7 +159,7 @@ impl<'a> DeviceViewMut<'a> {
         // SAFETY: the caller's promise.
         let view =
             unsafe { DeviceView::at(address, dtype, shape, [shape[1] * shape[2], shape[2]]) }?;
-        Ok(Self { view, dtype, borrowed: PhantomData })
+        Ok(Self { view, borrowed: PhantomData })
     }
 
     /// `[heads, tokens, dim]`.
@@ -164,7 +169,7 @@ impl<'a> DeviceViewMut<'a> {
 
     /// The type of its elements.
     pub fn dtype(&self) -> Dtype {
-        self.dtype
+        self.view.dtype
     }
 
     pub(crate) fn raw(&self) -> RawView {
@@ -269,6 +274,10 @@ impl<'a> DeviceBitsMut<'a> {
     pub fn bits(&self) -> DeviceBits<'_> {
         self.bits
     }
+}
+
+pub(crate) fn check_type(tensor: &'static str, found: Dtype, expected: Dtype) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(Error::Type { tensor, expected, found }) }
 }
 
 fn check_stream(found: &Arc<CudaStream>, expected: &Arc<CudaStream>) -> Result<()> {

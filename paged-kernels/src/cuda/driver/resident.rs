@@ -1,7 +1,8 @@
 //! Launches of kernels/resident.cu.
 
 use super::attend::{AttendStep, Cut, HEAD_WORDS};
-use super::{Device, Grid, Part, Pool, RawPool, RawView, Room, function, grid, load};
+use super::fused::FusedCall;
+use super::{Device, Grid, Pool, RawPool, RawView, Room, function, grid, load};
 use crate::cuda::view::{DeviceBits, DeviceView};
 use crate::error::Result;
 use crate::shape::{CacheShape, Dtype};
@@ -10,6 +11,7 @@ use std::sync::Arc;
 
 const PTX: &str = concat!(include_str!("../../../kernels/resident.compute_80.ptx"), "\0");
 const PTX_HOPPER: &str = concat!(include_str!("../../../kernels/resident.compute_90.ptx"), "\0");
+const FUSED: &str = concat!(include_str!("../../../kernels/fused.compute_80.ptx"), "\0");
 /// Threads of the block that plans a layer.
 const PLANNERS: u32 = 512;
 /// Threads of the block that makes room for a prompt in a head.
@@ -29,12 +31,14 @@ const SHARE_WORDS: usize = 4;
 #[derive(Debug)]
 struct Kernels {
     context: Arc<CudaContext>,
-    module: sys::CUmodule,
+    modules: [sys::CUmodule; 2],
+    fused: sys::CUfunction,
     admit: sys::CUfunction,
     fill: sys::CUfunction,
     begin: sys::CUfunction,
     append: sys::CUfunction,
     release: sys::CUfunction,
+    swap: sys::CUfunction,
 }
 
 // SAFETY: as for `Device`.
@@ -44,16 +48,20 @@ impl Kernels {
     fn load(device: &Device) -> Result<Self> {
         device.bind()?;
         let module = load(if device.overlaps { PTX_HOPPER } else { PTX })?;
+        let fused = load(FUSED)?;
         let kernels = Self {
             context: device.context.clone(),
-            module,
+            modules: [module, fused],
+            fused: function(fused, c"fused_append")?,
             admit: function(module, c"resident_admit")?,
             fill: function(module, c"resident_fill")?,
             begin: function(module, c"resident_begin")?,
             append: function(module, c"resident_append")?,
             release: function(module, c"resident_release")?,
+            swap: function(module, c"resident_swap")?,
         };
-        let sizes = device.sizes(function(module, c"resident_sizes")?, MIRRORED.len())?;
+        let mut sizes = device.sizes(function(module, c"resident_sizes")?, 6)?;
+        sizes.extend(device.sizes(function(fused, c"fused_sizes")?, 1)?);
         assert_eq!(sizes, MIRRORED, "the kernels' structs are as they are mirrored here");
         Ok(kernels)
     }
@@ -62,8 +70,10 @@ impl Kernels {
 impl Drop for Kernels {
     fn drop(&mut self) {
         if self.context.bind_to_thread().is_ok() {
-            // SAFETY: nothing else names the module's functions, and unloading waits for what still runs.
-            self.context.record_err(unsafe { result::module::unload(self.module) });
+            for module in self.modules {
+                // SAFETY: nothing else names the module's functions, and unloading waits for what still runs.
+                self.context.record_err(unsafe { result::module::unload(module) });
+            }
         }
     }
 }
@@ -84,6 +94,7 @@ pub struct State {
     seats: usize,
     most_pages: usize,
     window: usize,
+    page_bytes: usize,
 }
 
 impl State {
@@ -124,6 +135,7 @@ impl State {
             seats,
             most_pages,
             window,
+            page_bytes: shape.page_bytes(),
         })
     }
 
@@ -138,7 +150,32 @@ impl State {
         device.download(&self.lens, self.layers * self.kv_heads * self.seats)
     }
 
-    fn raw(&self) -> RawState {
+    pub(super) fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    pub(super) fn fused(&self) -> sys::CUfunction {
+        self.kernels.fused
+    }
+
+    /// Rows that a head's table holds.
+    pub fn most_rows(&self) -> usize {
+        self.most_pages * self.pool.page_size as usize
+    }
+
+    /// Pages before each head's, of `lens` rows, and the words of all.
+    fn layout(&self, lens: &[u32]) -> (Vec<u32>, usize) {
+        let mut pages = 0;
+        let starts = lens.iter().map(|len| {
+            let start = pages;
+            pages += len.div_ceil(self.pool.page_size);
+            start
+        });
+        let starts = starts.collect();
+        (starts, pages as usize * self.page_bytes / 4)
+    }
+
+    pub(super) fn raw(&self) -> RawState {
         RawState {
             pool: self.pool.raw(),
             tables: self.tables.address,
@@ -236,6 +273,12 @@ impl Step {
             sequences: texts,
             group,
         }
+    }
+
+    /// Addresses of one layer's rows and marks, `count` of each.
+    pub(super) fn rows_and_marks(&self, layer: usize, count: usize) -> (u64, u64) {
+        let marks = self.marks.part(2 * layer * count, 2 * count);
+        (self.rows.part(layer * count, count).address, marks.address)
     }
 
     /// The arrays of one layer, for a test.
@@ -339,15 +382,14 @@ impl Device {
             (state.kv_heads, state.pool.dim as usize, keys.shape())
         );
         assert!(drops.is_none_or(|drops| drops.shape() == [heads, texts]));
-        let rows: Part<'_> = step.rows.part(layer * heads * texts, heads * texts);
-        let marks = step.marks.part(2 * layer * heads * texts, 2 * heads * texts);
+        let (rows, marks) = step.rows_and_marks(layer, heads * texts);
         let call = AppendCall {
             state: state.raw(),
             keys: keys.raw(),
             values: values.raw(),
             drops: drops.map_or(0, |drops| drops.address()),
-            rows: rows.address,
-            marks: marks.address,
+            rows,
+            marks,
             texts: texts as u32,
             wide: (state.wide(&keys) && state.wide(&values)).into(),
         };
@@ -374,10 +416,93 @@ impl Device {
     }
 }
 
+/// A text's rows in host memory.
+#[derive(Debug, Clone)]
+pub struct Packed {
+    /// Of all heads, `[layers, H]`, one after the other, as 32-bit words.
+    pages: Vec<u32>,
+    rings: Vec<u32>,
+    ages: Vec<u32>,
+    lens: Vec<u32>,
+}
+
+impl Packed {
+    pub fn lens(&self) -> &[u32] {
+        &self.lens
+    }
+
+    pub fn bytes(&self) -> usize {
+        (self.pages.len() + self.rings.len() + self.ages.len() + self.lens.len()) * 4
+    }
+}
+
+impl Device {
+    /// A seat's rows, of `lens` `[layers, H]`, which stay where they are.
+    pub fn pack(&self, state: &State, seat: usize, lens: Vec<u32>) -> Result<Packed> {
+        let (starts, words) = state.layout(&lens);
+        let rooms = self.swap(state, seat, &lens, &starts, words, None)?;
+        let [pages, rings, ages] = &rooms;
+        Ok(Packed {
+            pages: self.download(pages, words)?,
+            rings: self.download(rings, lens.len() * (state.window + 1))?,
+            ages: self.download(ages, state.layers)?,
+            lens,
+        })
+    }
+
+    /// Rows that were packed into an empty seat, and pages taken for them.
+    pub fn unpack(&self, state: &State, seat: usize, packed: &Packed) -> Result<()> {
+        let (starts, words) = state.layout(&packed.lens);
+        self.swap(state, seat, &packed.lens, &starts, words, Some(packed))?;
+        self.synchronize()
+    }
+
+    fn swap(
+        &self,
+        state: &State,
+        seat: usize,
+        lens: &[u32],
+        starts: &[u32],
+        words: usize,
+        comes: Option<&Packed>,
+    ) -> Result<[Room; 3]> {
+        let heads = state.layers * state.kv_heads;
+        assert!(lens.len() == heads && seat < state.seats);
+        let mut rooms = [
+            self.room(words * 4)?,
+            self.room(heads * (state.window + 1) * 4)?,
+            self.room(state.layers * 4)?,
+        ];
+        if let Some(Packed { pages, rings, ages, .. }) = comes {
+            for (data, room) in [pages, rings, ages].into_iter().zip(&mut rooms) {
+                self.upload(data, room)?;
+            }
+        }
+        let (mut lens_room, mut starts_room) = (self.room(0)?, self.room(0)?);
+        self.upload(lens, &mut lens_room)?;
+        self.upload(starts, &mut starts_room)?;
+        let call = SwapCall {
+            state: state.raw(),
+            pages: rooms[0].address,
+            rings: rooms[1].address,
+            ages: rooms[2].address,
+            lens: lens_room.address,
+            starts: starts_room.address,
+            seat: seat as u32,
+            comes: comes.is_some().into(),
+        };
+        // SAFETY: the state's rooms are of its sizes and the seat exists; the other rooms hold a ring and a length for each
+        // head, an age for each layer, and the pages of these lengths, which `starts` counts. They live until the stream
+        // has done its work: freeing waits for the card.
+        unsafe { self.launch(state.kernels.swap, grid(heads, 0), &call) }?;
+        Ok(rooms)
+    }
+}
+
 // Mirrors of the structs in kernels/resident.cu.
 
 #[repr(C)]
-struct RawState {
+pub(super) struct RawState {
     pool: RawPool,
     tables: u64,
     lens: u64,
@@ -439,11 +564,25 @@ struct ReleaseCall {
     unused: u32,
 }
 
+#[repr(C)]
+struct SwapCall {
+    state: RawState,
+    pages: u64,
+    rings: u64,
+    ages: u64,
+    lens: u64,
+    starts: u64,
+    seat: u32,
+    comes: u32,
+}
+
 /// Sizes of the structs, in the order in which the kernels give theirs.
-const MIRRORED: [u32; 5] = [
+const MIRRORED: [u32; 7] = [
     size_of::<RawState>() as u32,
     size_of::<AdmitCall>() as u32,
     size_of::<BeginCall>() as u32,
     size_of::<AppendCall>() as u32,
     size_of::<ReleaseCall>() as u32,
+    size_of::<SwapCall>() as u32,
+    size_of::<FusedCall>() as u32,
 ];

@@ -1,0 +1,262 @@
+//! What stands between projections and attention in one launch, held to f64 and to `Reference`.
+
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::{Noise, view};
+use half::bf16;
+use paged_kernels::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use paged_kernels::{
+    CacheShape, DeviceView, DeviceViewMut, Dtype, Error, Gate, HeadNorms, Mode, PagedAttention,
+    Projected, Reference, Resident, ScorePrecision, ScoreRule, Seats, ViewMut,
+};
+use std::sync::Arc;
+
+const WIDTH: usize = 72;
+const EPSILON: f32 = 1e-6;
+
+fn shape(head_dim: usize, dtype: Dtype) -> CacheShape {
+    CacheShape {
+        layers: 1,
+        kv_heads: 3,
+        query_heads: 12,
+        head_dim,
+        page_size: 16,
+        window: 4,
+        pages: 256,
+        dtype,
+    }
+}
+
+/// What of the launch a case asks for.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    head_dim: usize,
+    norms: bool,
+    /// Real positions of each kv head, or integers for all.
+    own: bool,
+    precision: Option<ScorePrecision>,
+}
+
+fn narrow(stream: &Arc<CudaStream>, data: &[f32]) -> CudaSlice<bf16> {
+    let data = data.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
+    stream.clone_htod(&data).unwrap()
+}
+
+fn wide(stream: &Arc<CudaStream>, data: &CudaSlice<bf16>) -> Vec<f32> {
+    stream.clone_dtoh(data).unwrap().iter().map(|x| x.to_f32()).collect()
+}
+
+/// A head's row, normed and rotated.
+fn rotated(row: &[f32], norm: Option<&[f32]>, position: f32, inverse: &[f32]) -> Vec<f64> {
+    let mut row = row.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+    if let Some(norm) = norm {
+        let mean = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
+        let scale = (mean + f64::from(EPSILON)).sqrt().recip();
+        row.iter_mut().zip(norm).for_each(|(x, &weight)| *x *= scale * f64::from(weight));
+    }
+    let pairs = inverse.len();
+    for (i, &inverse) in inverse.iter().enumerate() {
+        let (sin, cos) = f64::from(position * inverse).sin_cos();
+        let (a, b) = (row[i], row[pairs + i]);
+        (row[i], row[pairs + i]) = (a * cos - b * sin, b * cos + a * sin);
+    }
+    row
+}
+
+/// GELU by its series, which converges for the small units here.
+fn gelu(x: f64) -> f64 {
+    let (mut term, mut sum, mut n) = (x / 2f64.sqrt(), 0.0, 0.0);
+    while f64::abs(term) > 1e-18 {
+        sum += term / (2.0 * n + 1.0);
+        n += 1.0;
+        term *= -x * x / 2.0 / n;
+    }
+    0.5 * x * (1.0 + 2.0 / std::f64::consts::PI.sqrt() * sum)
+}
+
+fn round(x: f64, precision: ScorePrecision) -> f64 {
+    match precision {
+        ScorePrecision::F32 => x,
+        ScorePrecision::MatchTorchBf16 => f64::from(bf16::from_f64(x).to_f32()),
+    }
+}
+
+fn close(found: &[f32], right: &[f64], most: f64) {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let apart = norm(&mut found.iter().zip(right).map(|(&x, y)| f64::from(x) - y));
+    let relative = apart / norm(&mut right.iter().copied());
+    assert!(relative < most, "off by {relative}");
+}
+
+fn run(case: Case) {
+    let shape = shape(case.head_dim, Dtype::Bf16);
+    let CacheShape { kv_heads, query_heads, head_dim, .. } = shape;
+    let (group, columns) = (query_heads / kv_heads, (query_heads + 2 * kv_heads) * head_dim);
+    let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+    let seats = Seats { texts: 3, tokens: 500, mode: Mode::Fast };
+    let mut cache = Resident::on(stream.clone(), shape.clone(), seats).unwrap();
+    let mut reference = Reference::new(shape).unwrap();
+    let mut noise = Noise(41);
+    let norms = [noise.floats(head_dim), noise.floats(head_dim)];
+    let inverse = (0..head_dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / head_dim as f32));
+    let inverse = inverse.collect::<Vec<_>>();
+    let second = noise.floats(kv_heads * WIDTH);
+    let bias = noise.floats(kv_heads);
+    let on_card = (
+        [narrow(&stream, &norms[0]), narrow(&stream, &norms[1])],
+        stream.clone_htod(&inverse).unwrap(),
+        [narrow(&stream, &second), narrow(&stream, &bias)],
+    );
+
+    let places = 3;
+    let texts = [cache.allocate().unwrap(), cache.allocate().unwrap()];
+    let twins = [reference.allocate().unwrap(), reference.allocate().unwrap()];
+    cache.batch(&[Some(texts[0]), None, Some(texts[1])]).unwrap();
+    for step in 0..40 {
+        let qkv = noise.floats(places * columns);
+        let units = noise.floats(places * WIDTH);
+        let heads = if case.own { kv_heads } else { 1 };
+        let positions = (0..heads * places)
+            .map(|i| if case.own { noise.next() * 3000.0 } else { (70_000 * i + step) as f32 })
+            .collect::<Vec<_>>();
+        let tensors = (narrow(&stream, &qkv), narrow(&stream, &units));
+        let positions_card = stream.clone_htod(&positions).unwrap();
+        let mut rotated_queries = narrow(&stream, &vec![f32::NAN; query_heads * places * head_dim]);
+        let mut out = stream.clone_htod(&vec![f32::NAN; query_heads * places * head_dim]).unwrap();
+        let seen = |slice, shape| DeviceView::of::<bf16>(slice, shape, &stream).unwrap();
+        let rule = |precision| ScoreRule { threshold: 0.1, precision };
+        let projected = Projected {
+            qkv: seen(&tensors.0, [1, places, columns]),
+            norms: case.norms.then(|| HeadNorms {
+                query: seen(&on_card.0[0], [1, 1, head_dim]),
+                key: seen(&on_card.0[1], [1, 1, head_dim]),
+                epsilon: EPSILON,
+            }),
+            positions: DeviceView::of(&positions_card, [heads, places, 1], &stream).unwrap(),
+            inverse: DeviceView::of(&on_card.1, [1, 1, head_dim / 2], &stream).unwrap(),
+            gate: case.precision.map(|precision| Gate {
+                units: seen(&tensors.1, [1, places, WIDTH]),
+                second: seen(&on_card.2[0], [1, kv_heads, WIDTH]),
+                bias: seen(&on_card.2[1], [1, 1, kv_heads]),
+                rule: rule(precision),
+            }),
+        };
+        cache.begin_step().unwrap();
+        let rows = [query_heads, places, head_dim];
+        let mut view_mut = DeviceViewMut::of(&mut rotated_queries, rows, &stream).unwrap();
+        cache.append_fused(0, projected, &mut view_mut).unwrap();
+        let queries = DeviceView::of(&rotated_queries, rows, &stream).unwrap();
+        let out_view = DeviceViewMut::of(&mut out, rows, &stream).unwrap();
+        let scale = common::scale(head_dim);
+        cache.attend(0, queries, scale, out_view, None).unwrap();
+        let (queries, out) = (wide(&stream, &rotated_queries), stream.clone_dtoh(&out).unwrap());
+
+        for (place, text, twin) in [(0, texts[0], twins[0]), (2, texts[1], twins[1])] {
+            let row = |head: usize| &qkv[place * columns + head * head_dim..][..head_dim];
+            let position = |kv_head: usize| positions[kv_head % heads * places + place];
+            let norm = |i: usize| case.norms.then_some(&norms[i][..]);
+            let picked = |data: &[f32], head: usize| {
+                data[(head * places + place) * head_dim..][..head_dim].to_vec()
+            };
+            for head in 0..query_heads {
+                let right = rotated(row(head), norm(0), position(head / group), &inverse);
+                close(&picked(&queries, head), &right, 4e-3);
+            }
+            let mut keys = Vec::new();
+            for kv_head in 0..kv_heads {
+                let key = rotated(row(query_heads + kv_head), norm(1), position(kv_head), &inverse);
+                keys.extend(key.iter().map(|&x| bf16::from_f64(x).to_f32()));
+            }
+            let values = (0..kv_heads).flat_map(|head| row(query_heads + kv_heads + head));
+            let values = values.copied().collect::<Vec<_>>();
+            let drops = (0..kv_heads).map(|head| {
+                let Some(precision) = case.precision else { return false };
+                let units = &units[place * WIDTH..][..WIDTH];
+                let terms = units.iter().zip(&second[head * WIDTH..]).map(|(&unit, &weight)| {
+                    round(gelu(f64::from(unit)), precision) * f64::from(weight)
+                });
+                let score = terms.sum::<f64>() + f64::from(bias[head]);
+                round(score, precision) < round(f64::from(0.1f32), precision)
+            });
+            let drops = drops.collect::<Vec<_>>();
+            reference.begin_step(&[(twin, 1)]).unwrap();
+            let rows = [kv_heads, 1, head_dim];
+            reference.append(0, view(&keys, rows), view(&values, rows), &drops).unwrap();
+            let own = (0..query_heads).flat_map(|head| picked(&queries, head)).collect::<Vec<_>>();
+            let mut right = vec![0.0; own.len()];
+            let one = [query_heads, 1, head_dim];
+            let right_view = ViewMut::new(&mut right[..], one).unwrap();
+            reference.attend(0, view(&own, one), scale, right_view, None).unwrap();
+            for head in 0..query_heads {
+                let right = right[head * head_dim..][..head_dim].iter();
+                let right = right.map(|&x| f64::from(x)).collect::<Vec<_>>();
+                close(&picked(&out, head), &right, 8e-3);
+            }
+            assert_eq!(cache.lengths(text).unwrap(), reference.lengths(twin).unwrap());
+        }
+    }
+    let lengths = cache.lengths(texts[0]).unwrap();
+    // Some tokens went, others stayed: the bits are seen.
+    let gated = case.precision.is_some();
+    assert_eq!(lengths.iter().all(|&len| (6..40).contains(&len)), gated, "{lengths:?}");
+}
+
+#[test]
+fn gelu_is_the_exact_one() {
+    for (x, y) in [(0.0, 0.0), (1.0, 0.841_344_746_068_543), (-0.5, -0.154_268_769_362_993)] {
+        assert!((gelu(x) - y).abs() < 1e-12, "{x}: {}", gelu(x));
+    }
+}
+
+mod cuda {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn a_fused_append_is_norm_rotation_rows_and_bits() {
+        for head_dim in [64, 80, 128] {
+            for (norms, own) in [(false, false), (true, false), (true, true)] {
+                for precision in
+                    [None, Some(ScorePrecision::F32), Some(ScorePrecision::MatchTorchBf16)]
+                {
+                    run(Case { head_dim, norms, own, precision });
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn wrong_tensors_are_refused() {
+        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        let seats = Seats { texts: 1, tokens: 100, mode: Mode::Fast };
+        let mut cache = Resident::on(stream.clone(), shape(64, Dtype::Bf16), seats).unwrap();
+        let text = cache.allocate().unwrap();
+        cache.batch(&[Some(text)]).unwrap();
+        cache.begin_step().unwrap();
+        let qkv = stream.alloc_zeros::<bf16>(18 * 64).unwrap();
+        let numbers = stream.alloc_zeros::<f32>(32).unwrap();
+        let mut queries = stream.alloc_zeros::<bf16>(12 * 64).unwrap();
+        let mut queries = DeviceViewMut::of(&mut queries, [12, 1, 64], &stream).unwrap();
+        let good = Projected {
+            qkv: DeviceView::of(&qkv, [1, 1, 18 * 64], &stream).unwrap(),
+            norms: None,
+            positions: DeviceView::strided(&numbers, [1, 1, 1], [0, 0], &stream).unwrap(),
+            inverse: DeviceView::of(&numbers, [1, 1, 32], &stream).unwrap(),
+            gate: None,
+        };
+        let short = DeviceView::strided(&qkv, [1, 1, 17 * 64], [0, 0], &stream).unwrap();
+        let error = cache.append_fused(0, Projected { qkv: short, ..good }, &mut queries);
+        assert!(matches!(error.unwrap_err(), Error::Shape { tensor: "qkv", .. }));
+        let halves = DeviceView::strided(&qkv, [1, 1, 32], [0, 0], &stream).unwrap();
+        let error = cache.append_fused(0, Projected { inverse: halves, ..good }, &mut queries);
+        assert!(matches!(error.unwrap_err(), Error::Type { tensor: "inverse", .. }));
+        cache.append_fused(0, good, &mut queries).unwrap();
+        assert_eq!(
+            cache.append_fused(0, good, &mut queries).unwrap_err(),
+            Error::AppendedTwice { layer: 0 }
+        );
+    }
+}
