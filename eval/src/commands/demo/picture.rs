@@ -36,27 +36,26 @@ fn chart(svg: &mut String, runs: &[Run], asked: usize) -> Result<(), Box<dyn std
         .label_style(TEXT)
         .axis_desc_style(TEXT)
         .draw()?;
+    let mut runs = runs.iter().collect::<Vec<_>>();
+    runs.sort_by(|a, b| a.removed.total_cmp(&b.removed));
     let mut line = Vec::new();
     for run in runs {
         let Some(right) = run.right else { continue };
         let at = (run.removed, right as f64);
-        let (colour, label) = match run.threshold {
-            Some(threshold) if line.is_empty() => (KVZAP, format!("KVzap, τ = {threshold}")),
-            Some(threshold) => (KVZAP, threshold.to_string()),
-            None => (OTHERS, run.method.to_owned()),
+        let (colour, label, beside) = match run.threshold {
+            None => (OTHERS, run.method.to_owned(), (9, -7)),
+            Some(threshold) if line.is_empty() => {
+                (KVZAP, format!("KVzap, τ = {threshold}"), (-70, -22))
+            }
+            // Above and below by turns, since they may lie close.
+            Some(threshold) if line.len() % 2 == 1 => (KVZAP, threshold.to_string(), (-12, 10)),
+            Some(threshold) => (KVZAP, threshold.to_string(), (-12, -22)),
         };
+        line.extend(run.threshold.map(|_| at));
         chart.draw_series([Circle::new(at, 4, colour.filled())])?;
-        // KVzap's above its line, the others' beside their points.
-        let beside = match run.threshold {
-            Some(_) if line.is_empty() => (-60, -22),
-            Some(_) => (-12, -22),
-            None => (9, -7),
-        };
         let text = Text::new(label, beside, TEXT.into_font().color(&colour));
         chart.draw_series([EmptyElement::at(at) + text])?;
-        line.extend(run.threshold.map(|_| at));
     }
-    line.sort_by(|a, b| a.0.total_cmp(&b.0));
     chart.draw_series(LineSeries::new(line, KVZAP.stroke_width(2)))?;
     root.present()?;
     Ok(())
