@@ -30,6 +30,19 @@ inline __device__ void save(void *data, uint32_t type, int64_t i, float x) {
     }
 }
 
+// Hopper starts a kernel while the one before still runs. What that one writes may be read only after `settle`.
+inline __device__ void settle() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+inline __device__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Elements [heads][tokens][dim], the first two strides free.
 struct View {
     void *data;

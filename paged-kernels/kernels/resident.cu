@@ -72,19 +72,6 @@ __device__ void store_row(const State &state, const View &keys, const View &valu
     }
 }
 
-// Hopper starts a kernel while the one before still runs. What that one writes may be read only after `settle`.
-__device__ void settle() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ void start_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 struct Admit {
     State state;
     View keys;    // [kv heads][tokens][dim]
