@@ -1,6 +1,7 @@
 //! The bookkeeping that all backends share: sequences, their tables, the pool and the step under way.
 
 use crate::error::{Error, Result};
+use crate::filled::Filled;
 use crate::page::{Move, Slot};
 use crate::pool::PagePool;
 use crate::shape::{CacheShape, Stats};
@@ -32,9 +33,7 @@ struct Text {
     generation: u64,
     /// `[layers, H]`.
     tables: Vec<PageTable>,
-    filled: Vec<bool>,
-    tokens: usize,
-    stepped: bool,
+    filled: Filled,
 }
 
 #[derive(Debug)]
@@ -83,9 +82,7 @@ impl Book {
         let text = Text {
             generation,
             tables: vec![PageTable::new(page_size); layers * kv_heads],
-            filled: vec![false; layers],
-            tokens: 0,
-            stepped: false,
+            filled: Filled::none(layers),
         };
         let index = self.vacant.pop().unwrap_or(self.places.len());
         if index == self.places.len() {
@@ -154,15 +151,7 @@ impl Book {
         check_shape("keys", keys, [kv_heads, tokens, head_dim])?;
         check_shape("values", values, [kv_heads, tokens, head_dim])?;
         check_length("drops", drops.len(), kv_heads * tokens)?;
-        if text.stepped {
-            return Err(Error::FilledLate);
-        }
-        if text.filled[layer] {
-            return Err(Error::FilledTwice { layer });
-        }
-        if text.filled.contains(&true) && text.tokens != tokens {
-            return Err(Error::TokensDiffer { layer, expected: text.tokens, found: tokens });
-        }
+        text.filled.check(layer, tokens)?;
         let heads = (0..kv_heads).map(|head| &drops[head * tokens..][..tokens]);
         let pages = |drops| kept(drops, window).count().div_ceil(page_size);
         self.pool.admit(heads.clone().map(pages).sum())?;
@@ -175,8 +164,7 @@ impl Book {
         for (table, drops) in tables.iter_mut().zip(heads) {
             table.fill(&mut self.pool, window, drops)?;
         }
-        text.filled[layer] = true;
-        text.tokens = tokens;
+        text.filled.fill(layer, tokens);
         Ok(())
     }
 
@@ -191,11 +179,7 @@ impl Book {
             if !seen.insert(sequence) {
                 return Err(Error::SequenceTwice);
             }
-            if let Some(layer) = text.filled.iter().position(|filled| !filled)
-                && text.filled.contains(&true)
-            {
-                return Err(Error::NotFilled { layer });
-            }
+            text.filled.check_step()?;
             let pages = text.tables.iter().map(|table| table.wanted(window, tokens));
             wanted = pages.fold(wanted, usize::saturating_add);
         }
@@ -214,7 +198,7 @@ impl Book {
                 let Some(text) = &mut self.places[sequence.index] else { continue };
                 let table = &mut text.tables[table];
                 table.begin_step(&mut self.pool, window, range.len(), &mut slots, &mut moves)?;
-                text.stepped = true;
+                text.filled.step();
             }
         }
         self.step = Some(Step { entries, tokens: total, slots, appended: vec![false; layers] });

@@ -8,6 +8,7 @@ use crate::cuda::driver::resident::{NO_SEAT, Packed, State, Step};
 use crate::cuda::fused::Projected;
 use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut, check_type};
 use crate::error::{Error, Result};
+use crate::filled::Filled;
 use crate::shape::{CacheShape, Dtype};
 use crate::view::check_shape;
 use cudarc::driver::CudaStream;
@@ -66,9 +67,7 @@ pub struct Resident {
 pub struct Suspended {
     shape: CacheShape,
     rows: Packed,
-    filled: Vec<bool>,
-    tokens: usize,
-    stepped: bool,
+    filled: Filled,
 }
 
 impl Suspended {
@@ -81,9 +80,7 @@ impl Suspended {
 #[derive(Debug)]
 struct Text {
     generation: u64,
-    filled: Vec<bool>,
-    tokens: usize,
-    stepped: bool,
+    filled: Filled,
 }
 
 impl Resident {
@@ -140,8 +137,8 @@ impl Resident {
         let seat = self.texts.iter().position(Option::is_none).ok_or(Error::NoSeat { seats })?;
         let generation = self.allocated;
         self.allocated += 1;
-        let filled = vec![false; self.shape.layers];
-        self.texts[seat] = Some(Text { generation, filled, tokens: 0, stepped: false });
+        let filled = Filled::none(self.shape.layers);
+        self.texts[seat] = Some(Text { generation, filled });
         Ok(Sequence::at(seat, generation))
     }
 
@@ -185,17 +182,8 @@ impl Resident {
         check_shape("values", values.shape(), [kv_heads, tokens, head_dim])?;
         self.check_bits(drops, tokens)?;
         let text = self.text(sequence)?;
-        if text.stepped {
-            return Err(Error::FilledLate);
-        }
-        if text.filled[layer] {
-            return Err(Error::FilledTwice { layer });
-        }
-        if text.filled.contains(&true) && text.tokens != tokens {
-            return Err(Error::TokensDiffer { layer, expected: text.tokens, found: tokens });
-        }
-        text.filled[layer] = true;
-        text.tokens = tokens;
+        text.filled.check(layer, tokens)?;
+        text.filled.fill(layer, tokens);
         let at = [layer, sequence.index()];
         self.device.admit(&self.state, &mut self.step, at, keys, values, drops)
     }
@@ -215,15 +203,10 @@ impl Resident {
             if texts.iter().flatten().skip(i + 1).any(|&other| other == sequence) {
                 return Err(Error::SequenceTwice);
             }
-            let text = self.text(sequence)?;
-            if let Some(layer) = text.filled.iter().position(|filled| !filled)
-                && text.filled.contains(&true)
-            {
-                return Err(Error::NotFilled { layer });
-            }
+            self.text(sequence)?.filled.check_step()?;
         }
         for &sequence in texts.iter().flatten() {
-            self.text(sequence)?.stepped = true;
+            self.text(sequence)?.filled.step();
         }
         self.batch = texts.to_vec();
         self.appended = None;
@@ -354,12 +337,11 @@ impl Resident {
     /// pages are gathered on the card first.
     pub fn suspend(&mut self, sequence: Sequence) -> Result<Suspended> {
         self.check_finished()?;
-        let Text { filled, tokens, stepped, .. } = self.text(sequence)?;
-        let (filled, tokens, stepped) = (filled.clone(), *tokens, *stepped);
+        let filled = self.text(sequence)?.filled.clone();
         let lens = self.lens(sequence)?;
         let rows = self.device.pack(&self.state, sequence.index(), lens)?;
         self.release(sequence)?;
-        Ok(Suspended { shape: self.shape.clone(), rows, filled, tokens, stepped })
+        Ok(Suspended { shape: self.shape.clone(), rows, filled })
     }
 
     /// Brings a text back, into another seat and other pages: what it gives from then on is the same, bit for bit in
@@ -368,7 +350,7 @@ impl Resident {
     /// # Errors
     /// [`Error::NoSeat`]; [`Error::OutOfPages`]; [`Error::OtherCache`] if it comes from a cache of another shape.
     pub fn resume(&mut self, suspended: &Suspended) -> Result<Sequence> {
-        let Suspended { shape, rows, filled, tokens, stepped } = suspended;
+        let Suspended { shape, rows, filled } = suspended;
         if (CacheShape { pages: self.shape.pages, ..shape.clone() }) != self.shape {
             return Err(Error::OtherCache);
         }
@@ -383,8 +365,7 @@ impl Resident {
             return Err(Error::OtherCache);
         }
         let sequence = self.allocate()?;
-        let text = self.text(sequence)?;
-        (text.filled, text.tokens, text.stepped) = (filled.clone(), *tokens, *stepped);
+        self.text(sequence)?.filled = filled.clone();
         self.device.unpack(&self.state, sequence.index(), rows)?;
         Ok(sequence)
     }
