@@ -28,6 +28,14 @@ pub trait PagedAttention {
     /// None on the CPU; a device may have no room for another table.
     fn allocate(&mut self) -> Result<Sequence>;
 
+    /// A second sequence that goes on from where `sequence` is: several questions about one text, or several answers to
+    /// one. The two share all pages until one of them writes to one, which it copies first; a step counts such copies
+    /// among the pages that it needs.
+    ///
+    /// # Errors
+    /// A released sequence, or a step that has not reached every layer. Nothing changes then.
+    fn fork(&mut self, sequence: Sequence) -> Result<Sequence>;
+
     /// Stores what one layer of a prompt keeps. `keys` (rotated) and `values` are `[H, T, D]`; `drops` is `[H, T]`,
     /// `true` where a token goes once it has left the window. Every layer must be given the same T.
     ///

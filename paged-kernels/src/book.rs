@@ -92,6 +92,19 @@ impl Book {
         Sequence { index, generation }
     }
 
+    /// A second text that goes on from where `sequence` is, in the same pages.
+    pub fn fork(&mut self, sequence: Sequence) -> Result<Sequence> {
+        self.check_finished()?;
+        let text = self.text(sequence)?;
+        let (tables, filled) = (text.tables.clone(), text.filled.clone());
+        tables.iter().try_for_each(|table| table.share(&mut self.pool))?;
+        let fork = self.allocate();
+        if let Some(text) = &mut self.places[fork.index] {
+            (text.tables, text.filled) = (tables, filled);
+        }
+        Ok(fork)
+    }
+
     fn text(&self, sequence: Sequence) -> Result<&Text> {
         match self.places.get(sequence.index) {
             Some(Some(text)) if text.generation == sequence.generation => Ok(text),
@@ -180,7 +193,7 @@ impl Book {
                 return Err(Error::SequenceTwice);
             }
             text.filled.check_step()?;
-            let pages = text.tables.iter().map(|table| table.wanted(window, tokens));
+            let pages = text.tables.iter().map(|table| table.wanted(&self.pool, window, tokens));
             wanted = pages.fold(wanted, usize::saturating_add);
         }
         self.pool.admit(wanted)?;

@@ -191,6 +191,10 @@ impl PagedAttention for Cuda {
         Ok(self.book.allocate())
     }
 
+    fn fork(&mut self, sequence: Sequence) -> Result<Sequence> {
+        self.book.fork(sequence)
+    }
+
     fn fill(
         &mut self,
         sequence: Sequence,
@@ -212,11 +216,10 @@ impl PagedAttention for Cuda {
 
     fn begin_step(&mut self, step: &[(Sequence, usize)]) -> Result<()> {
         let moves = self.book.begin_step(step)?;
-        let row = |place| plan::row(place, self.book.shape.page_size);
-        let moves = moves.iter().flat_map(|step| [row(step.from), row(step.to)]);
-        let moves = moves.collect::<Vec<_>>();
-        self.device.upload(&moves, &mut self.rows)?;
-        self.device.shift(&self.pool, self.rows.part(0, moves.len()))?;
+        for moves in plan::apart(&moves, self.book.shape.page_size) {
+            self.device.upload(&moves, &mut self.rows)?;
+            self.device.shift(&self.pool, self.rows.part(0, moves.len()))?;
+        }
         self.plan = Plan::of(&self.book, self.device.blocks)?;
         let heads = self.book.shape.kv_heads * self.plan.sequences;
         if self.arrivals.bytes() < heads * 4 {

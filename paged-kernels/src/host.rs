@@ -87,6 +87,10 @@ impl<K: Kernel> PagedAttention for Host<K> {
         Ok(self.book.allocate())
     }
 
+    fn fork(&mut self, sequence: Sequence) -> Result<Sequence> {
+        self.book.fork(sequence)
+    }
+
     fn fill(
         &mut self,
         sequence: Sequence,

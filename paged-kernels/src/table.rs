@@ -82,15 +82,56 @@ impl PageTable {
         (self.len - self.ring.leaving(window).count()).saturating_add(tokens)
     }
 
-    /// Pages that a step of `tokens` tokens needs beyond those held.
-    pub fn wanted(&self, window: usize, tokens: usize) -> usize {
-        self.len_after(window, tokens).div_ceil(self.page_size).saturating_sub(self.pages.len())
+    /// Pages that a step of `tokens` tokens needs beyond those held: new ones, and copies of those that others hold too
+    /// and that it writes to.
+    pub fn wanted(&self, pool: &PagePool, window: usize, tokens: usize) -> usize {
+        let pages = self.len_after(window, tokens).div_ceil(self.page_size);
+        let shared = self.shared(pool, window, tokens).len();
+        pages.saturating_sub(self.pages.len()).saturating_add(shared)
+    }
+
+    /// Which of the pages that a step writes to others hold too.
+    fn shared(&self, pool: &PagePool, window: usize, tokens: usize) -> BTreeSet<usize> {
+        let len = self.len_after(window, tokens);
+        let held = self.pages.len() * self.page_size;
+        let free = self.ring.leaving(window).map(Slot::index).filter(|&slot| slot < len);
+        let written = free.chain(self.len..len.min(held)).map(|slot| slot / self.page_size);
+        written.filter(|&page| pool.holders(self.pages[page]) > 1).collect()
+    }
+
+    /// Adds a holder to every page: a clone of this table may then be used beside it.
+    ///
+    /// # Errors
+    /// [`PageNotInUse`](crate::Error::PageNotInUse) if `pool` is not the pool that the pages came from.
+    pub fn share(&self, pool: &mut PagePool) -> Result<()> {
+        self.pages.iter().try_for_each(|&page| pool.share(page))
+    }
+
+    /// Puts a page of the table's own in the place of one that others hold too, with its rows but for those of the `free`
+    /// slots.
+    fn own(
+        &mut self,
+        pool: &mut PagePool,
+        page: usize,
+        free: &[Slot],
+        moves: &mut Vec<Move>,
+    ) -> Result<()> {
+        let (old, new) = (self.pages[page], pool.take()?);
+        let slots = page * self.page_size..self.len.min((page + 1) * self.page_size);
+        for slot in slots.map(|slot| Slot(slot as u32)).filter(|slot| !free.contains(slot)) {
+            let row = slot.index() % self.page_size;
+            moves.push(Move { from: Place { page: old, row }, to: Place { page: new, row } });
+        }
+        self.pages[page] = new;
+        pool.release(old)?;
+        Ok(())
     }
 
     /// Begins a step of `tokens` tokens: ring entries beyond the newest `window` leave, the slots of the dropped ones
     /// go to the new tokens, further tokens are appended. Slots that stay free (a longer step went before) are closed
     /// by `moves` of rows from the tail, which the caller must carry out before it writes or frees a page; a step as
-    /// long as the one before never moves a row. The new tokens' slots are pushed onto `slots`, in order.
+    /// long as the one before never moves a row. Pages that are written to and that others hold too are copied, by `moves`
+    /// again. The new tokens' slots are pushed onto `slots`, in order.
     ///
     /// # Errors
     /// [`OutOfPages`](crate::Error::OutOfPages); the table is unchanged then.
@@ -102,10 +143,14 @@ impl PageTable {
         slots: &mut Vec<Slot>,
         moves: &mut Vec<Move>,
     ) -> Result<()> {
-        pool.admit(self.wanted(window, tokens))?;
+        pool.admit(self.wanted(pool, window, tokens))?;
         let len = self.len_after(window, tokens);
+        let shared = self.shared(pool, window, tokens);
         let mut free = self.ring.leaving(window).collect::<Vec<_>>();
         self.ring.advance(window);
+        for page in shared {
+            self.own(pool, page, &free, moves)?;
+        }
         if free.len() > tokens {
             self.close(&mut free, len, tokens, moves);
         }

@@ -14,6 +14,8 @@ enum Operation {
     Begin(usize),
     /// Tokens for the living texts, in turn.
     Step(Vec<usize>),
+    /// A second text that goes on from where one of them is.
+    Fork(usize),
     /// The end of one of them.
     End(usize),
 }
@@ -23,6 +25,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         2 => (0usize..40).prop_map(Operation::Begin),
         6 => prop::collection::vec(0usize..3, 1..4).prop_map(Operation::Step),
         1 => prop::collection::vec(0usize..20, 1..4).prop_map(Operation::Step),
+        1 => (0usize..8).prop_map(Operation::Fork),
         1 => (0usize..8).prop_map(Operation::End),
     ]
 }
@@ -52,12 +55,18 @@ fn live<B: PagedAttention>(backend: B, drop: f64, operations: &[Operation]) {
                     assert_eq!(twins.backend.stats(), before, "nothing changes");
                 }
             }
+            Operation::Fork(choice) if !texts.is_empty() => {
+                let fork = twins.fork(texts[choice % texts.len()]);
+                texts.push(fork);
+                let used = twins.backend.stats().pages_used;
+                assert_eq!(used, before.pages_used, "a fork takes no page");
+            }
             Operation::End(choice) if !texts.is_empty() => {
                 let text = texts.swap_remove(choice % texts.len());
                 twins.release(text);
                 assert_eq!(twins.backend.release(text), Err(Error::UnknownSequence));
             }
-            Operation::End(_) => {}
+            Operation::Fork(_) | Operation::End(_) => {}
         }
         twins.check_stats();
     }
@@ -177,6 +186,26 @@ fn only<B: PagedAttention>(
         data.chunks_exact(total * width).flat_map(|head| head[..tokens * width].to_vec()).collect()
     };
     vec![(own(head_dim, &out), own(1, &lse))]
+}
+
+/// Questions about one prompt: each copies what it writes to, and the prompt's other pages stay one's.
+#[test]
+fn forks_share_a_prompt() {
+    let mut twins = Twins::new(Cpu::new(many()).unwrap(), 0.0);
+    let text = twins.prompt(1000);
+    let prompt = twins.backend.stats().pages_used;
+    let forks = [twins.fork(text), twins.fork(text), text];
+    let step = forks.map(|fork| (fork, 3));
+    twins.step(&step).unwrap();
+    twins.step(&step).unwrap();
+    twins.check_stats();
+    // Three heads' last pages, which hold 8 rows of the prompt, once more for two of the texts.
+    assert_eq!(twins.backend.stats().pages_used, prompt + 3 * 2);
+    twins.release(text);
+    twins.release(forks[0]);
+    twins.step(&step[1..2]).unwrap();
+    twins.release(forks[1]);
+    assert_eq!(twins.backend.stats().pages_used, 0);
 }
 
 #[test]

@@ -4,8 +4,9 @@ use crate::book::Book;
 use crate::cuda::driver::NO_ROW;
 use crate::cuda::driver::attend::HEAD_WORDS;
 use crate::error::Result;
-use crate::page::Place;
+use crate::page::{Move, Place};
 use crate::table::{PageTable, kept};
+use std::collections::BTreeSet;
 
 /// All layers of a step, as 32-bit words that go to the card in one copy.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -147,6 +148,24 @@ pub fn row(place: Place, page_size: usize) -> u32 {
     (place.page.index() * page_size + place.row) as u32
 }
 
+/// Moves as pairs of rows, in runs within which no row stands twice: a kernel carries out a run at once, and a page that
+/// one table gives back may be another's copy the next moment.
+pub fn apart(moves: &[Move], page_size: usize) -> Vec<Vec<u32>> {
+    let (mut runs, mut seen) = (Vec::new(), BTreeSet::new());
+    for step in moves {
+        let pair = [step.from, step.to].map(|place| row(place, page_size));
+        if runs.is_empty() || pair.iter().any(|row| seen.contains(row)) {
+            runs.push(Vec::new());
+            seen.clear();
+        }
+        seen.extend(pair);
+        if let Some(run) = runs.last_mut() {
+            run.extend(pair);
+        }
+    }
+    runs
+}
+
 /// `[H, T]`: the row of each token of a prompt, [`NO_ROW`] where it is not kept.
 pub fn prompt(tables: &[PageTable], drops: &[bool], window: usize, page_size: usize) -> Vec<u32> {
     let tokens = drops.len() / tables.len();
@@ -175,6 +194,21 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn runs_of_moves_keep_their_order_and_touch_no_row_twice(rows in prop::collection::vec((0..40usize, 0..40usize), 0..60)) {
+            let place = |row: usize| Place { page: crate::page::PageId((row / 4) as u32), row: row % 4 };
+            let moves = rows.iter().filter(|(from, to)| from != to);
+            let moves = moves.map(|&(from, to)| Move { from: place(from), to: place(to) });
+            let moves = moves.collect::<Vec<_>>();
+            let runs = apart(&moves, 4);
+            let all = moves.iter().flat_map(|step| [row(step.from, 4), row(step.to, 4)]);
+            prop_assert_eq!(runs.concat(), all.collect::<Vec<_>>());
+            for run in runs {
+                let rows = run.iter().collect::<BTreeSet<_>>();
+                prop_assert!(!run.is_empty() && rows.len() == run.len());
+            }
+        }
+
         #[test]
         fn shares_cover_every_page_once_and_parts_name_their_blocks(heads in heads(), blocks in 1..140usize) {
             let (mut records, mut pages) = (Vec::new(), 0);
