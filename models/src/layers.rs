@@ -45,6 +45,30 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     Ok(x.f_linear(weight, bias)?)
 }
 
+/// Rotates the first `heads` heads of one token in place, as [`repo_pos::rotate`] does, and says whether it could: `x` is
+/// f32 on the CPU, and one row of angles serves all heads. For a decode step, whose work is less than calls into libtorch.
+pub(crate) fn rotate_token(
+    x: &mut Tensor,
+    [heads, head_dim]: [usize; 2],
+    cos: &Tensor,
+    sin: &Tensor,
+) -> bool {
+    let (Some(cos), Some(sin)) = (bridge::floats(cos), bridge::floats(sin)) else { return false };
+    let pairs = head_dim / 2;
+    let one = x.size().iter().rev().skip(1).all(|&n| n == 1);
+    if !one || cos.len() != pairs || sin.len() != pairs {
+        return false;
+    }
+    let Some(row) = bridge::floats_mut(x) else { return false };
+    for head in row.chunks_exact_mut(2 * pairs).take(heads) {
+        let (first, second) = head.split_at_mut(pairs);
+        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+        }
+    }
+    true
+}
+
 /// Root-mean-square normalisation, computed in f32 whatever the dtype of `x`, as transformers does.
 #[derive(Debug)]
 pub(crate) struct RmsNorm {

@@ -92,14 +92,17 @@ impl Llama {
     ) -> Result<Tensor> {
         let (batch, tokens) = (hidden.size()[0], hidden.size()[1]);
         let (query_heads, kv_heads) = (self.config.query_heads as i64, self.config.kv_heads as i64);
-        let heads = self.blocks[layer]
-            .qkv
-            .forward(hidden)?
-            .f_view([batch, tokens, query_heads + 2 * kv_heads, self.config.head_dim as i64])?
-            .f_transpose(1, 2)?; // [batch, query_heads + 2 kv_heads, tokens, head_dim]
+        let mut projected = self.blocks[layer].qkv.forward(hidden)?;
         let repositioned = self.repositioned(layer, hidden, hooks)?;
         let (cos, sin) = repositioned.as_ref().unwrap_or(index_angles);
-        let rotated = rotate(&heads.f_narrow(1, 0, query_heads + kv_heads)?, cos, sin)?;
+        let turned = query_heads + kv_heads;
+        let sizes = [turned as usize, self.config.head_dim];
+        let in_place = layers::rotate_token(&mut projected, sizes, cos, sin);
+        let heads = projected
+            .f_view([batch, tokens, query_heads + 2 * kv_heads, self.config.head_dim as i64])?
+            .f_transpose(1, 2)?; // [batch, query_heads + 2 kv_heads, tokens, head_dim]
+        let rotated = heads.f_narrow(1, 0, turned)?;
+        let rotated = if in_place { rotated } else { rotate(&rotated, cos, sin)? };
         let queries = rotated.f_narrow(1, 0, query_heads)?;
         let keys = rotated.f_narrow(1, query_heads, kv_heads)?;
         let values = heads.f_narrow(1, query_heads + kv_heads, kv_heads)?;
