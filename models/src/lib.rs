@@ -35,3 +35,8 @@ pub use tokenizer::{GgufVocabulary, Specials, Tokenizer};
 pub use weights::{Source, Weights, open};
 
 pub use kvzap::WINDOW;
+
+/// The examples of the front page, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct FrontPage;
