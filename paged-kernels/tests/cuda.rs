@@ -8,6 +8,7 @@ use common::{Noise, Twins, small, view};
 use half::{bf16, f16};
 use paged_kernels::cudarc::driver::{CudaContext, CudaStream};
 use paged_kernels::{CacheShape, Cuda, DeviceView, Dtype, Error, PagedAttention, View, ViewMut};
+use std::process::Command;
 use std::sync::Arc;
 
 #[test]
@@ -19,6 +20,33 @@ fn without_a_card_there_is_an_error_with_advice() {
             Error::NoDriver | Error::OldDriver { .. } | Error::NoCard | Error::Card { .. }
         ));
         assert!(error.to_string().contains("; "), "{error}");
+        println!("{error:?}");
+    }
+}
+
+/// A library that is a driver by name alone, as some containers have it, and one of an older branch: this test again, in
+/// a process that finds that library.
+#[test]
+fn a_stub_or_an_old_driver_gives_an_error_and_no_panic() {
+    let init = "int cuInit(unsigned flags) { return 0; }";
+    let version = "int cuDriverGetVersion(int *v) { *v = 12080; return 0; }";
+    for (source, found) in [(init.to_string(), 0), (format!("{init}{version}"), 12_080)] {
+        let folder = std::env::temp_dir().join(format!("stub-{}-{found}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("stub.c"), source).unwrap();
+        let mut compiler = Command::new("cc");
+        compiler.current_dir(&folder).args(["-shared", "-o", "libcuda.so.1", "stub.c"]);
+        assert!(compiler.status().unwrap().success());
+        std::fs::copy(folder.join("libcuda.so.1"), folder.join("libcuda.so")).unwrap();
+        let again = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "without_a_card_there_is_an_error_with_advice", "--nocapture"])
+            .env("LD_LIBRARY_PATH", &folder)
+            .output()
+            .unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let said = String::from_utf8_lossy(&again.stdout);
+        let expected = Error::OldDriver { found, wanted: 13_000 };
+        assert!(again.status.success() && said.contains(&format!("{expected:?}")), "{said}");
     }
 }
 
