@@ -1,6 +1,6 @@
 //! The seam between a model and its cache, and the cache that says what the other must do.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 /// A key-value cache of one text: it stores what a layer computed and attends to what it kept.
@@ -37,6 +37,15 @@ pub trait KvCache {
 
     /// What the cache holds now.
     fn usage(&self) -> Usage;
+
+    /// Remembers the text as it is, for [`rewind`](KvCache::rewind); an earlier mark is forgotten.
+    fn mark(&mut self) -> Result<()>;
+
+    /// Goes back to the mark, which stays: another question about a text that was read and pruned once.
+    ///
+    /// # Errors
+    /// [`Error::NoMark`].
+    fn rewind(&mut self) -> Result<()>;
 }
 
 /// What a cache holds.
@@ -67,6 +76,7 @@ pub struct Dense {
     tokens: usize,
     before: usize,
     layers: Vec<Option<Rows>>,
+    mark: Option<(usize, Vec<Option<Rows>>)>,
 }
 
 /// One layer's rows, and which may go.
@@ -80,7 +90,8 @@ struct Rows {
 impl Dense {
     /// An empty cache for a model of `layers` layers.
     pub fn new(layers: usize, window: usize) -> Self {
-        Self { window, tokens: 0, before: 0, layers: (0..layers).map(|_| None).collect() }
+        let layers = (0..layers).map(|_| None).collect();
+        Self { window, tokens: 0, before: 0, layers, mark: None }
     }
 
     /// Which rows of `layer` no later query will see, `[batch, kv_heads, tokens]` bool.
@@ -90,6 +101,13 @@ impl Dense {
 }
 
 impl Rows {
+    /// The same rows: a pass makes new tensors and leaves these alone.
+    fn same(&self) -> Self {
+        let [keys, values, drops] =
+            [&self.keys, &self.values, &self.drops].map(Tensor::shallow_clone);
+        Self { keys, values, drops }
+    }
+
     /// The dropped rows among those older than the newest `window` of the first `tokens`.
     fn hidden(&self, tokens: usize, window: usize) -> Result<Tensor> {
         let judged = tokens.saturating_sub(window) as i64;
@@ -172,6 +190,21 @@ impl KvCache for Dense {
         usage.peak_bytes = usage.bytes;
         usage
     }
+
+    fn mark(&mut self) -> Result<()> {
+        self.mark = Some((self.tokens, same(&self.layers)));
+        Ok(())
+    }
+
+    fn rewind(&mut self) -> Result<()> {
+        let (tokens, layers) = self.mark.as_ref().ok_or(Error::NoMark)?;
+        (self.tokens, self.layers) = (*tokens, same(layers));
+        Ok(())
+    }
+}
+
+fn same(layers: &[Option<Rows>]) -> Vec<Option<Rows>> {
+    layers.iter().map(|rows| rows.as_ref().map(Rows::same)).collect()
 }
 
 /// Attention of a first pass: every token sees itself and all before it.

@@ -185,6 +185,10 @@ pub enum Error {
     #[error("the prompt is empty; give at least one token")]
     EmptyPrompt,
 
+    /// There is no mark to go back to.
+    #[error("the cache was not marked; call mark once the text is read, then rewind")]
+    NoMark,
+
     /// A text is longer than the model was made for.
     #[error("{wanted} tokens do not fit the model's context of {limit}; shorten the text")]
     ContextTooLong {

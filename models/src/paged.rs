@@ -17,6 +17,8 @@ pub struct Paged<B: PagedAttention> {
     tokens: usize,
     /// Tokens of the pass that is under way, and whether it is the first.
     pass: (usize, bool),
+    /// The text and its tokens when it was marked: a fork, whose pages are shared.
+    mark: Option<(Sequence, usize)>,
 }
 
 /// The pool that a model needs to hold `tokens` tokens of one text if nothing is dropped.
@@ -48,7 +50,7 @@ impl<B: PagedAttention> Paged<B> {
     /// An empty cache in the pool of `backend`.
     pub fn new(mut backend: B) -> Result<Self> {
         let sequence = backend.allocate()?;
-        Ok(Self { backend, sequence, tokens: 0, pass: (0, true) })
+        Ok(Self { backend, sequence, tokens: 0, pass: (0, true), mark: None })
     }
 
     /// The backend, for its statistics.
@@ -109,12 +111,30 @@ impl<B: PagedAttention> KvCache for Paged<B> {
 
     fn usage(&self) -> Usage {
         let (stats, shape) = (self.backend.stats(), self.backend.shape());
+        let lengths = self.backend.lengths(self.sequence).unwrap_or_default();
         Usage {
             bytes: stats.bytes,
             peak_bytes: stats.peak_bytes,
-            rows: stats.rows,
+            rows: lengths.iter().sum(),
             dense_rows: shape.layers * shape.kv_heads * self.tokens,
         }
+    }
+
+    /// Pages are shared with the mark until they are written to, and copied then: the pool must have room for the copies.
+    fn mark(&mut self) -> Result<()> {
+        let fork = self.backend.fork(self.sequence)?;
+        if let Some((old, _)) = self.mark.replace((fork, self.tokens)) {
+            self.backend.release(old)?;
+        }
+        Ok(())
+    }
+
+    fn rewind(&mut self) -> Result<()> {
+        let (mark, tokens) = self.mark.ok_or(Error::NoMark)?;
+        let again = self.backend.fork(mark)?;
+        self.backend.release(std::mem::replace(&mut self.sequence, again))?;
+        self.tokens = tokens;
+        Ok(())
     }
 }
 

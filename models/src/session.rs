@@ -16,6 +16,8 @@ pub struct Session<'m> {
     cache: Box<dyn KvCache + 'm>,
     hooks: Hooks,
     logits: Option<Vec<f32>>,
+    /// Those at the mark.
+    marked: Option<Vec<f32>>,
 }
 
 /// Why generation ended.
@@ -46,7 +48,7 @@ impl<'m> Session<'m> {
         cache: impl KvCache + 'm,
         hooks: Hooks,
     ) -> Self {
-        Self { model, device, cache: Box::new(cache), hooks, logits: None }
+        Self { model, device, cache: Box::new(cache), hooks, logits: None, marked: None }
     }
 
     /// Reads `tokens`: the first call is the prefill, after which the cache is pruned; later calls see what
@@ -72,6 +74,23 @@ impl<'m> Session<'m> {
         let hidden = self.model.forward(input, self.cache.as_mut(), &self.hooks)?;
         let last = hidden.f_select(1, -1)?; // [1, hidden]: logits of the other tokens are of no use
         self.logits = Some(Vec::try_from(&self.model.logits(&last)?.f_reshape([-1])?)?);
+        Ok(())
+    }
+
+    /// Remembers what was read so far, so that several questions can follow it: see [`rewind`](Self::rewind).
+    pub fn mark(&mut self) -> Result<()> {
+        self.cache.mark()?;
+        self.marked.clone_from(&self.logits);
+        Ok(())
+    }
+
+    /// Goes back to the mark, as often as one likes: what was read until then is neither read nor pruned again.
+    ///
+    /// # Errors
+    /// [`Error::NoMark`].
+    pub fn rewind(&mut self) -> Result<()> {
+        self.cache.rewind()?;
+        self.logits.clone_from(&self.marked);
         Ok(())
     }
 

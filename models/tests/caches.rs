@@ -123,6 +123,44 @@ impl KvCache for Forgetful {
     fn usage(&self) -> Usage {
         self.0.usage()
     }
+    fn mark(&mut self) -> models::Result<()> {
+        self.0.mark()
+    }
+    fn rewind(&mut self) -> models::Result<()> {
+        self.0.rewind()
+    }
+}
+
+#[test]
+fn questions_after_a_rewind_are_those_after_a_first_reading() -> Result<()> {
+    let lm = model()?;
+    let question = |seed: i64| (ids(20) + seed).remainder(128);
+    // A question of several tokens and two more, after the text or after what another question has left.
+    let ask = |cache: &mut dyn KvCache, hooks: &Hooks, seed: i64| -> Result<Tensor> {
+        let first = logits(&lm, &question(seed).narrow(0, 0, 18), cache, hooks)?;
+        let second = logits(&lm, &question(seed).narrow(0, 18, 1), cache, hooks)?;
+        let third = logits(&lm, &question(seed).narrow(0, 19, 1), cache, hooks)?;
+        Ok(Tensor::cat(&[first, second, third], 0))
+    };
+    for hooks in [half(false)?, half(true)?] {
+        let (mut dense, mut paged) = (Dense::new(lm.config().layers, WINDOW), cpu(&lm, 400)?);
+        for cache in [&mut dense as &mut dyn KvCache, &mut paged] {
+            assert!(matches!(cache.rewind(), Err(models::Error::NoMark)));
+            let _ = logits(&lm, &ids(100), cache, &hooks)?;
+            cache.mark()?;
+            let marked = cache.usage();
+            for seed in [1, 2, 1] {
+                let found = ask(cache, &hooks, seed)?;
+                let mut fresh = Dense::new(lm.config().layers, WINDOW);
+                let _ = logits(&lm, &ids(100), &mut fresh, &hooks)?;
+                assert_close(&found, &ask(&mut fresh, &hooks, seed)?, 2e-5, "a question");
+                cache.rewind()?;
+                assert_eq!((cache.tokens(), cache.usage().rows), (100, marked.rows));
+                assert_eq!(cache.usage().bytes, marked.bytes, "no page is left behind");
+            }
+        }
+    }
+    Ok(())
 }
 
 #[test]
