@@ -20,4 +20,4 @@ pub use tasks::needle::Needle;
 #[cfg(feature = "models")]
 pub use method::{FirstToken, Method};
 #[cfg(feature = "models")]
-pub use runner::Runner;
+pub use runner::{Reading, Runner};

@@ -31,19 +31,28 @@ pub struct Runner<'a> {
     pub sampling: Sampling,
 }
 
+/// A context that is read and pruned, to be asked about.
+#[derive(Debug)]
+pub struct Reading<'a> {
+    runner: &'a Runner<'a>,
+    session: Session<'a>,
+    /// What the template puts after a question.
+    after: String,
+    /// All but the text and what it took.
+    read: Answer,
+}
+
 impl Runner<'_> {
-    /// Answers, and hands out the text as it is written.
-    pub fn answer(&self, sample: &Sample, each: &mut dyn FnMut(&str)) -> Result<Answer> {
+    /// Reads a context and prunes it.
+    pub fn read(&self, context: &str) -> Result<Reading<'_>> {
         let Model { lm, tokenizer, template, .. } = self.model;
         let (context, after) = match template {
-            Some(template) => template.around(&sample.context)?,
-            None => (sample.context.clone(), "\n".to_owned()),
+            Some(template) => template.around(context)?,
+            None => (context.to_owned(), "\n".to_owned()),
         };
         let context = tokenizer.encode(&context, Specials::Parse)?;
-        let question = [sample.question.as_str(), &after, &sample.answer_prefix].concat();
-        let question = tokenizer.encode(&question, Specials::Parse)?;
-
-        let room = context.len() + question.len() + self.limit;
+        // For the longest text and as many copies of its pages; the memory grows as they are used.
+        let room = 2 * lm.config().max_positions;
         let shape = cache_shape(lm.config(), room, self.window, self.model.kind)?;
         let cache = Paged::new(Cpu::new(shape)?)?;
         let (hooks, first_token) =
@@ -54,8 +63,37 @@ impl Runner<'_> {
         session.feed(&context)?;
         let prefill_seconds = start.elapsed().as_secs_f64();
         let usage = session.cache().usage();
-        let first_dropped = first_token.dropped();
-        session.feed(&question)?;
+        session.mark()?;
+        let read = Answer {
+            context_tokens: context.len(),
+            removed: usage.removed(),
+            first_dropped: first_token.dropped(),
+            kv_bytes: usage.bytes,
+            prefill_seconds,
+            ..Answer::default()
+        };
+        Ok(Reading { runner: self, session, after, read })
+    }
+}
+
+impl Reading<'_> {
+    /// What is known before a question: how long the context is, and what is left of it. Without a text.
+    pub fn read(&self) -> &Answer {
+        &self.read
+    }
+
+    /// Answers a question about the context as if it were the first, and hands out the text as it is written.
+    pub fn ask(
+        &mut self,
+        question: &str,
+        answer_prefix: &str,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<Answer> {
+        let Runner { model, limit, sampling, .. } = self.runner;
+        let tokenizer = &model.tokenizer;
+        self.session.rewind()?;
+        let question = [question, &self.after, answer_prefix].concat();
+        self.session.feed(&tokenizer.encode(&question, Specials::Parse)?)?;
 
         let mut stream = tokenizer.stream();
         let mut text = String::new();
@@ -64,11 +102,11 @@ impl Runner<'_> {
             text.push_str(&piece);
         };
         let start = Instant::now();
-        let generated = session.generate(
-            &mut Sampler::new(self.sampling.clone())?,
-            &self.model.stop,
+        let generated = self.session.generate(
+            &mut Sampler::new(sampling.clone())?,
+            &model.stop,
             tokenizer.vocab_size(),
-            self.limit,
+            *limit,
             &mut |token| {
                 stream.push(token).into_iter().for_each(&mut push);
                 ControlFlow::Continue(())
@@ -76,20 +114,13 @@ impl Runner<'_> {
         )?;
         let decode_seconds = start.elapsed().as_secs_f64();
         stream.finish().into_iter().for_each(&mut push);
-        Ok(Answer {
-            text,
-            context_tokens: context.len(),
-            removed: usage.removed(),
-            first_dropped,
-            kv_bytes: usage.bytes,
-            prefill_seconds,
-            decode: (generated.tokens.len(), decode_seconds),
-        })
+        let decode = (generated.tokens.len(), decode_seconds);
+        Ok(Answer { text, decode, ..self.read.clone() })
     }
 }
 
 impl Generate for Runner<'_> {
     fn generate(&mut self, sample: &Sample) -> Result<Answer> {
-        self.answer(sample, &mut |_| {})
+        self.read(&sample.context)?.ask(&sample.question, &sample.answer_prefix, &mut |_| {})
     }
 }

@@ -1,7 +1,7 @@
 //! `longctx generate`: an answer from a pruned cache.
 
 use super::{ModelArgs, megabytes, surrogate};
-use crate::{Method, Runner, Sample};
+use crate::{Method, Runner};
 use anyhow::{Context, Result, bail};
 use models::{Sampling, WINDOW};
 use std::io::{Read, Write};
@@ -18,9 +18,9 @@ pub struct Args {
     /// A file that holds the prompt; `-` reads standard input
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// A question about the prompt, asked after the prompt was read and pruned
-    #[arg(long, default_value = "")]
-    question: String,
+    /// A question about the prompt, asked after the prompt was read and pruned; give it again to ask another
+    #[arg(long)]
+    question: Vec<String>,
     /// A KVzap surrogate: a folder with config.json and model.safetensors
     #[arg(long, value_name = "FOLDER")]
     surrogate: Option<PathBuf>,
@@ -87,43 +87,61 @@ pub fn run(args: &Args) -> Result<()> {
         limit: args.max_tokens,
         sampling,
     };
-    let question = args.question.clone();
-    let sample = Sample { context, question, answer_prefix: String::new(), answers: Vec::new() };
-    let answer = runner.answer(&sample, &mut |piece| {
-        if !args.json {
-            print!("{piece}");
-            let _ = std::io::stdout().flush(); // a closed pipe ends the text, not the run
+    let mut reading = runner.read(&context)?;
+    let nothing = [String::new()];
+    let questions = if args.question.is_empty() { &nothing[..] } else { &args.question };
+    let mut answers = Vec::new();
+    for question in questions {
+        if !args.json && questions.len() > 1 {
+            println!("> {question}");
         }
-    })?;
-    let (tokens, seconds) = answer.decode;
-    let decode_tps = tokens as f64 / seconds;
-    let prefill_tps = answer.context_tokens as f64 / answer.prefill_seconds;
+        answers.push(reading.ask(question, "", &mut |piece| {
+            if !args.json {
+                print!("{piece}");
+                let _ = std::io::stdout().flush(); // a closed pipe ends the text, not the run
+            }
+        })?);
+        if !args.json {
+            println!();
+        }
+    }
+    let read = reading.read();
+    let prefill_tps = read.context_tokens as f64 / read.prefill_seconds;
     if args.json {
+        let answers = questions.iter().zip(&answers).map(|(question, answer)| {
+            let (tokens, seconds) = answer.decode;
+            serde_json::json!({
+                "question": question,
+                "text": answer.text,
+                "new_tokens": tokens,
+                "decode_tps": tokens as f64 / seconds,
+            })
+        });
         let json = serde_json::json!({
-            "text": answer.text,
+            "answers": answers.collect::<Vec<_>>(),
             "method": method.name(),
             "threshold": method.threshold(),
             "budget": args.budget,
             "window": args.window,
             "prune_while_decoding": args.prune_while_decoding,
-            "context_tokens": answer.context_tokens,
-            "new_tokens": tokens,
-            "removed": answer.removed,
-            "first_dropped": answer.first_dropped,
-            "kv_bytes": answer.kv_bytes,
+            "context_tokens": read.context_tokens,
+            "removed": read.removed,
+            "first_dropped": read.first_dropped,
+            "kv_bytes": read.kv_bytes,
             "prefill_tps": prefill_tps,
-            "decode_tps": decode_tps,
             "settings": args.model.json(),
         });
         println!("{json:#}");
     } else {
-        println!();
+        let tokens = answers.iter().map(|answer| answer.decode.0).sum::<usize>();
+        let seconds = answers.iter().map(|answer| answer.decode.1).sum::<f64>();
         eprintln!(
             "{} tokens read at {prefill_tps:.0}/s, {:.0} % of their cache removed, {} held; {tokens} written at \
-             {decode_tps:.1}/s",
-            answer.context_tokens,
-            100.0 * answer.removed,
-            megabytes(answer.kv_bytes),
+             {:.1}/s",
+            read.context_tokens,
+            100.0 * read.removed,
+            megabytes(read.kv_bytes),
+            tokens as f64 / seconds,
         );
     }
     Ok(())
