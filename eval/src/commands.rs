@@ -144,3 +144,25 @@ fn no_place(path: &Path) -> String {
 fn megabytes(bytes: usize) -> String {
     format!("{:.2} MB", bytes as f64 / 1e6)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_that_have_no_place_are_refused_before_and_after_a_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        write(&file, b"whole").unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), b"whole");
+        // A folder that is a file cannot be written to by anybody, nor one that is not there.
+        for path in [file.join("results.json"), folder.path().join("nowhere/results.json")] {
+            for error in [beside(&path).map(drop).unwrap_err(), write(&path, b"x").unwrap_err()] {
+                let text = format!("{error:#}");
+                assert!(text.contains(&*path.to_string_lossy()), "{text}");
+                assert!(text.contains("may you write there?"), "{text}");
+            }
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside");
+    }
+}

@@ -92,15 +92,15 @@ impl RmsNorm {
 
     /// The same for one row in f32 on the CPU: eight calls into libtorch cost more than a decode step's work here.
     fn row(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        if x.numel() != self.weight.numel() {
+            return Ok(None);
+        }
         let mut out = x.f_empty_like()?;
         let (Some(row), Some(weight), Some(normed)) =
             (bridge::floats(x), bridge::floats(&self.weight), bridge::floats_mut(&mut out))
         else {
             return Ok(None);
         };
-        if row.len() != weight.len() {
-            return Ok(None);
-        }
         let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
         let scale = (squares / row.len() as f64 + self.epsilon).sqrt().recip() as f32;
         for ((normed, x), weight) in normed.iter_mut().zip(row).zip(weight) {
