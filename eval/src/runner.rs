@@ -40,6 +40,7 @@ pub struct Reading<'a> {
     after: String,
     /// All but the text and what it took.
     read: Answer,
+    marked: bool,
 }
 
 impl Runner<'_> {
@@ -63,7 +64,6 @@ impl Runner<'_> {
         session.feed(&context)?;
         let prefill_seconds = start.elapsed().as_secs_f64();
         let usage = session.cache().usage();
-        session.mark()?;
         let read = Answer {
             context_tokens: context.len(),
             removed: usage.removed(),
@@ -72,7 +72,7 @@ impl Runner<'_> {
             prefill_seconds,
             ..Answer::default()
         };
-        Ok(Reading { runner: self, session, after, read })
+        Ok(Reading { runner: self, session, after, read, marked: false })
     }
 }
 
@@ -82,7 +82,15 @@ impl Reading<'_> {
         &self.read
     }
 
-    /// Answers a question about the context as if it were the first, and hands out the text as it is written.
+    /// Makes every question from now on the first: for several of them, at the price of copies of the pages that their
+    /// answers write to.
+    pub fn mark(&mut self) -> Result<()> {
+        self.marked = true;
+        Ok(self.session.mark()?)
+    }
+
+    /// Answers a question about the context, and hands out the text as it is written. Without [`mark`](Self::mark) a second
+    /// question follows the first one's answer.
     pub fn ask(
         &mut self,
         question: &str,
@@ -91,7 +99,9 @@ impl Reading<'_> {
     ) -> Result<Answer> {
         let Runner { model, limit, sampling, .. } = self.runner;
         let tokenizer = &model.tokenizer;
-        self.session.rewind()?;
+        if self.marked {
+            self.session.rewind()?;
+        }
         let question = [question, &self.after, answer_prefix].concat();
         self.session.feed(&tokenizer.encode(&question, Specials::Parse)?)?;
 

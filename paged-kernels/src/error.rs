@@ -209,6 +209,13 @@ pub enum Error {
         /// The type that it got.
         found: Dtype,
     },
+    /// Rows that lie apart where the call reads them as one.
+    #[cfg(feature = "cuda")]
+    #[error("the rows of {tensor} lie apart; hand over a contiguous tensor")]
+    Rows {
+        /// The argument.
+        tensor: &'static str,
+    },
     /// A surrogate that no kernel can score with.
     #[cfg(feature = "cuda")]
     #[error(

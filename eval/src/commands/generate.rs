@@ -90,6 +90,9 @@ pub fn run(args: &Args) -> Result<()> {
     let mut reading = runner.read(&context)?;
     let nothing = [String::new()];
     let questions = if args.question.is_empty() { &nothing[..] } else { &args.question };
+    if questions.len() > 1 {
+        reading.mark()?;
+    }
     let mut answers = Vec::new();
     for question in questions {
         if !args.json && questions.len() > 1 {

@@ -90,8 +90,12 @@ impl Resident {
             check_shape("second", second.shape(), [1, kv_heads, width])?;
             check_shape("bias", bias.shape(), [1, 1, kv_heads])?;
             check_type("bias", bias.dtype(), second.dtype())?;
-            if width == 0 || second.raw().token_stride != width as i64 {
-                return Err(Error::Surrogate { field: "hidden units", found: 0, most: width });
+            if width == 0 {
+                let (field, most) = ("hidden units", u32::MAX as usize);
+                return Err(Error::Surrogate { field, found: 0, most });
+            }
+            if second.raw().token_stride != width as i64 {
+                return Err(Error::Rows { tensor: "second" });
             }
             threshold = match rule.precision {
                 ScorePrecision::F32 => rule.threshold,
