@@ -48,9 +48,6 @@ enum DtypeName {
 impl ModelArgs {
     /// Loads the model; says so on a terminal.
     fn load(&self) -> Result<Model> {
-        if matches!(self.device, DeviceName::Cuda) {
-            bail!("--device cuda: models do not run on CUDA yet; use --device cpu");
-        }
         if self.threads == Some(0) {
             bail!("--threads 0: give 1 or more, or leave it out for all cores");
         }
@@ -63,8 +60,12 @@ impl ModelArgs {
             DtypeName::F32 => Kind::Float,
             DtypeName::Bf16 => Kind::BFloat16,
         };
+        let device = match self.device {
+            DeviceName::Cpu => Device::Cpu,
+            DeviceName::Cuda => models::cuda()?,
+        };
         let bar = spinner("loading the model");
-        let model = Model::load(&self.model, kind, Device::Cpu)?;
+        let model = Model::load(&self.model, kind, device)?;
         bar.finish_and_clear();
         for note in &model.notes {
             eprintln!("note: {note}");
@@ -105,7 +106,7 @@ fn spinner(what: &'static str) -> ProgressBar {
     bar
 }
 
-fn progress(length: u64, what: &'static str) -> ProgressBar {
+fn progress(length: u64, what: impl Into<std::borrow::Cow<'static, str>>) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}, {eta} left")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::new(length).with_style(style).with_message(what);

@@ -5,9 +5,10 @@ use crate::method::Method;
 use crate::task::Sample;
 use anyhow::Result;
 use kvzap::Surrogate;
-use models::{Cpu, Model, Paged, Sampler, Sampling, Session, Specials, cache_shape};
+use models::{Cpu, Dense, Hooks, Model, Paged, Sampler, Sampling, Session, Specials, cache_shape};
 use std::ops::ControlFlow;
 use std::time::Instant;
+use tch::Device;
 
 /// Runs samples on a model.
 ///
@@ -44,21 +45,30 @@ pub struct Reading<'a> {
 }
 
 impl Runner<'_> {
+    /// On a card its cache masks what the one on the CPU frees, until the paged one works there.
+    fn session(&self, hooks: Hooks) -> Result<Session<'_>> {
+        let Model { lm, device, kind, .. } = self.model;
+        if *device != Device::Cpu {
+            let cache = Dense::new(lm.config().layers, self.window);
+            return Ok(Session::new(lm.as_ref(), *device, cache, hooks));
+        }
+        // For the longest text and as many copies of its pages; the memory grows as they are used.
+        let room = 2 * lm.config().max_positions;
+        let shape = cache_shape(lm.config(), room, self.window, *kind)?;
+        Ok(Session::new(lm.as_ref(), *device, Paged::new(Cpu::new(shape)?)?, hooks))
+    }
+
     /// Reads a context and prunes it.
     pub fn read(&self, context: &str) -> Result<Reading<'_>> {
-        let Model { lm, tokenizer, template, .. } = self.model;
+        let Model { tokenizer, template, .. } = self.model;
         let (context, after) = match template {
             Some(template) => template.around(context)?,
             None => (context.to_owned(), "\n".to_owned()),
         };
         let context = tokenizer.encode(&context, Specials::Parse)?;
-        // For the longest text and as many copies of its pages; the memory grows as they are used.
-        let room = 2 * lm.config().max_positions;
-        let shape = cache_shape(lm.config(), room, self.window, self.model.kind)?;
-        let cache = Paged::new(Cpu::new(shape)?)?;
         let (hooks, first_token) =
             self.method.hooks(self.model, self.surrogate, self.window, self.while_decoding)?;
-        let mut session = Session::new(lm.as_ref(), self.model.device, cache, hooks);
+        let mut session = self.session(hooks)?;
 
         let start = Instant::now();
         session.feed(&context)?;

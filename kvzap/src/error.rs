@@ -193,6 +193,27 @@ pub enum Error {
         alpha: f64,
     },
 
+    /// A file of samples or of a fit under way that is cut off or no such file.
+    #[error("{}: damaged or incomplete; remove it, and it is made again", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// Samples that were collected with other settings: another model, other texts, another seed.
+    #[error(
+        "{}: samples of other settings, {found}; this run has {expected}; give it a folder of its own",
+        path.display()
+    )]
+    OtherSamples {
+        /// The shard.
+        path: PathBuf,
+        /// This run's settings.
+        expected: String,
+        /// The shard's.
+        found: String,
+    },
+
     /// Two copies of a text that do not stand one after the other in the sequence.
     #[error(
         "copies of the text at {original:?} and {repeat:?} in {tokens} tokens; \

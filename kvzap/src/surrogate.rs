@@ -117,6 +117,16 @@ impl Surrogate {
         self.dtype
     }
 
+    /// The same with its numbers rounded to `dtype`, in which it is then saved.
+    pub fn rounded(mut self, dtype: Dtype) -> Self {
+        for map in self.modules.iter_mut().flatten() {
+            map.weight = dtype.rounded(&map.weight);
+            map.bias = dtype.rounded(&map.bias);
+        }
+        self.dtype = dtype;
+        self
+    }
+
     /// An error that names the difference, unless it was made for a model of `layers`, `hidden` and
     /// `kv_heads`.
     pub fn check(&self, layers: usize, hidden: usize, kv_heads: usize) -> Result<()> {

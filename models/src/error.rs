@@ -189,6 +189,16 @@ pub enum Error {
     #[error("the cache was not marked; call mark once the text is read, then rewind")]
     NoMark,
 
+    /// No CUDA card can be used.
+    #[error(
+        "no CUDA: {reason}; put the lib folder of torch 2.11.0 for CUDA on LD_LIBRARY_PATH on a machine \
+         with a card, or use the CPU"
+    )]
+    NoCuda {
+        /// What is missing.
+        reason: String,
+    },
+
     /// A text is longer than the model was made for.
     #[error("{wanted} tokens do not fit the model's context of {limit}; shorten the text")]
     ContextTooLong {

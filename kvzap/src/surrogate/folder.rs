@@ -2,14 +2,14 @@
 //! saves it.
 
 use super::{Affine, Surrogate};
-use crate::{Error, Result};
+use crate::{Error, Result, file};
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::{fs, io, process};
 
 /// The dtype of a surrogate's numbers in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,7 +51,7 @@ impl Surrogate {
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join(CONFIG);
-        let config: Config = serde_json::from_slice(&read(&path)?)
+        let config: Config = serde_json::from_slice(&file::read(&path)?)
             .map_err(|source| Error::Config { path: path.clone(), source })?;
         if config.model_type != "kvzap" {
             let found = format!("{:?}", config.model_type);
@@ -75,7 +75,7 @@ impl Surrogate {
         }
 
         let path = folder.join(WEIGHTS);
-        let bytes = read(&path)?;
+        let bytes = file::read(&path)?;
         let tensors = SafeTensors::deserialize(&bytes)
             .map_err(|source| Error::Safetensors { path: path.clone(), source })?;
         let mut file = File { path, tensors, dtype: config.dtype.or(config.torch_dtype) };
@@ -139,8 +139,8 @@ impl Surrogate {
             "n_modules": self.layers(),
             "output_dim": self.kv_heads(),
         });
-        write(&folder.join(WEIGHTS), &weights)?;
-        write(&folder.join(CONFIG), format!("{config:#}\n").as_bytes())
+        file::write(&folder.join(WEIGHTS), &weights)?;
+        file::write(&folder.join(CONFIG), format!("{config:#}\n").as_bytes())
     }
 }
 
@@ -180,7 +180,7 @@ impl File<'_> {
         let rounded = *self.dtype.get_or_insert(stored);
         let mut numbers = stored.decode(view.data());
         if rounded != stored {
-            numbers = rounded.decode(&rounded.encode(&numbers));
+            numbers = rounded.rounded(&numbers);
         }
         match numbers.iter().position(|number| !number.is_finite()) {
             Some(index) => {
@@ -198,6 +198,11 @@ impl Dtype {
             Self::F16 => safetensors::Dtype::F16,
             Self::Bf16 => safetensors::Dtype::BF16,
         }
+    }
+
+    /// The nearest numbers that it has.
+    pub(super) fn rounded(self, numbers: &[f32]) -> Vec<f32> {
+        self.decode(&self.encode(numbers))
     }
 
     fn encode(self, numbers: &[f32]) -> Vec<u8> {
@@ -220,20 +225,4 @@ impl Dtype {
             }
         }
     }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|cause| Error::File { path: path.into(), cause })
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let beside = path.with_extension(format!("{}.part", process::id()));
-    let written: io::Result<()> = (|| {
-        fs::write(&beside, bytes)?;
-        fs::rename(&beside, path)
-    })();
-    written.map_err(|cause| {
-        let _ = fs::remove_file(&beside);
-        Error::File { path: path.into(), cause }
-    })
 }

@@ -1,11 +1,12 @@
+use super::samples::Rows;
 use crate::random::mix;
 use crate::torch::dims;
-use crate::{Error, LayerInput, Result, Ridge, Scorer, Spans, kvzip_plus};
+use crate::{Error, LayerInput, Result, Scorer, Spans, kvzip_plus};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Kind, Tensor};
 
-/// Makes a plain forward pass a training pass: a [`Scorer`] that adds each layer's hidden states
-/// and [`kvzip_plus`] scores to a [`Ridge`], and returns +inf, so that nothing is forgotten.
+/// Makes a plain forward pass a training pass: a [`Scorer`] that keeps hidden states and [`kvzip_plus`] scores of each
+/// layer, and returns +inf, so that nothing is forgotten.
 ///
 /// Clones share what they gather: give one to the model, and keep one to call
 /// [`begin`](Self::begin) before each text and [`take`](Self::take) after the last.
@@ -15,25 +16,17 @@ pub struct Collector(Arc<Mutex<Inner>>);
 #[derive(Debug)]
 struct Inner {
     output_projections: Vec<Tensor>,
-    ridge: Ridge,
     rows: usize,
     text: Option<(Spans, Vec<i64>)>, // and which tokens of the original to learn from
+    gathered: Vec<(Vec<Tensor>, Vec<Tensor>)>, // of each layer, text by text
 }
 
 impl Collector {
     /// For a model with these `output_projections`, one `[hidden, query_heads * head_dim]` for each
-    /// layer, and `kv_heads`. Of each text it learns from `rows` tokens, or from all if there are
-    /// fewer.
-    pub fn new(output_projections: Vec<Tensor>, kv_heads: usize, rows: usize) -> Result<Self> {
-        let hidden = match output_projections.first() {
-            Some(first) => {
-                dims::<2>(first, "output_projections", "[hidden, query_heads * head_dim]")?[0]
-                    as usize
-            }
-            None => return Err(Error::Layer { layer: 0, layers: 0 }),
-        };
-        let ridge = Ridge::new(output_projections.len(), hidden, kv_heads);
-        Ok(Self(Arc::new(Mutex::new(Inner { output_projections, ridge, rows, text: None }))))
+    /// layer. Of each text it learns from `rows` tokens, or from all if there are fewer.
+    pub fn new(output_projections: Vec<Tensor>, rows: usize) -> Self {
+        let gathered = output_projections.iter().map(|_| Default::default()).collect();
+        Self(Arc::new(Mutex::new(Inner { output_projections, rows, text: None, gathered })))
     }
 
     /// Announces the next forward pass: one sequence, whole, with its text at `spans`. `seed`
@@ -44,11 +37,20 @@ impl Collector {
         inner.text = Some((spans, tokens));
     }
 
-    /// What was gathered since the last call, leaving an empty fit: so held-out texts can follow.
-    pub fn take(&self) -> Ridge {
-        let ridge = &mut self.inner().ridge;
-        let empty = ridge.empty();
-        std::mem::replace(ridge, empty)
+    /// What was gathered since the last call, on the model's device.
+    ///
+    /// # Errors
+    /// [`Error::NoRows`] for a layer that saw nothing.
+    pub fn take(&self) -> Result<Rows> {
+        let mut inner = self.inner();
+        let gathered = inner.gathered.iter_mut().map(std::mem::take).enumerate();
+        let rows = gathered.map(|(layer, (hidden, scores))| {
+            if hidden.is_empty() {
+                return Err(Error::NoRows { layer });
+            }
+            Ok((Tensor::f_cat(&hidden, 0)?, Tensor::f_cat(&scores, 0)?))
+        });
+        rows.collect()
     }
 
     /// Nothing is half-done when a holder panics: what a layer adds is added last.
@@ -69,7 +71,9 @@ impl Scorer<Tensor> for Collector {
         let targets = scores.f_squeeze_dim(0)?.f_transpose(0, 1)?.f_index_select(0, &tokens)?;
         let rows = tokens.f_add_scalar(spans.original.start as i64)?;
         let hidden = input.hidden.f_squeeze_dim(0)?.f_index_select(0, &rows)?;
-        inner.ridge.add_tensors(layer, &hidden, &targets)?;
+        let (all_hidden, all_scores) = &mut inner.gathered[layer];
+        all_hidden.push(hidden);
+        all_scores.push(targets);
         let [batch, heads, total, _] =
             dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
         Ok(Tensor::f_full([batch, heads, total], f64::INFINITY, (Kind::Float, scores.device()))?)

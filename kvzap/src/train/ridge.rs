@@ -3,8 +3,7 @@ use crate::{Affine, Error, Result, Surrogate};
 /// Fits a linear surrogate by ridge regression, a batch of rows at a time.
 ///
 /// For each layer it keeps the second moments of `z = [hidden state, 1, scores]` in f64, and no
-/// rows: they hold all that the fit needs, and all that its R² on other rows needs. `8 (hidden +
-/// kv_heads + 1)²` bytes a layer.
+/// rows: they hold all that the fit needs. `8 (hidden + kv_heads + 1)²` bytes a layer.
 #[derive(Clone, Debug)]
 pub struct Ridge {
     hidden: usize,
@@ -17,12 +16,6 @@ impl Ridge {
     pub fn new(layers: usize, hidden: usize, kv_heads: usize) -> Self {
         let size = hidden + 1 + kv_heads;
         Self { hidden, kv_heads, layers: vec![vec![0.0; size * size]; layers] }
-    }
-
-    /// For the same model, without rows.
-    #[cfg(feature = "tch")]
-    pub(crate) fn empty(&self) -> Self {
-        Self::new(self.layers.len(), self.hidden, self.kv_heads)
     }
 
     fn size(&self) -> usize {
@@ -128,32 +121,6 @@ impl Ridge {
             Affine::new(weight.into_iter().map(|number| number as f32).collect(), bias)
         };
         Surrogate::linear((0..self.layers.len()).map(fit).collect::<Result<_>>()?)
-    }
-
-    /// How well a linear surrogate ranks the rows added here, which should be others than it was
-    /// fitted to: the squared Pearson correlation of predictions and scores, for each kv head of a
-    /// layer; NaN where either is constant.
-    pub fn r2(&self, surrogate: &Surrogate, layer: usize) -> Result<Vec<f64>> {
-        surrogate.check(self.layers.len(), self.hidden, self.kv_heads)?;
-        let Some([map]) = surrogate.maps(layer) else {
-            return Err(Error::Build {
-                layer,
-                problem: "is not linear, so moments do not tell its fit",
-            });
-        };
-        let size = self.size();
-        let Centred { covariance, .. } = self.centred(layer)?;
-        let entry = |i: usize, j: usize| covariance[i.min(j) * size + i.max(j)];
-        let r2 = map.weight().chunks_exact(self.hidden).enumerate().map(|(head, weight)| {
-            let y = self.hidden + 1 + head;
-            let with = |j| {
-                weight.iter().enumerate().map(|(i, &w)| f64::from(w) * entry(i, j)).sum::<f64>()
-            };
-            let variance: f64 =
-                weight.iter().enumerate().map(|(j, &w)| f64::from(w) * with(j)).sum();
-            with(y).powi(2) / (variance * entry(y, y))
-        });
-        Ok(r2.collect())
     }
 
     /// Mean and covariance (not divided by the number of rows) of z.

@@ -1,0 +1,353 @@
+//! `longctx train kvzap`: fits a KVzap surrogate to what KVzip+ says of a model's tokens.
+
+use super::heat;
+use super::pieces::{Lengths, Pieces};
+use crate::commands::{ModelArgs, beside, progress, table, write, write_json};
+use anyhow::{Context, Result, ensure};
+use kvzap::{
+    Affine, Collector, Dtype, MlpFit, MlpSettings, Ridge, Samples, Surrogate, Threshold,
+    TorchSurrogate, r2,
+};
+use models::{Dense, Hooks, Model, Pruning, WINDOW};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use tch::{Device, Kind, Tensor};
+
+/// What to learn from, and how.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Files of text or folders of them: plain, `.jsonl` with a field `text`, SQuAD or HotpotQA
+    #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
+    text: Vec<PathBuf>,
+    /// Text of other sources, to measure on as well
+    #[arg(long, num_args = 1.., value_name = "PATH")]
+    unseen: Vec<PathBuf>,
+    /// The folder to write: config.json and model.safetensors as NVIDIA publishes them
+    #[arg(long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// Where samples are kept, for a second fit or another run after this one was interrupted; inside
+    /// OUT and removed at the end if left out
+    #[arg(long, value_name = "FOLDER")]
+    samples: Option<PathBuf>,
+    /// A linear map, or a map with a hidden layer
+    #[arg(long, value_enum, default_value = "linear")]
+    form: Form,
+    /// Pieces of text to learn from
+    #[arg(long, default_value_t = 200)]
+    pieces: usize,
+    /// Further pieces to measure on
+    #[arg(long, default_value_t = 20)]
+    held_out: usize,
+    /// Tokens of a piece, or a range such as 500-2000
+    #[arg(long, default_value = "480")]
+    tokens: Lengths,
+    /// Tokens of each piece to learn from
+    #[arg(long, default_value_t = 400)]
+    rows: usize,
+    /// Of the ridge (linear)
+    #[arg(long, default_value_t = 1.0)]
+    alpha: f64,
+    /// Units of the hidden layer (mlp); an eighth of the hidden size if left out
+    #[arg(long)]
+    width: Option<usize>,
+    /// How often the MLP sees each row
+    #[arg(long, default_value_t = MlpSettings::default().epochs)]
+    epochs: usize,
+    /// Rows of a step (mlp)
+    #[arg(long, default_value_t = MlpSettings::default().batch)]
+    batch: usize,
+    /// Learning rate at the start (mlp)
+    #[arg(long, default_value_t = MlpSettings::default().rate)]
+    rate: f64,
+    /// Memory for the samples of the layers that are fitted at once (mlp), in GB
+    #[arg(long, default_value_t = 2.0)]
+    memory: f64,
+    /// What the surrogate's numbers are saved in
+    #[arg(long, value_enum, default_value = "bf16")]
+    save_as: SaveAs,
+    /// Of the choice of pieces and tokens, and of first weights
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, clap::ValueEnum)]
+enum Form {
+    Linear,
+    Mlp,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum SaveAs {
+    F32,
+    Bf16,
+}
+
+/// Pieces of a shard: what an interruption loses at most.
+const SHARD: usize = 8;
+
+/// Rows of one kind, collected.
+struct Set {
+    name: &'static str,
+    samples: Samples,
+    shards: usize,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    ensure!(args.pieces > 0 && args.held_out > 0, "--pieces and --held-out must be 1 or more");
+    ensure!(
+        args.rows > 0 && args.batch > 0 && args.epochs > 0 && args.width != Some(0),
+        "--rows, --batch, --epochs and --width must be 1 or more"
+    );
+    let report = args.out.join("training.json");
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+    beside(&report)?;
+    let model = args.model.load()?;
+    let folder = args.samples.clone().unwrap_or_else(|| args.out.join("samples"));
+
+    let start = Instant::now();
+    let (text, held_out) =
+        Pieces::cut(&model, &args.text, args.pieces + args.held_out, args.tokens, args.seed)?
+            .split_at(args.pieces);
+    let mut tokens = 0;
+    let mut collect = |name, pieces: &Pieces| -> Result<Set> {
+        let (set, read) = collect(args, &model, name, pieces, &folder)?;
+        tokens += read;
+        Ok(set)
+    };
+    let train = collect("text", &text)?;
+    let mut measured = vec![collect("held-out", &held_out)?];
+    if !args.unseen.is_empty() {
+        let pieces = Pieces::cut(&model, &args.unseen, args.held_out, args.tokens, args.seed)?;
+        measured.push(collect("unseen", &pieces)?);
+    }
+    let collecting = start.elapsed().as_secs_f64();
+
+    let start = Instant::now();
+    let dtype = match args.save_as {
+        SaveAs::F32 => Dtype::F32,
+        SaveAs::Bf16 => Dtype::Bf16,
+    };
+    let surrogate = match args.form {
+        Form::Linear => linear(args, &model, &train)?,
+        Form::Mlp => mlp(args, &model, &train, &folder)?,
+    };
+    let surrogate = surrogate.rounded(dtype);
+    let fitting = start.elapsed().as_secs_f64();
+    surrogate.save(&args.out)?;
+
+    let measured = measured
+        .iter()
+        .map(|set| Ok((set.name, measure(&model, &surrogate, set)?)))
+        .collect::<Result<Vec<(&str, Vec<Vec<f64>>)>>>()?;
+    let panels: Vec<_> = measured.iter().map(|(name, r2)| (*name, r2.as_slice())).collect();
+    write(&args.out.join("r2.svg"), heat::draw(&panels)?.as_bytes())?;
+    print(&panels);
+    let names = |paths: &[PathBuf]| -> Vec<String> {
+        paths.iter().filter_map(|p| Some(p.file_name()?.to_str()?.to_owned())).collect()
+    };
+    let mut json = serde_json::json!({
+        "form": format!("{:?}", args.form).to_lowercase(),
+        "text": names(&args.text), "unseen": names(&args.unseen),
+        "pieces": args.pieces, "held_out": args.held_out, "tokens": args.tokens.to_string(),
+        "rows": args.rows, "seed": args.seed,
+        "collecting_seconds": collecting, "tokens_per_second": tokens as f64 / collecting,
+        "fitting_seconds": fitting,
+        "run": args.model.json(),
+    });
+    match args.form {
+        Form::Linear => json["alpha"] = args.alpha.into(),
+        Form::Mlp => {
+            json["mlp"] = serde_json::json!({
+                "width": surrogate.maps(0).map(|maps| maps[0].outputs()),
+                "epochs": args.epochs, "batch": args.batch, "rate": args.rate,
+            })
+        }
+    }
+    for (name, r2) in &measured {
+        json[format!("{name}_r2")] = mean(r2).into();
+    }
+    for (name, r2) in measured {
+        json[format!("{name}_r2_of_each_head")] = serde_json::json!(r2);
+    }
+    write_json(&report, &json)?;
+    println!(
+        "collected in {collecting:.0} s, fitted in {fitting:.0} s; wrote {}",
+        args.out.display()
+    );
+    if args.samples.is_none() {
+        std::fs::remove_dir_all(&folder)?;
+    }
+    Ok(())
+}
+
+/// Collects what is missing of a set, and counts the tokens read for it.
+fn collect(
+    args: &Args,
+    model: &Model,
+    name: &'static str,
+    pieces: &Pieces,
+    folder: &Path,
+) -> Result<(Set, usize)> {
+    let projections = projections(model);
+    let settings = serde_json::json!({
+        "model": format!("{:016x}", fingerprint(&projections)?),
+        "pieces": pieces.len(), "text": format!("{:016x}", pieces.fingerprint()),
+        "rows": args.rows, "seed": args.seed, "dtype": format!("{:?}", model.kind),
+    });
+    let samples = Samples::open(folder.join(name), settings.to_string())?;
+    let shards = pieces.len().div_ceil(SHARD);
+    let collector = Collector::new(projections, args.rows);
+    let bar = progress(pieces.len() as u64, name);
+    let mut tokens = 0;
+    for shard in 0..shards {
+        let range = shard * SHARD..pieces.len().min((shard + 1) * SHARD);
+        if samples.has(shard)? {
+            bar.inc(range.len() as u64);
+            bar.reset_eta();
+            continue;
+        }
+        for index in range {
+            let (ids, spans) = pieces.repeated(index);
+            tokens += ids.len();
+            collector.begin(spans, args.seed ^ index as u64);
+            tch::no_grad(|| forward(model, &ids, &collector))?;
+            bar.inc(1);
+        }
+        samples.write(shard, &collector.take()?)?;
+    }
+    bar.finish_and_clear();
+    Ok((Set { name, samples, shards }, tokens))
+}
+
+fn projections(model: &Model) -> Vec<Tensor> {
+    let layers = 0..model.lm.config().layers;
+    layers.map(|layer| model.lm.output_projection(layer).shallow_clone()).collect()
+}
+
+/// A number that other weights do not have: FNV-1a over a few of each layer's.
+fn fingerprint(projections: &[Tensor]) -> Result<u64> {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for projection in projections {
+        let some = projection.f_view([-1])?.f_slice(0, None, None, 997)?.f_to_kind(Kind::Float)?;
+        for number in Vec::<f32>::try_from(&some.f_to_device(Device::Cpu)?)? {
+            hash = (hash ^ u64::from(number.to_bits())).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+    Ok(hash)
+}
+
+fn forward(model: &Model, ids: &[u32], collector: &Collector) -> Result<()> {
+    let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+    let hooks = Hooks::pruning(Pruning {
+        scorer: Box::new(collector.clone()),
+        policy: Box::new(Threshold::new(f32::NEG_INFINITY)?),
+        while_decoding: true,
+    });
+    let tokens = Tensor::f_from_slice(&ids)?.f_to_device(model.device)?.f_unsqueeze(0)?;
+    let mut cache = Dense::new(model.lm.config().layers, WINDOW);
+    let _ = model.lm.forward(&tokens, &mut cache, &hooks)?;
+    Ok(())
+}
+
+fn linear(args: &Args, model: &Model, set: &Set) -> Result<Surrogate> {
+    let config = model.lm.config();
+    let bar = progress(config.layers as u64, "fitting");
+    let mut maps: Vec<Affine> = Vec::new();
+    for layer in 0..config.layers {
+        let mut ridge = Ridge::new(1, config.hidden_size, config.kv_heads);
+        for shard in 0..set.shards {
+            let (hidden, scores) = set.samples.shard(shard, layer, model.device)?;
+            ridge.add_tensors(0, &hidden, &scores)?;
+        }
+        maps.extend(ridge.solve(args.alpha)?.maps(0).map(|maps| maps[0].clone()));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(Surrogate::linear(maps)?)
+}
+
+/// Fits as many layers at once as fit into the memory; after each epoch it can be interrupted.
+fn mlp(args: &Args, model: &Model, set: &Set, folder: &Path) -> Result<Surrogate> {
+    let config = model.lm.config();
+    let width = args.width.unwrap_or(config.hidden_size / 8).max(1);
+    let settings = MlpSettings {
+        width,
+        epochs: args.epochs,
+        batch: args.batch,
+        rate: args.rate,
+        seed: args.seed,
+        ..MlpSettings::default()
+    };
+    let layer_bytes = 2 * args.pieces * args.rows * config.hidden_size;
+    let at_once = ((args.memory * 1e9) as usize / layer_bytes).clamp(1, config.layers);
+    let layers: Vec<usize> = (0..config.layers).collect();
+    let bar = progress((config.layers.div_ceil(at_once) * args.epochs) as u64, "fitting");
+    let mut modules = Vec::new();
+    for group in layers.chunks(at_once) {
+        let rows = group
+            .iter()
+            .map(|&layer| Ok(set.samples.layer(layer, set.shards, model.device)?))
+            .collect::<Result<_>>()?;
+        let mut fit = MlpFit::new(settings, &rows)?;
+        drop(rows);
+        let name = format!(
+            "fit-{}-{}-{width}-{}-{}-{}.safetensors",
+            group[0], at_once, args.epochs, args.batch, args.rate
+        );
+        let checkpoint = folder.join(name);
+        if checkpoint.exists() {
+            fit.restore(&checkpoint)?;
+            bar.inc(fit.epochs() as u64);
+            bar.reset_eta();
+        }
+        while fit.epochs() < args.epochs {
+            let error = fit.epoch()?;
+            fit.save(&checkpoint)?;
+            bar.set_message(format!("fitting, error {error:.3}"));
+            bar.inc(1);
+        }
+        modules.extend(fit.modules()?);
+    }
+    bar.finish_and_clear();
+    Ok(Surrogate::mlp(modules)?)
+}
+
+/// R² of each layer and kv head, of the surrogate as it is saved.
+fn measure(model: &Model, surrogate: &Surrogate, set: &Set) -> Result<Vec<Vec<f64>>> {
+    let scorer = TorchSurrogate::new(surrogate, Kind::Float, model.device)?;
+    let layers = 0..surrogate.layers();
+    let each = layers.map(|layer| {
+        let (hidden, scores) = set.samples.layer(layer, set.shards, model.device)?;
+        Ok(r2(&scorer, layer, &hidden.f_to_kind(Kind::Float)?, &scores)?)
+    });
+    each.collect()
+}
+
+fn mean(r2: &[Vec<f64>]) -> f64 {
+    let all: Vec<f64> = r2.iter().flatten().copied().collect();
+    all.iter().sum::<f64>() / all.len() as f64
+}
+
+fn print(panels: &[(&str, &[Vec<f64>])]) {
+    let titles: Vec<String> =
+        panels.iter().map(|(name, _)| format!("{name} R² of each head")).collect();
+    let header: Vec<&str> =
+        ["layer"].into_iter().chain(titles.iter().map(String::as_str)).collect();
+    let mut table = table(&header, &[0]);
+    let layers = panels.first().map_or(0, |(_, r2)| r2.len());
+    for layer in 0..layers {
+        let cells = panels.iter().map(|(_, r2)| {
+            let cells: Vec<String> = r2[layer].iter().map(|value| format!("{value:.2}")).collect();
+            cells.join(" ")
+        });
+        table.add_row([layer.to_string()].into_iter().chain(cells));
+    }
+    println!("{table}");
+    for (name, r2) in panels {
+        println!("mean R² {:.3} on {name} text", mean(r2));
+    }
+}

@@ -1,0 +1,176 @@
+//! Rows to learn from, on disk: a folder of shards that are written whole or not at all.
+
+use crate::error::{Error, Result};
+use crate::file;
+use crate::torch::{dims, expect};
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use tch::{Device, Kind, Tensor};
+
+/// Hidden states and their targets, layer by layer: `[rows, hidden]` of any float dtype and `[rows, kv_heads]` f32.
+pub type Rows = Vec<(Tensor, Tensor)>;
+
+/// A folder of shards, each a safetensors file of all layers' [`Rows`]: `hidden.{layer}` and `scores.{layer}`.
+///
+/// Shards are numbered, written beside their place and renamed into it; so a collection that was interrupted goes on
+/// with the shards that are missing. Each carries the settings that it was made with, and one made with others is
+/// refused. Of what is read no more than the layers asked for is in memory.
+#[derive(Debug)]
+pub struct Samples {
+    folder: PathBuf,
+    settings: String,
+}
+
+const SETTINGS: &str = "settings";
+/// No header of a shard is longer.
+const LONGEST_HEADER: u64 = 1 << 24;
+
+impl Samples {
+    /// The samples in `folder`, which is made if need be. `settings` is whatever tells them from others: model, texts, seed.
+    pub fn open(folder: impl Into<PathBuf>, settings: impl Into<String>) -> Result<Self> {
+        let (folder, settings) = (folder.into(), settings.into());
+        fs::create_dir_all(&folder).map_err(|cause| Error::File { path: folder.clone(), cause })?;
+        Ok(Self { folder, settings })
+    }
+
+    fn path(&self, shard: usize) -> PathBuf {
+        self.folder.join(format!("shard-{shard:05}.safetensors"))
+    }
+
+    /// Whether a shard is there, made with these settings.
+    ///
+    /// # Errors
+    /// [`Error::OtherSamples`] if it was made with others, and what is wrong with a damaged one.
+    pub fn has(&self, shard: usize) -> Result<bool> {
+        let path = self.path(shard);
+        Ok(path.exists() && Shard::open(path, &self.settings).map(|_| true)?)
+    }
+
+    /// Writes a shard. Floats of more than two bytes are stored as f16, which the spread of normed hidden states fits.
+    ///
+    /// # Errors
+    /// [`Error::Rows`] if a number is NaN or infinite, also after rounding; then nothing is written.
+    pub fn write(&self, shard: usize, rows: &Rows) -> Result<()> {
+        let mut tensors = Vec::new();
+        for (layer, (hidden, scores)) in rows.iter().enumerate() {
+            let kind = if hidden.kind() == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Half };
+            for (name, tensor, kind) in [("hidden", hidden, kind), ("scores", scores, Kind::Float)]
+            {
+                let [rows, size] = dims(tensor, name, "[rows, size]")?;
+                let tensor = tensor.f_to_device(Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?;
+                if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+                    return Err(Error::Rows { layer });
+                }
+                let mut bytes = vec![0; tensor.numel() * kind.elt_size_in_bytes()];
+                tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+                let shape = vec![rows as usize, size as usize];
+                tensors.push((format!("{name}.{layer}"), dtype(kind), shape, bytes));
+            }
+        }
+        let path = self.path(shard);
+        let wrong = |source| Error::Safetensors { path: path.clone(), source };
+        let views = tensors
+            .iter()
+            .map(|(name, dtype, shape, bytes)| {
+                Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
+            })
+            .collect::<std::result::Result<Vec<_>, _>>()
+            .map_err(wrong)?;
+        let metadata = HashMap::from([(SETTINGS.to_owned(), self.settings.clone())]);
+        file::write(&path, &safetensors::serialize(views, Some(metadata)).map_err(wrong)?)
+    }
+
+    /// One layer's rows of the first `shards` shards, in their order, on `device`.
+    pub fn layer(&self, layer: usize, shards: usize, device: Device) -> Result<(Tensor, Tensor)> {
+        let (mut hidden, mut scores) = (Vec::new(), Vec::new());
+        for shard in 0..shards {
+            let (x, y) = self.shard(shard, layer, device)?;
+            hidden.push(x);
+            scores.push(y);
+        }
+        Ok((Tensor::f_cat(&hidden, 0)?, Tensor::f_cat(&scores, 0)?))
+    }
+
+    /// One layer's rows of one shard.
+    pub fn shard(&self, shard: usize, layer: usize, device: Device) -> Result<(Tensor, Tensor)> {
+        let shard = Shard::open(self.path(shard), &self.settings)?;
+        let hidden = shard.tensor(&format!("hidden.{layer}"), device)?;
+        let scores = shard.tensor(&format!("scores.{layer}"), device)?;
+        let ([rows, _], [_, heads]) = (
+            dims(&hidden, "hidden", "[rows, hidden]")?,
+            dims(&scores, "scores", "[rows, kv_heads]")?,
+        );
+        expect(&scores, "scores", &[rows, heads])?;
+        Ok((hidden, scores))
+    }
+}
+
+/// An open shard: its header is in memory, its tensors are not.
+struct Shard {
+    path: PathBuf,
+    file: File,
+    header: Metadata,
+    data: u64,
+}
+
+impl Shard {
+    fn open(path: PathBuf, settings: &str) -> Result<Self> {
+        let failed = |cause| Error::File { path: path.clone(), cause };
+        let damaged = || Error::Damaged { path: path.clone() };
+        let file = File::open(&path).map_err(failed)?;
+        let length = file.metadata().map_err(failed)?.len();
+        let mut size = [0; 8];
+        file.read_exact_at(&mut size, 0).map_err(failed)?;
+        let size = u64::from_le_bytes(size);
+        if size > LONGEST_HEADER.min(length) {
+            return Err(damaged());
+        }
+        let mut header = vec![0; size as usize];
+        file.read_exact_at(&mut header, 8).map_err(failed)?;
+        let header: Metadata = serde_json::from_slice(&header).map_err(|_| damaged())?;
+        if 8 + size + header.data_len() as u64 != length {
+            return Err(damaged());
+        }
+        let found = header.metadata().as_ref().and_then(|map| map.get(SETTINGS));
+        if found.is_none_or(|found| found != settings) {
+            let (expected, found) = (settings.to_owned(), found.cloned().unwrap_or_default());
+            return Err(Error::OtherSamples { path, expected, found });
+        }
+        Ok(Self { path, file, header, data: 8 + size })
+    }
+
+    fn tensor(&self, name: &str, device: Device) -> Result<Tensor> {
+        let damaged = || Error::Damaged { path: self.path.clone() };
+        let missing = || Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() };
+        let TensorInfo { dtype, shape, data_offsets: (start, end) } =
+            self.header.info(name).ok_or_else(missing)?;
+        let kind = match dtype {
+            safetensors::Dtype::F16 => Kind::Half,
+            safetensors::Dtype::BF16 => Kind::BFloat16,
+            safetensors::Dtype::F32 => Kind::Float,
+            _ => return Err(damaged()),
+        };
+        let numbers = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+        let wanted = numbers.and_then(|numbers| numbers.checked_mul(kind.elt_size_in_bytes()));
+        if wanted != end.checked_sub(*start) || *end > self.header.data_len() {
+            return Err(damaged());
+        }
+        let mut bytes = vec![0; end - start];
+        self.file
+            .read_exact_at(&mut bytes, self.data + *start as u64)
+            .map_err(|cause| Error::File { path: self.path.clone(), cause })?;
+        let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+        Ok(Tensor::f_from_data_size(&bytes, &shape, kind)?.f_to_device(device)?)
+    }
+}
+
+fn dtype(kind: Kind) -> safetensors::Dtype {
+    match kind {
+        Kind::Half => safetensors::Dtype::F16,
+        Kind::BFloat16 => safetensors::Dtype::BF16,
+        _ => safetensors::Dtype::F32,
+    }
+}

@@ -1,0 +1,38 @@
+//! The one place that asks libtorch for CUDA, and loads its CUDA half first.
+#![allow(unsafe_code)]
+
+use crate::error::{Error, Result};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::mem::ManuallyDrop;
+use std::sync::OnceLock;
+use tch::{Cuda, Device};
+
+/// The first CUDA card.
+///
+/// Programs are linked to the CPU half of libtorch alone; where the other half lies beside it, or on `LD_LIBRARY_PATH`, it
+/// is loaded here, so that the same program runs on machines with and without a card.
+///
+/// # Errors
+/// [`Error::NoCuda`] where the library, the driver or the card is missing.
+pub fn cuda() -> Result<Device> {
+    static WRONG: OnceLock<Option<String>> = OnceLock::new();
+    let reason = match WRONG.get_or_init(load) {
+        None if Cuda::is_available() => return Ok(Device::Cuda(0)),
+        None => "libtorch finds no driver or no card".to_owned(),
+        Some(reason) => reason.clone(),
+    };
+    Err(Error::NoCuda { reason })
+}
+
+/// Loads it and says what went wrong: libtorch answers its first question about CUDA for ever, so this comes before.
+fn load() -> Option<String> {
+    // SAFETY: the library is libtorch's own, made to be loaded beside the half that runs already; what it does when it is
+    // loaded is to register its kernels there. It is never unloaded.
+    match unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) } {
+        Ok(library) => {
+            let _kept = ManuallyDrop::new(library);
+            None
+        }
+        Err(error) => Some(error.to_string()),
+    }
+}
