@@ -2,6 +2,7 @@
 
 mod generate;
 mod haystack;
+pub mod metrics;
 mod task;
 mod tasks;
 
