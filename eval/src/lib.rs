@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod fit;
 mod generate;
 mod haystack;
 pub mod metrics;
@@ -17,6 +18,7 @@ pub use generate::{Answer, Generate, run};
 pub use haystack::{Haystack, documents};
 pub use task::{Sample, Task};
 pub use tasks::needle::Needle;
+pub use tasks::ruler::{Ruler, Texts, TooShort};
 
 #[cfg(feature = "models")]
 pub use method::{FirstToken, Method};

@@ -1,3 +1,4 @@
 //! The benchmarks, one a file.
 
 pub(crate) mod needle;
+pub(crate) mod ruler;

@@ -125,12 +125,7 @@ fn samples(args: &Args, model: &Model) -> Result<Vec<Scored>> {
     if let (Some(path), Some(question)) = (&args.prompt, &args.question) {
         let context = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read {}", path.display()))?;
-        let sample = Sample {
-            context,
-            question: question.clone(),
-            answer_prefix: String::new(),
-            answers: Vec::new(),
-        };
+        let sample = Sample { context, question: question.clone(), ..Sample::default() };
         return Ok(vec![(sample, Box::new(|_| 0.0))]);
     }
     let path = args.haystack.as_deref().unwrap_or(Path::new(""));

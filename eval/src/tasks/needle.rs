@@ -66,6 +66,7 @@ impl<'a> Needle<'a> {
                 " The special magic number for {key} mentioned in the provided text is"
             ),
             answers: vec![value.to_owned()],
+            ..Sample::default()
         }
     }
 
