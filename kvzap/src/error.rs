@@ -18,6 +18,17 @@ pub enum Error {
     #[error("the share to remove is {0}; give a number from 0 to 1")]
     Share(f64),
 
+    /// A constant of an allocation's rule that it has no use for.
+    #[error("{name} of the rule is {found}; give {expected}")]
+    Rule {
+        /// The constant.
+        name: &'static str,
+        /// What would do.
+        expected: &'static str,
+        /// What is there.
+        found: f64,
+    },
+
     /// A ridge penalty that is NaN, infinite or negative.
     #[error("the ridge penalty alpha is {0}; give a finite number from 0 up, KVzap has 1")]
     Alpha(f64),

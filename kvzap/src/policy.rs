@@ -1,6 +1,10 @@
+#[cfg(feature = "tch")]
+mod allocation;
 mod budget;
 mod threshold;
 
+#[cfg(feature = "tch")]
+pub use allocation::{Allocation, Rule};
 pub use budget::{Budget, Scope};
 pub use threshold::Threshold;
 
@@ -21,4 +25,12 @@ pub trait Policy<T> {
 
     /// `[batch, kv_heads, tokens]` bools for as many `scores`: true, it may go.
     fn drops(&self, scores: &T) -> Result<Self::Drops>;
+}
+
+/// Bools of the same shape for `rows`, `[batch, places, rows]`: true for the `count` lowest of each
+/// row; of equal ones, those at the first places.
+#[cfg(feature = "tch")]
+fn lowest(rows: &tch::Tensor, count: i64) -> Result<tch::Tensor> {
+    let lowest = rows.f_sort_stable(true, 1, false)?.1.f_narrow(1, 0, count)?;
+    Ok(rows.f_zeros_like()?.f_to_kind(tch::Kind::Bool)?.f_scatter_value(1, &lowest, 1)?)
 }

@@ -2,8 +2,9 @@
 #![cfg(feature = "tch")]
 
 use kvzap::{
-    Array, Budget, Collector, Error, LayerInput, Policy, Random, Ridge, Scope, Scorer, Spans,
-    StreamingLlm, Surrogate, Threshold, TorchSurrogate, kvzip_plus,
+    Array, Budget, Collector, Error, KeyDiff, Knorm, LayerInput, ObservedAttention, Policy,
+    Random, Ridge, Scope, Scorer, SnapKv, Spans, StreamingLlm, Surrogate, Threshold,
+    TorchSurrogate, Tova, kvzip_plus,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -125,6 +126,54 @@ fn baselines_score_as_their_plain_twins_do_in_f32_whatever_the_model() {
     check(Random::new(7), &bf16, &array);
     check(StreamingLlm::new(4), &bf16, &array);
     check(StreamingLlm::new(1000), &bf16, &array);
+}
+
+#[test]
+fn norms_and_differences_of_keys_are_those_of_their_plain_twins() {
+    let keys = random(&[2, 3, 50, 4]);
+    let _ = keys.get(0).get(0).get(3).fill_(0.0); // no norm, no direction
+    fn check<S: Scorer<Tensor> + Scorer<Array>>(scorer: S, keys: &Tensor) {
+        let (found, wanted) =
+            (scorer.score(only(keys)).unwrap(), scorer.score(only(&plain(keys))).unwrap());
+        assert_eq!(plain(&found).shape(), wanted.shape());
+        for (a, b) in plain(&found).data().iter().zip(wanted.data()) {
+            assert!((a - b).abs() <= 1e-6, "{a} against {b}");
+        }
+        assert_eq!(scorer.score(only(&keys.to_kind(Kind::BFloat16))).unwrap().kind(), Kind::Float);
+        let flat = keys.flatten(0, 1);
+        assert!(matches!(scorer.score(only(&flat)), Err(Error::Shape { name: "keys", .. })));
+    }
+    check(Knorm, &keys);
+    check(KeyDiff, &keys);
+}
+
+#[test]
+fn attention_baselines_take_rows_in_any_blocks_and_prompts_of_any_length() {
+    tch::manual_seed(2);
+    let layer = Layer::new(30, 1.0);
+    let score = |scorer: &dyn Scorer<Tensor>| scorer.score(layer.input(0)).unwrap();
+    // Every row's weights add up to 1, so all scores of a head do to the number of rows.
+    let sums =
+        score(&ObservedAttention::sum()).sum_dim_intlist([2i64].as_slice(), false, Kind::Float);
+    assert!(plain(&sums).data().iter().all(|sum| (sum - 30.0).abs() < 1e-3), "{sums}");
+    let first = score(&ObservedAttention::mean()).double_value(&[0, 0, 0]);
+    assert!(
+        (first - score(&ObservedAttention::sum()).double_value(&[0, 0, 0]) / 30.0).abs() < 1e-6
+    );
+    for scorer in [&SnapKv::new() as &dyn Scorer<Tensor>, &Tova] {
+        for tokens in [1, 2, 30] {
+            let layer = Layer::new(tokens, 1.0);
+            let scores = scorer.score(layer.input(0)).unwrap();
+            assert_eq!((scores.size(), scores.kind()), (vec![1, 2, tokens], Kind::Float));
+            assert_eq!(scores.select(2, tokens - 1).isinf().all().int64_value(&[]), 1);
+        }
+    }
+    assert_eq!(score(&SnapKv::new()).isinf().all().int64_value(&[]), 1, "all of them observe");
+    let odd = random(&[1, 7, 30, 4]);
+    for scorer in [&SnapKv::new() as &dyn Scorer<Tensor>, &Tova, &ObservedAttention::sum()] {
+        let error = scorer.score(LayerInput { queries: &odd, ..layer.input(0) }).unwrap_err();
+        assert!(matches!(error, Error::Shape { name: "queries", .. }), "{error}");
+    }
 }
 
 /// One layer of a sequence: 2 kv heads of 3 query heads of dim 4, hidden 10.

@@ -82,10 +82,8 @@ impl Policy<tch::Tensor> for Budget {
             Scope::Layer => (by_age.f_reshape([batch, old * heads, 1])?, heads),
         };
         let count = self.count(together as usize, tokens as usize, old as usize) as i64;
-        let lowest = rows.f_sort_stable(true, 1, false)?.1.f_narrow(1, 0, count)?;
         let goes =
-            rows.f_zeros_like()?.f_to_kind(tch::Kind::Bool)?.f_scatter_value(1, &lowest, 1)?;
-        let goes = goes.f_reshape([batch, old, heads])?.f_transpose(1, 2)?;
+            super::lowest(&rows, count)?.f_reshape([batch, old, heads])?.f_transpose(1, 2)?;
         Ok(goes.f_constant_pad_nd([0, tokens - old])?)
     }
 }

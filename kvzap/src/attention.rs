@@ -1,0 +1,64 @@
+use crate::Result;
+use crate::torch::{dims, expect};
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
+
+/// The attention of one layer in f32, some rows at a time: nobody ever holds `[tokens, tokens]`.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    queries: Tensor, // [batch * kv_heads, group, rows, head_dim], in the model's dtype
+    keys: Tensor,    // [batch * kv_heads, head_dim, past + rows] f32
+    past: i64,
+}
+
+impl Attention {
+    /// For `queries` `[batch, query_heads, rows, head_dim]` and `keys` `[batch, kv_heads, past +
+    /// rows, head_dim]`: row j sees the keys `..= past + j`.
+    pub fn new(queries: &Tensor, keys: &Tensor) -> Result<Self> {
+        let [batch, query_heads, rows, dim] =
+            dims(queries, "queries", "[batch, query_heads, tokens, head_dim]")?;
+        let [_, heads, tokens, _] = dims(keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
+        let group = query_heads.checked_div(heads).unwrap_or(0);
+        expect(queries, "queries", &[batch, heads.max(1) * group.max(1), rows, dim])?;
+        expect(keys, "keys", &[batch, heads, tokens.max(rows), dim])?;
+        Ok(Self {
+            queries: queries.f_reshape([batch * heads, group, rows, dim])?,
+            keys: keys
+                .f_reshape([batch * heads, tokens, dim])?
+                .f_transpose(1, 2)?
+                .f_to_kind(Kind::Float)?,
+            past: tokens - rows,
+        })
+    }
+
+    /// `[batch * kv_heads, group, rows, past + rows.end]`: products over the root of the head dim,
+    /// -inf where a key comes after its row.
+    pub fn logits(&self, rows: Range<i64>) -> Result<Tensor> {
+        let [heads, group, _, dim] = dims(&self.queries, "queries", "")?;
+        let (count, end) = (rows.end - rows.start, self.past + rows.end);
+        let queries =
+            self.queries.f_narrow(2, rows.start, count)?.f_reshape([heads, group * count, dim])?;
+        let queries = queries.f_to_kind(Kind::Float)?.f_multiply_scalar((dim as f64).powf(-0.5))?;
+        let logits = queries
+            .f_matmul(&self.keys.f_narrow(2, 0, end)?)?
+            .f_view([heads, group, count, end])?;
+        let later = Tensor::f_ones([count, count], (Kind::Bool, logits.device()))?.f_triu(1)?;
+        let _ = logits
+            .f_narrow(3, self.past + rows.start, count)?
+            .f_masked_fill_(&later, f64::NEG_INFINITY)?;
+        Ok(logits)
+    }
+
+    /// [`logits`](Self::logits) after softmax.
+    pub fn weights(&self, rows: Range<i64>) -> Result<Tensor> {
+        Ok(self.logits(rows)?.f_softmax(-1, Kind::Float)?)
+    }
+
+    /// All rows in blocks of a few million logits.
+    pub fn blocks(&self) -> impl Iterator<Item = Range<i64>> + use<> {
+        let [heads, group, rows, _] = self.queries.size4().map_or([0; 4], |size| size.into());
+        let most = if self.queries.device() == Device::Cpu { 1 << 22 } else { 1 << 26 };
+        let block = (most / (heads * group * (self.past + rows)).max(1)).max(1);
+        (0..rows).step_by(block as usize).map(move |start| start..rows.min(start + block))
+    }
+}

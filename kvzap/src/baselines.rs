@@ -1,0 +1,25 @@
+//! Methods that KVzap is compared with, one a file. What a file says of kvpress is of version 0.5.5.
+
+pub(crate) mod random;
+
+mod keydiff;
+mod knorm;
+mod streaming;
+
+#[cfg(feature = "tch")]
+mod observed;
+#[cfg(feature = "tch")]
+mod snapkv;
+#[cfg(feature = "tch")]
+mod tova;
+
+pub use keydiff::KeyDiff;
+pub use knorm::Knorm;
+#[cfg(feature = "tch")]
+pub use observed::ObservedAttention;
+pub use random::Random;
+#[cfg(feature = "tch")]
+pub use snapkv::SnapKv;
+pub use streaming::StreamingLlm;
+#[cfg(feature = "tch")]
+pub use tova::Tova;
