@@ -7,12 +7,24 @@ mod knorm;
 mod streaming;
 
 #[cfg(feature = "tch")]
+mod duo;
+#[cfg(feature = "tch")]
+mod expected;
+#[cfg(feature = "tch")]
+mod fast_kvzip;
+#[cfg(feature = "tch")]
 mod observed;
 #[cfg(feature = "tch")]
 mod snapkv;
 #[cfg(feature = "tch")]
 mod tova;
 
+#[cfg(feature = "tch")]
+pub use duo::DuoAttention;
+#[cfg(feature = "tch")]
+pub use expected::ExpectedAttention;
+#[cfg(feature = "tch")]
+pub use fast_kvzip::FastKvzip;
 pub use keydiff::KeyDiff;
 pub use knorm::Knorm;
 #[cfg(feature = "tch")]

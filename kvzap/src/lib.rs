@@ -18,9 +18,9 @@ mod oracle;
 mod torch;
 
 pub use array::Array;
-pub use baselines::{KeyDiff, Knorm, Random, StreamingLlm};
 #[cfg(feature = "tch")]
-pub use baselines::{ObservedAttention, SnapKv, Tova};
+pub use baselines::{DuoAttention, ExpectedAttention, FastKvzip, ObservedAttention, SnapKv, Tova};
+pub use baselines::{KeyDiff, Knorm, Random, StreamingLlm};
 pub use error::{Error, Result};
 #[cfg(feature = "tch")]
 pub use oracle::{Spans, kvzip_plus};

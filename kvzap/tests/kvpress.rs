@@ -2,11 +2,11 @@
 #![cfg(feature = "tch")]
 
 use kvzap::{
-    Allocation, KeyDiff, Knorm, LayerInput, ObservedAttention, Rule, Scorer, SnapKv, StreamingLlm,
-    Tova,
+    Allocation, DuoAttention, ExpectedAttention, FastKvzip, KeyDiff, Knorm, LayerInput,
+    ObservedAttention, Rule, Scorer, SnapKv, StreamingLlm, Tova,
 };
 use std::collections::HashMap;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const LAYERS: i64 = 3;
 
@@ -85,6 +85,9 @@ fn scores_and_kept_tokens_are_those_of_kvpress() {
     check("knorm", golden.scores(&Knorm), 0, &all);
     check("keydiff", golden.scores(&KeyDiff), 0, &all);
     check("tova", golden.scores(&Tova), 1, &all);
+    let inverse = Vec::<f32>::try_from(golden.get("inverse_frequencies")).unwrap();
+    let expected = ExpectedAttention::new(&inverse, Device::Cpu).unwrap();
+    check("expected", golden.scores(&expected), 4, &all);
     check("observed", golden.scores(&ObservedAttention::mean()), 0, &all);
     // At 0.9 not all of the window stays, and of equals kvpress's top-k takes any.
     check("snapkv", golden.scores(&SnapKv::new()), 64, &all[..2]);
@@ -109,4 +112,37 @@ fn budgets_of_heads_and_layers_are_those_of_kvpress() {
     }
     let kept = golden.get("pyramid.0.5").sum_dim_intlist([2i64].as_slice(), false, Kind::Int64);
     assert_eq!(Vec::<i64>::try_from(kept.flatten(0, -1)).unwrap(), [96, 96, 80, 80, 64, 64]);
+}
+
+#[test]
+fn gates_of_fast_kvzip_are_those_of_kvpress() {
+    let golden = Golden::open();
+    let gates = FastKvzip::load("tests/golden/gates.safetensors", Device::Cpu).unwrap();
+    gates.check(3, 64, 2).unwrap();
+    let scores = golden.scores(&gates);
+    let error = (Tensor::cat(&scores, 0) - golden.get("fast.gates")).abs().max().double_value(&[]);
+    assert!(error <= 1e-5, "{error:.1e}");
+    for ratio in [0.25, 0.5, 0.9] {
+        let drops = Allocation::new(ratio, 3, 4, Rule::Model).unwrap().drops(&scores).unwrap();
+        let kept = golden.get(&format!("fast.{ratio}")).to_kind(Kind::Bool);
+        assert_eq!(Tensor::cat(&drops, 0).logical_not(), kept, "{ratio}");
+    }
+}
+
+#[test]
+fn streaming_heads_are_those_of_kvpress_and_their_share_is_a_share_of_the_cache() {
+    let golden = Golden::open();
+    let heads = vec![vec![0.9, 0.1], vec![0.2, 0.8], vec![0.7, 0.3]];
+    let scores = golden.scores(&DuoAttention::new(heads, 4, 16));
+    let wanted = golden.get("duo").to_kind(Kind::Bool);
+    let share = 1.0 - wanted.to_kind(Kind::Double).mean(None).double_value(&[]);
+    assert!((share - 0.5 * 140.0 / 160.0).abs() < 1e-9, "kvpress calls this 0.5");
+    let kept = |share| {
+        let drops = Allocation::new(share, 0, 0, Rule::Model).unwrap().drops(&scores).unwrap();
+        Tensor::cat(&drops, 0).logical_not()
+    };
+    assert_eq!(kept(share), wanted);
+    let lengths = kept(0.2).sum_dim_intlist([2i64].as_slice(), false, Kind::Int64).flatten(0, -1);
+    // 192 of 960: the worst head whole, the next for the rest.
+    assert_eq!(Vec::<i64>::try_from(lengths).unwrap(), [160, 20, 108, 160, 160, 160]);
 }

@@ -2,9 +2,9 @@
 #![cfg(feature = "tch")]
 
 use kvzap::{
-    Array, Budget, Collector, Error, KeyDiff, Knorm, LayerInput, ObservedAttention, Policy,
-    Random, Ridge, Scope, Scorer, SnapKv, Spans, StreamingLlm, Surrogate, Threshold,
-    TorchSurrogate, Tova, kvzip_plus,
+    Array, Budget, Collector, Error, KeyDiff, Knorm, LayerInput, ObservedAttention, Policy, Random,
+    Ridge, Scope, Scorer, SnapKv, Spans, StreamingLlm, Surrogate, Threshold, TorchSurrogate, Tova,
+    kvzip_plus,
 };
 use tch::{Device, Kind, Tensor};
 
