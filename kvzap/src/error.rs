@@ -240,6 +240,19 @@ pub enum Error {
         tokens: usize,
     },
 
+    /// A chunk to score that is not of the context.
+    #[error(
+        "the chunk to score is {chunk:?} of {tokens} tokens of context; \
+         call `Kvzip::context` for each layer, then `begin` before each pass"
+    )]
+    #[cfg(feature = "tch")]
+    Chunk {
+        /// The chunk.
+        chunk: std::ops::Range<usize>,
+        /// Of the context.
+        tokens: usize,
+    },
+
     /// A collector was run before it was told where the text stands.
     #[cfg(feature = "tch")]
     #[error("no text was announced; call `Collector::begin` before each forward pass")]

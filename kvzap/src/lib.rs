@@ -4,6 +4,7 @@ mod array;
 mod baselines;
 mod error;
 mod file;
+mod kvzip;
 mod policy;
 mod scorer;
 mod surrogate;
@@ -22,6 +23,9 @@ pub use array::Array;
 pub use baselines::{DuoAttention, ExpectedAttention, FastKvzip, ObservedAttention, SnapKv, Tova};
 pub use baselines::{KeyDiff, Knorm, Random, StreamingLlm};
 pub use error::{Error, Result};
+#[cfg(feature = "tch")]
+pub use kvzip::Kvzip;
+pub use kvzip::{Pass, Rules};
 #[cfg(feature = "tch")]
 pub use oracle::{Spans, kvzip_plus};
 #[cfg(feature = "tch")]

@@ -107,7 +107,11 @@ fn attention(
 ///
 /// As `|W v|² = vᵀ (Wᵀ W) v`, in f64: a small matrix for each query head, and no wide vector for
 /// each token.
-fn projected_norms(values: &Tensor, output_projection: &Tensor, group: i64) -> Result<Tensor> {
+pub(crate) fn projected_norms(
+    values: &Tensor,
+    output_projection: &Tensor,
+    group: i64,
+) -> Result<Tensor> {
     let [heads, _, dim] = dims(values, "values", "[kv_heads, tokens, head_dim]")?;
     let projection = output_projection.f_to_kind(Kind::Double)?.f_view([-1, heads * group, dim])?;
     let projection = projection.f_transpose(0, 1)?; // [query_heads, hidden, head_dim]
