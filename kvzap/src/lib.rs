@@ -5,6 +5,7 @@ mod baselines;
 mod error;
 mod file;
 mod kvzip;
+mod overhead;
 mod policy;
 mod scorer;
 mod surrogate;
@@ -28,6 +29,7 @@ pub use kvzip::Kvzip;
 pub use kvzip::{Pass, Rules};
 #[cfg(feature = "tch")]
 pub use oracle::{Spans, kvzip_plus};
+pub use overhead::{ModelShape, Overhead};
 #[cfg(feature = "tch")]
 pub use policy::{Allocation, Rule};
 pub use policy::{Budget, Policy, Scope, Threshold};

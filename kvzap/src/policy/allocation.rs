@@ -1,6 +1,6 @@
 use super::lowest;
 use crate::torch::{dims, expect};
-use crate::{Error, Result, judged};
+use crate::{Error, Policy, Result, judged};
 use tch::{Kind, Tensor};
 
 /// A fixed share of a whole model's cache: from the scores of all layers, which tokens go.
@@ -151,5 +151,15 @@ impl Allocation {
         }
         let step = if layers > 1 { (first - last) / (layers - 1) as f64 } else { 0.0 };
         (0..layers).map(|layer| (first - layer as f64 * step).round_ties_even() as i64).collect()
+    }
+}
+
+/// For one layer as it comes, so for the rules that look at no other: [`Head`](Rule::Head),
+/// [`Layer`](Rule::Layer) and [`AdaKv`](Rule::AdaKv). Under the others a layer is a whole model.
+impl Policy<Tensor> for Allocation {
+    type Drops = Tensor;
+
+    fn drops(&self, scores: &Tensor) -> Result<Tensor> {
+        self.drops(std::slice::from_ref(scores))?.pop().ok_or(Error::Layer { layer: 0, layers: 0 })
     }
 }
