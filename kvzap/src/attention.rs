@@ -56,9 +56,15 @@ impl Attention {
 
     /// All rows in blocks of a few million logits.
     pub fn blocks(&self) -> impl Iterator<Item = Range<i64>> + use<> {
-        let [heads, group, rows, _] = self.queries.size4().map_or([0; 4], |size| size.into());
-        let most = if self.queries.device() == Device::Cpu { 1 << 22 } else { 1 << 26 };
-        let block = (most / (heads * group * (self.past + rows)).max(1)).max(1);
-        (0..rows).step_by(block as usize).map(move |start| start..rows.min(start + block))
+        self.blocks_of(0..self.queries.size().get(2).copied().unwrap_or(0))
+    }
+
+    /// These rows in such blocks; on a card larger ones, as there a launch costs more than memory.
+    pub fn blocks_of(&self, rows: Range<i64>) -> impl Iterator<Item = Range<i64>> + use<> {
+        let [heads, group, _, _] = self.queries.size4().map_or([0; 4], |size| size.into());
+        let most = if self.queries.device() == Device::Cpu { 1 << 22 } else { 1 << 28 };
+        let block = (most / (heads * group * (self.past + rows.end)).max(1)).max(1);
+        let Range { start, end } = rows;
+        (start..end).step_by(block as usize).map(move |start| start..end.min(start + block))
     }
 }

@@ -1,3 +1,4 @@
+use crate::attention::Attention;
 use crate::torch::{dims, expect};
 use crate::{Error, LayerInput, Result};
 use std::ops::Range;
@@ -14,14 +15,14 @@ pub struct Spans {
 }
 
 /// The KVzip+ score of each token of a text's first copy, which KVzap is trained to predict (arXiv
-/// 2601.07891, section 3): `[1, kv_heads, original]` f32, the logarithm of
+/// 2601.07891, section 3): `[batch, kv_heads, original]` f32, the logarithm of
 ///
 /// ```text
 /// s+[h, i] = max over g, j of  a[g, j, i] |W_O^(g) v_i| / |h_j|
 /// ```
 ///
 /// over the query heads g that read kv head h and the tokens j of the repeat. `input` is one layer
-/// over the whole sequence, batch 1, of any float dtype; `a` is causal softmax attention over all
+/// over whole sequences, whose texts stand alike, of any float dtype; `a` is causal softmax attention over all
 /// of it. `output_projection` is `[hidden, query_heads * head_dim]`; `W_O^(g)` is its columns that
 /// read query head g, and its factor differs within a group, so it comes before the maximum.
 /// Everything is added as logarithms, so that no small weight becomes -inf; a norm of zero counts
@@ -35,16 +36,13 @@ pub fn kvzip_plus(
     output_projection: &Tensor,
     spans: &Spans,
 ) -> Result<Tensor> {
-    const BLOCK: i64 = 1 << 22; // numbers of attention at a time
-    let [_, query_heads, tokens, dim] =
-        dims(input.queries, "queries", "[1, query_heads, tokens, head_dim]")?;
-    let [_, heads, ..]: [i64; 4] = dims(input.keys, "keys", "[1, kv_heads, tokens, head_dim]")?;
-    let [_, _, width] = dims(input.hidden, "hidden", "[1, tokens, hidden]")?;
-    let group = query_heads.checked_div(heads).unwrap_or(0);
-    expect(input.queries, "queries", &[1, heads.max(1) * group.max(1), tokens, dim])?;
-    expect(input.keys, "keys", &[1, heads, tokens, dim])?;
-    expect(input.values, "values", &[1, heads, tokens, dim])?;
-    expect(input.hidden, "hidden", &[1, tokens, width])?;
+    let [batch, query_heads, tokens, dim] =
+        dims(input.queries, "queries", "[batch, query_heads, tokens, head_dim]")?;
+    let [_, heads, ..]: [i64; 4] = dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
+    let [_, _, width] = dims(input.hidden, "hidden", "[batch, tokens, hidden]")?;
+    expect(input.keys, "keys", &[batch, heads, tokens, dim])?;
+    expect(input.values, "values", &[batch, heads, tokens, dim])?;
+    expect(input.hidden, "hidden", &[batch, tokens, width])?;
     expect(output_projection, "output_projection", &[width, query_heads * dim])?;
     let Spans { original, repeat } = spans.clone();
     if original.is_empty()
@@ -54,55 +52,44 @@ pub fn kvzip_plus(
     {
         return Err(Error::Spans { original, repeat, tokens: tokens as usize });
     }
-    let rows = (BLOCK / (query_heads * tokens)).max(1);
-    let weights = attention(input, group, spans, rows)?;
-    let values =
-        input.values.f_squeeze_dim(0)?.f_narrow(1, original.start as i64, original.len() as i64)?;
-    Ok(weights
-        .f_add(&projected_norms(&values, output_projection, group)?)?
-        .f_amax([1], false)?
-        .f_unsqueeze(0)?)
+    let attention = Attention::new(input.queries, input.keys)?;
+    let rows = repeat.start as i64..repeat.end as i64;
+    let weights = most_attended(&attention, input.hidden, spans, attention.blocks_of(rows))?;
+    let values = input.values.f_narrow(2, original.start as i64, original.len() as i64)?;
+    let norms = projected_norms(&values, output_projection, query_heads / heads)?;
+    Ok(weights.f_view_as(&norms)?.f_add(&norms)?.f_amax([2], false)?)
 }
 
-/// `[kv_heads, group, original]`: the maximum over j of `log a[g, j, i] - log |h_j|`, `block` rows
-/// j at a time.
-fn attention(
-    input: LayerInput<'_, Tensor>,
-    group: i64,
+/// `[batch * kv_heads, group, original]`: the maximum over the rows j of `blocks` of
+/// `log a[g, j, i] - log |h_j|`.
+fn most_attended(
+    attention: &Attention,
+    hidden: &Tensor,
     spans: &Spans,
-    block: i64,
+    blocks: impl Iterator<Item = Range<i64>>,
 ) -> Result<Tensor> {
-    let float = |tensor: &Tensor| tensor.f_squeeze_dim(0)?.f_to_kind(Kind::Float);
-    let keys = float(input.keys)?.f_transpose(1, 2)?; // [kv_heads, head_dim, tokens]
-    let [heads, dim, tokens] = dims(&keys, "keys", "[kv_heads, head_dim, tokens]")?;
-    let queries = float(input.queries)?.f_multiply_scalar((dim as f64).powf(-0.5))?;
-    let queries = queries.f_reshape([heads, group, tokens, dim])?;
-    let hidden = float(input.hidden)?; // [tokens, hidden]
-    let hidden = hidden.f_norm_scalaropt_dim(2, [-1].as_slice(), true)?; // [tokens, 1]
-    let hidden = hidden.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?;
-
+    let norms = hidden.f_to_kind(Kind::Float)?.f_norm_scalaropt_dim(2, [-1].as_slice(), true)?;
+    let norms = norms.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?; // [batch, tokens, 1]
     let (first, columns) = (spans.original.start as i64, spans.original.len() as i64);
-    let mut best =
-        Tensor::f_full([heads, group, columns], f64::NEG_INFINITY, (Kind::Float, keys.device()))?;
-    let (mut start, last) = (spans.repeat.start as i64, spans.repeat.end as i64);
-    while start < last {
-        let rows = block.min(last - start);
-        let end = start + rows;
-        let queries = queries.f_narrow(2, start, rows)?.f_reshape([heads, group * rows, dim])?;
-        let logits =
-            queries.f_matmul(&keys.f_narrow(2, 0, end)?)?.f_view([heads, group, rows, end])?;
-        let later = Tensor::f_ones([rows, rows], (Kind::Bool, keys.device()))?.f_triu(1)?;
-        let _ = logits.f_narrow(3, start, rows)?.f_masked_fill_(&later, f64::NEG_INFINITY)?;
-        let scale = logits.f_logsumexp([3], true)?.f_add(&hidden.f_narrow(0, start, rows)?)?;
-        // [kv_heads, group, rows, columns]
-        let weights = logits.f_narrow(3, first, columns)?.f_sub(&scale)?;
-        best = best.f_maximum(&weights.f_amax([2], false)?)?;
-        start = end;
+    let mut most: Option<Tensor> = None;
+    for rows in blocks {
+        let (start, count) = (rows.start, rows.end - rows.start);
+        let logits = attention.logits(rows)?; // [batch * kv_heads, group, count, end]
+        let heads = logits.size()[0] / norms.size()[0];
+        let norms =
+            norms.f_narrow(1, start, count)?.f_repeat_interleave_self_int(heads, 0, None)?;
+        let scale = logits.f_logsumexp([3], true)?.f_add(&norms.f_unsqueeze(1)?)?;
+        let weights = logits.f_narrow(3, first, columns)?.f_sub(&scale)?.f_amax([2], false)?;
+        most = Some(match most {
+            Some(most) => most.f_maximum(&weights)?,
+            None => weights,
+        });
     }
-    Ok(best)
+    let Spans { original, repeat } = spans.clone();
+    most.ok_or(Error::Spans { original, repeat, tokens: hidden.size()[1] as usize })
 }
 
-/// `[kv_heads, group, tokens]` f32: `log |W_O^(g) v_i|`, for `values` `[kv_heads, tokens,
+/// `[…, kv_heads, group, tokens]` f32: `log |W_O^(g) v_i|`, for `values` `[…, kv_heads, tokens,
 /// head_dim]`.
 ///
 /// As `|W v|² = vᵀ (Wᵀ W) v`, in f64: a small matrix for each query head, and no wide vector for
@@ -112,14 +99,16 @@ pub(crate) fn projected_norms(
     output_projection: &Tensor,
     group: i64,
 ) -> Result<Tensor> {
-    let [heads, _, dim] = dims(values, "values", "[kv_heads, tokens, head_dim]")?;
+    let &[.., heads, _, dim] = values.size().as_slice() else {
+        return Err(Error::shape("values", "[…, kv_heads, tokens, head_dim]".into(), &[]));
+    };
     let projection = output_projection.f_to_kind(Kind::Double)?.f_view([-1, heads * group, dim])?;
     let projection = projection.f_transpose(0, 1)?; // [query_heads, hidden, head_dim]
     let squares =
         projection.f_transpose(1, 2)?.f_matmul(&projection)?.f_view([heads, group, dim, dim])?;
-    let values = values.f_to_kind(Kind::Double)?.f_unsqueeze(1)?; // [kv_heads, 1, tokens, head_dim]
+    let values = values.f_to_kind(Kind::Double)?.f_unsqueeze(-3)?; // […, kv_heads, 1, tokens, head_dim]
     let norms = values.f_matmul(&squares)?.f_multiply(&values)?;
-    let norms = norms.f_sum_dim_intlist([3].as_slice(), false, Kind::Double)?;
+    let norms = norms.f_sum_dim_intlist([-1].as_slice(), false, Kind::Double)?;
     let norms = norms.f_clamp_min(f64::MIN_POSITIVE)?.f_log()?;
     Ok(norms.f_multiply_scalar(0.5)?.f_to_kind(Kind::Float)?)
 }
@@ -135,13 +124,14 @@ mod tests {
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
         let (queries, keys) = (random(&[1, 6, 40, 8]), random(&[1, 2, 40, 8]));
         let hidden = random(&[1, 40, 16]);
-        let input =
-            LayerInput { layer: 0, hidden: &hidden, queries: &queries, keys: &keys, values: &keys };
         let spans = Spans { original: 3..18, repeat: 20..37 };
-        let whole = attention(input, 3, &spans, 1000).unwrap();
-        for block in [1, 4, 17] {
-            let blocks = attention(input, 3, &spans, block).unwrap();
-            assert!(blocks.allclose(&whole, 1e-6, 1e-6, false), "{block} rows at a time");
+        let attention = Attention::new(&queries, &keys).unwrap();
+        let most = |block: usize| {
+            let blocks = (20..37).step_by(block).map(|start| start..37.min(start + block as i64));
+            most_attended(&attention, &hidden, &spans, blocks).unwrap()
+        };
+        for block in [1, 4, 16] {
+            assert!(most(block).allclose(&most(17), 1e-6, 1e-6, false), "{block} rows at a time");
         }
     }
 }

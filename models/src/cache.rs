@@ -94,6 +94,12 @@ impl Dense {
         Self { window, tokens: 0, before: 0, layers, mark: None }
     }
 
+    /// The keys and values of every layer, `[batch, kv_heads, tokens, head_dim]`, dropped or not.
+    pub fn rows(&self) -> Result<Vec<(&Tensor, &Tensor)>> {
+        let rows = self.layers.iter().map(|rows| rows.as_ref().ok_or(Error::EmptyPrompt));
+        rows.map(|rows| rows.map(|Rows { keys, values, .. }| (keys, values))).collect()
+    }
+
     /// Which rows of `layer` no later query will see, `[batch, kv_heads, tokens]` bool.
     pub fn masked(&self, layer: usize) -> Result<Option<Tensor>> {
         self.layers[layer].as_ref().map(|rows| rows.hidden(self.tokens, self.window)).transpose()

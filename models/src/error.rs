@@ -199,6 +199,17 @@ pub enum Error {
         reason: String,
     },
 
+    /// Drop bits of another shape than the text that they are for.
+    #[error(
+        "drop bits are {found:?}, expected {wanted:?}; take them from scores of this very text"
+    )]
+    DropBits {
+        /// `[texts, kv_heads, tokens]`, or the number of layers.
+        wanted: Vec<i64>,
+        /// Theirs.
+        found: Vec<i64>,
+    },
+
     /// A text is longer than the model was made for.
     #[error("{wanted} tokens do not fit the model's context of {limit}; shorten the text")]
     ContextTooLong {

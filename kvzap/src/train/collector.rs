@@ -29,8 +29,8 @@ impl Collector {
         Self(Arc::new(Mutex::new(Inner { output_projections, rows, text: None, gathered })))
     }
 
-    /// Announces the next forward pass: one sequence, whole, with its text at `spans`. `seed`
-    /// chooses the tokens to learn from, the same in all layers.
+    /// Announces the next forward pass: sequences of one length, whole, with their texts at `spans`. `seed`
+    /// chooses the tokens to learn from, the same in all layers and sequences.
     pub fn begin(&self, spans: Spans, seed: u64) {
         let mut inner = self.inner();
         let tokens = choose(spans.original.len(), inner.rows, seed);
@@ -66,11 +66,11 @@ impl Scorer<Tensor> for Collector {
         let (layer, layers) = (input.layer, inner.output_projections.len());
         let projection =
             inner.output_projections.get(layer).ok_or(Error::Layer { layer, layers })?;
-        let scores = kvzip_plus(input, projection, spans)?; // [1, kv_heads, original]
+        let scores = kvzip_plus(input, projection, spans)?; // [batch, kv_heads, original]
         let tokens = Tensor::f_from_slice(tokens)?.f_to_device(scores.device())?;
-        let targets = scores.f_squeeze_dim(0)?.f_transpose(0, 1)?.f_index_select(0, &tokens)?;
+        let targets = scores.f_transpose(1, 2)?.f_index_select(1, &tokens)?.f_flatten(0, 1)?;
         let rows = tokens.f_add_scalar(spans.original.start as i64)?;
-        let hidden = input.hidden.f_squeeze_dim(0)?.f_index_select(0, &rows)?;
+        let hidden = input.hidden.f_index_select(1, &rows)?.f_flatten(0, 1)?;
         let (all_hidden, all_scores) = &mut inner.gathered[layer];
         all_hidden.push(hidden);
         all_scores.push(targets);

@@ -60,10 +60,11 @@ impl Samples {
             for (name, tensor, kind) in [("hidden", hidden, kind), ("scores", scores, Kind::Float)]
             {
                 let [rows, size] = dims(tensor, name, "[rows, size]")?;
-                let tensor = tensor.f_to_device(Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?;
+                let tensor = tensor.f_to_kind(kind)?;
                 if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
                     return Err(Error::Rows { layer });
                 }
+                let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
                 let mut bytes = vec![0; tensor.numel() * kind.elt_size_in_bytes()];
                 tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
                 let shape = vec![rows as usize, size as usize];

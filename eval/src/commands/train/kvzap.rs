@@ -5,11 +5,12 @@ use super::pieces::{Lengths, Pieces};
 use crate::commands::{ModelArgs, beside, progress, table, write, write_json};
 use anyhow::{Context, Result, ensure};
 use kvzap::{
-    Affine, Collector, Dtype, MlpFit, MlpSettings, Ridge, Samples, Surrogate, Threshold,
+    Affine, Collector, Dtype, MlpFit, MlpSettings, Ridge, Rows, Samples, Surrogate, Threshold,
     TorchSurrogate, r2,
 };
 use models::{Dense, Hooks, Model, Pruning, WINDOW};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
@@ -86,6 +87,8 @@ enum SaveAs {
 
 /// Pieces of a shard: what an interruption loses at most.
 const SHARD: usize = 8;
+/// Shards that are written at once: a card collects faster than one thread writes.
+const WRITERS: usize = 4;
 
 /// Rows of one kind, collected.
 struct Set {
@@ -108,10 +111,17 @@ pub fn run(args: &Args) -> Result<()> {
     let model = args.model.load()?;
     let folder = args.samples.clone().unwrap_or_else(|| args.out.join("samples"));
 
+    let (text, held_out) = Pieces::cut(
+        &model,
+        &args.text,
+        args.pieces + args.held_out,
+        args.tokens,
+        SHARD,
+        args.seed,
+    )?
+    .split_at(args.pieces);
+    let prefill = prefill_speed(&model, &held_out)?;
     let start = Instant::now();
-    let (text, held_out) =
-        Pieces::cut(&model, &args.text, args.pieces + args.held_out, args.tokens, args.seed)?
-            .split_at(args.pieces);
     let mut tokens = 0;
     let mut collect = |name, pieces: &Pieces| -> Result<Set> {
         let (set, read) = collect(args, &model, name, pieces, &folder)?;
@@ -121,7 +131,8 @@ pub fn run(args: &Args) -> Result<()> {
     let train = collect("text", &text)?;
     let mut measured = vec![collect("held-out", &held_out)?];
     if !args.unseen.is_empty() {
-        let pieces = Pieces::cut(&model, &args.unseen, args.held_out, args.tokens, args.seed)?;
+        let pieces =
+            Pieces::cut(&model, &args.unseen, args.held_out, args.tokens, SHARD, args.seed)?;
         measured.push(collect("unseen", &pieces)?);
     }
     let collecting = start.elapsed().as_secs_f64();
@@ -155,6 +166,7 @@ pub fn run(args: &Args) -> Result<()> {
         "pieces": args.pieces, "held_out": args.held_out, "tokens": args.tokens.to_string(),
         "rows": args.rows, "seed": args.seed,
         "collecting_seconds": collecting, "tokens_per_second": tokens as f64 / collecting,
+        "prefill_tokens_per_second": prefill,
         "fitting_seconds": fitting,
         "run": args.model.json(),
     });
@@ -203,22 +215,38 @@ fn collect(
     let collector = Collector::new(projections, args.rows);
     let bar = progress(pieces.len() as u64, name);
     let mut tokens = 0;
-    for shard in 0..shards {
-        let range = shard * SHARD..pieces.len().min((shard + 1) * SHARD);
-        if samples.has(shard)? {
-            bar.inc(range.len() as u64);
-            bar.reset_eta();
-            continue;
+    // Shards are written while the next ones are collected.
+    std::thread::scope(|scope| -> Result<()> {
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|_| {
+                let (send, receive) = sync_channel::<(usize, Rows)>(0);
+                let write = |(shard, rows): (usize, Rows)| samples.write(shard, &rows);
+                (send, scope.spawn(move || receive.into_iter().try_for_each(write)))
+            })
+            .collect();
+        for shard in 0..shards {
+            let range = shard * SHARD..pieces.len().min((shard + 1) * SHARD);
+            if samples.has(shard)? {
+                bar.inc(range.len() as u64);
+                bar.reset_eta();
+                continue;
+            }
+            for (index, texts) in pieces.alike(range).enumerate() {
+                let (ids, spans) = pieces.repeated(texts);
+                tokens += ids.iter().map(Vec::len).sum::<usize>();
+                collector.begin(spans, args.seed ^ (shard << 8 | index) as u64);
+                let _ = forward(model, &ids, Some(&collector))?;
+                bar.inc(texts.len() as u64);
+            }
+            if writers[shard % WRITERS].0.send((shard, collector.take()?)).is_err() {
+                break; // the writer has failed, and says how
+            }
         }
-        for index in range {
-            let (ids, spans) = pieces.repeated(index);
-            tokens += ids.len();
-            collector.begin(spans, args.seed ^ index as u64);
-            tch::no_grad(|| forward(model, &ids, &collector))?;
-            bar.inc(1);
-        }
-        samples.write(shard, &collector.take()?)?;
-    }
+        writers.into_iter().try_for_each(|(send, writer)| {
+            drop(send);
+            Ok(writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
+        })
+    })?;
     bar.finish_and_clear();
     Ok((Set { name, samples, shards }, tokens))
 }
@@ -240,17 +268,36 @@ fn fingerprint(projections: &[Tensor]) -> Result<u64> {
     Ok(hash)
 }
 
-fn forward(model: &Model, ids: &[u32], collector: &Collector) -> Result<()> {
-    let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-    let hooks = Hooks::pruning(Pruning {
-        scorer: Box::new(collector.clone()),
-        policy: Box::new(Threshold::new(f32::NEG_INFINITY)?),
-        while_decoding: true,
-    });
-    let tokens = Tensor::f_from_slice(&ids)?.f_to_device(model.device)?.f_unsqueeze(0)?;
+/// Reads `ids`, for a collector or for nothing but the time it takes.
+fn forward(model: &Model, ids: &[Vec<u32>], collector: Option<&Collector>) -> Result<Tensor> {
+    let texts = ids.len() as i64;
+    let ids: Vec<i64> = ids.iter().flatten().map(|&id| i64::from(id)).collect();
+    let pruning = |collector: &Collector| -> Result<Pruning> {
+        Ok(Pruning {
+            scorer: Box::new(collector.clone()),
+            policy: Box::new(Threshold::new(f32::NEG_INFINITY)?),
+            while_decoding: true,
+        })
+    };
+    let hooks = Hooks { pruning: collector.map(pruning).transpose()?, ..Hooks::default() };
+    let tokens = Tensor::f_from_slice(&ids)?.f_view([texts, -1])?.f_to_device(model.device)?;
     let mut cache = Dense::new(model.lm.config().layers, WINDOW);
-    let _ = model.lm.forward(&tokens, &mut cache, &hooks)?;
-    Ok(())
+    Ok(tch::no_grad(|| model.lm.forward(&tokens, &mut cache, &hooks))?)
+}
+
+/// Tokens a second that the model reads without collecting, in pieces of the same lengths.
+fn prefill_speed(model: &Model, pieces: &Pieces) -> Result<f64> {
+    let batches: Vec<_> = pieces.alike(0..pieces.len().min(SHARD)).collect();
+    let read = |texts: &&[Vec<u32>]| -> Result<usize> {
+        let ids = pieces.repeated(texts).0;
+        let hidden = forward(model, &ids, None)?;
+        let _ = hidden.f_double_value(&[0, 0, 0])?; // waits for the card
+        Ok(ids.iter().map(Vec::len).sum())
+    };
+    batches.iter().map(read).sum::<Result<usize>>()?; // a first time is slower
+    let start = Instant::now();
+    let tokens = batches.iter().map(read).sum::<Result<usize>>()?;
+    Ok(tokens as f64 / start.elapsed().as_secs_f64())
 }
 
 fn linear(args: &Args, model: &Model, set: &Set) -> Result<Surrogate> {

@@ -8,6 +8,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -54,12 +55,14 @@ pub struct Pieces {
 }
 
 impl Pieces {
-    /// Cuts `count` pieces out of the documents of `paths`, files or folders of them, in an order that `seed` chooses.
+    /// Cuts `count` pieces out of the documents of `paths`, files or folders of them, in an order that `seed` chooses; each
+    /// `together` in a row have one length.
     pub fn cut(
         model: &Model,
         paths: &[PathBuf],
         count: usize,
         lengths: Lengths,
+        together: usize,
         seed: u64,
     ) -> Result<Self> {
         let (before, after) = match &model.template {
@@ -108,7 +111,10 @@ impl Pieces {
                     rest = tail;
                     if open.len() == wanted {
                         pieces.push(std::mem::take(&mut open));
-                        wanted = draw();
+                        // Those that are read together have one length.
+                        if pieces.len().is_multiple_of(together) {
+                            wanted = draw();
+                        }
                     }
                 }
             }
@@ -135,14 +141,20 @@ impl Pieces {
         (Self { texts, before, between }, others)
     }
 
-    /// The ids of a pass over piece `index`, and where its two copies stand.
-    pub fn repeated(&self, index: usize) -> (Vec<u32>, Spans) {
-        let text = &self.texts[index];
-        let original = self.before.len()..self.before.len() + text.len();
-        let repeat =
-            original.end + self.between.len()..original.end + self.between.len() + text.len();
-        let ids = [&self.before, text, &self.between, text].map(Vec::as_slice).concat();
-        (ids, Spans { original, repeat })
+    /// Those of `range` that are next to one another and of one length, to be read together.
+    pub fn alike(&self, range: Range<usize>) -> impl Iterator<Item = &[Vec<u32>]> {
+        self.texts[range].chunk_by(|a, b| a.len() == b.len())
+    }
+
+    /// The ids of a pass over pieces of one length, one after another, and where a piece's two copies stand.
+    pub fn repeated(&self, texts: &[Vec<u32>]) -> (Vec<Vec<u32>>, Spans) {
+        let length = texts.first().map_or(0, Vec::len);
+        let first = self.before.len();
+        let second = first + length + self.between.len();
+        let spans = Spans { original: first..first + length, repeat: second..second + length };
+        let ids =
+            |text: &Vec<u32>| [&self.before, text, &self.between, text].map(Vec::as_slice).concat();
+        (texts.iter().map(ids).collect(), spans)
     }
 
     /// A number that other pieces do not have: FNV-1a over all ids.
