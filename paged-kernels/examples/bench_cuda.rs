@@ -174,7 +174,7 @@ fn filled(case: &Case, stream: &Arc<CudaStream>, mode: Mode) -> Result<(Resident
         dtype: Dtype::Bf16,
     };
     let tokens = case.lengths.iter().flatten().max().unwrap_or(&1) + GROWTH;
-    let seats = Seats { texts: case.sequences, tokens, mode };
+    let seats = Seats { texts: case.sequences, tokens, pass: 1, mode };
     let mut cache = Resident::on(stream.clone(), shape, seats)?;
     // The step adds a token to each head.
     let prompt = case.tokens - 1;

@@ -25,7 +25,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         dtype: Dtype::Bf16,
     };
     // The first card and its default stream, and words for what is missing.
-    let seats = Seats { texts: 1, tokens: PROMPT + STEPS, mode: Mode::Fast };
+    let seats = Seats { texts: 1, tokens: PROMPT + STEPS, pass: 1, mode: Mode::Fast };
     let mut cache = match Resident::new(shape, seats) {
         Err(error @ (Error::NoDriver | Error::NoCard)) => {
             println!("{error}");

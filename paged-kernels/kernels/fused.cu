@@ -1,13 +1,17 @@
 // What stands between a layer's projections and its attention in a step of one token a text, in one launch: norms of queries
 // and keys, rotary positions, the cache's rows, and the second layer of a surrogate with its drop bits.
 //
-// Arithmetic is in f32 and each result is rounded once, to the type that it is stored in.
+// A warp has a task: the score of a kv head, the row of a query head, of a key or of a value. All that a task reads is on
+// its way at once, its row's number too, and no warp waits for another: blocks that did a kv head's tasks in turn took
+// twice as long. Arithmetic is in f32 and each result is rounded once, to the type that it is stored in.
 
 #include "resident.cuh"
 
 namespace fused {
 
 constexpr int THREADS = WARPS * LANES;
+constexpr int PAIRS = 8;  // of a row, that a lane holds at most
+constexpr int UNITS = 8;  // of a surrogate, that a lane has on their way at once
 
 }  // namespace fused
 
@@ -54,74 +58,116 @@ __device__ float2 turn(float position, float inverse) {
     return make_float2(cosine, sine);
 }
 
-// A row of queries or keys, normed and rotated, by a warp; dimension i is paired with i + dim / 2.
-__device__ void rotate_row(const Fused &call, int64_t from, const void *norm, float position, void *to, uint32_t type,
-                           int64_t at) {
-    const uint32_t pairs = call.state.pool.dim / 2, lane = threadIdx.x % LANES;
-    float scale = 1.0f;
-    if (norm) {
-        float squares = 0.0f;
-        for (uint32_t i = lane; i < 2 * pairs; i += LANES) {
-            const float x = load(call.qkv.data, call.qkv.type, from + i);
-            squares += x * x;
-        }
-        scale = rsqrtf(warp_sum(squares) / float(2 * pairs) + call.epsilon);
-    }
-    for (uint32_t i = lane; i < pairs; i += LANES) {
-        float x = load(call.qkv.data, call.qkv.type, from + i) * scale;
-        float y = load(call.qkv.data, call.qkv.type, from + pairs + i) * scale;
-        if (norm) {
-            x *= load(norm, call.norm_type, i);
-            y *= load(norm, call.norm_type, pairs + i);
-        }
-        const float2 angle = turn(position, call.inverse[i]);
-        save(to, type, at + i, x * angle.x - y * angle.y);
-        save(to, type, at + pairs + i, y * angle.x + x * angle.y);
-    }
+__device__ float widen(float x) { return x; }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float widen(__half x) { return __half2float(x); }
+
+// Calls `work` with a pointer of the type that a number stands for, so that loads in it need not ask each time.
+template <class Work>
+__device__ void typed(const void *data, uint32_t type, Work work) {
+    if (type == F32) work(static_cast<const float *>(data));
+    else if (type == BF16) work(static_cast<const __nv_bfloat16 *>(data));
+    else work(static_cast<const __half *>(data));
 }
 
-// A block a kv head of a text: its query heads and its key are a row a warp, then its value, then its score.
+// A lane's elements of a row from `at` on: x[k] and y[k] are `pairs` apart.
+__device__ void load_pairs(const void *data, uint32_t type, int64_t at, uint32_t pairs, float (&x)[PAIRS],
+                           float (&y)[PAIRS]) {
+    typed(data, type, [&](auto *from) {
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) {
+            const uint32_t i = threadIdx.x % LANES + k * LANES;
+            x[k] = i < pairs ? widen(from[at + i]) : 0.0f;
+            y[k] = i < pairs ? widen(from[at + pairs + i]) : 0.0f;
+        }
+    });
+}
+
+// The score of a kv head: the surrogate's second layer, and its drop bit.
+__device__ void score(const Fused &call, uint32_t i, uint32_t kv_head, uint32_t text) {
+    const uint32_t lane = threadIdx.x % LANES, row = call.rows[i];
+    const uint64_t mark = call.marks[i];
+    const float bias = load(call.second_bias, call.weight_type, kv_head);
+    float sum = 0.0f;
+    typed(call.units.data, call.units.type, [&](auto *units) {
+        units += call.units.at(0, text);
+        typed(call.second, call.weight_type, [&](auto *weights) {
+            weights += int64_t(kv_head) * call.width;
+            for (uint32_t base = lane; base < call.width; base += UNITS * LANES) {
+                float x[UNITS], weight[UNITS];
+#pragma unroll
+                for (int k = 0; k < UNITS; k++) {
+                    const uint32_t u = base + k * LANES;
+                    x[k] = u < call.width ? widen(units[u]) : 0.0f;
+                    weight[k] = u < call.width ? widen(weights[u]) : 0.0f;
+                }
+#pragma unroll
+                for (int k = 0; k < UNITS; k++) {
+                    const float gelu = 0.5f * x[k] * (1.0f + erff(x[k] * 0.70710678118654752f));
+                    sum += torch_round(gelu, call.torch) * weight[k];
+                }
+            }
+        });
+    });
+    sum = bias + warp_sum(sum);
+    // A NaN compares false, and stays.
+    if (lane == 0 && row != NO_ROW && torch_round(sum, call.torch) < call.threshold) call.state.rings[mark] |= 1;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
-    __shared__ float sums[WARPS];
+    start_next();
     const State &state = call.state;
     const Pool &pool = state.pool;
-    const uint32_t text = blockIdx.x / state.kv_heads, kv_head = blockIdx.x % state.kv_heads;
-    const uint32_t warp = threadIdx.x / LANES, query_heads = state.kv_heads * call.group;
-    const uint32_t i = kv_head * call.texts + text, row = call.rows[i];
-    if (row == NO_ROW) return;
-    const int64_t key = pool.key(row), value = key + int64_t(pool.page_size) * pool.dim;
-    const float position = load(call.positions.data, F32, call.positions.at(kv_head % call.position_heads, text));
-    for (uint32_t r = warp; r <= call.group; r += WARPS) {
-        const bool is_key = r == call.group;
-        const uint32_t head = is_key ? query_heads + kv_head : kv_head * call.group + r;
-        const int64_t from = call.qkv.at(0, text) + int64_t(head) * pool.dim;
-        if (is_key) {
-            rotate_row(call, from, call.key_norm, position, pool.data, pool.type, key);
-        } else {
-            rotate_row(call, from, call.query_norm, position, call.queries.data, call.queries.type,
-                       call.queries.at(head, text));
+    const uint32_t count = state.kv_heads * call.texts, task = blockIdx.x * WARPS + threadIdx.x / LANES;
+    uint32_t kind = task / count;  // the longest first: the score, if there is one, then queries, key, value
+    const uint32_t i = task - kind * count, kv_head = i / call.texts, text = i - kv_head * call.texts;
+    settle();
+    if (call.width > 0 && kind-- == 0) return score(call, i, kv_head, text);
+    if (kind > call.group + 1) return;
+    const bool is_query = kind < call.group, is_value = kind > call.group;
+    const uint32_t query_heads = state.kv_heads * call.group, pairs = pool.dim / 2;
+    const uint32_t head = is_query ? kv_head * call.group + kind
+                                   : query_heads + (is_value ? state.kv_heads : 0) + kv_head;
+    const uint32_t row = call.rows[i];
+    float x[PAIRS], y[PAIRS];
+    load_pairs(call.qkv.data, call.qkv.type, call.qkv.at(0, text) + int64_t(head) * pool.dim, pairs, x, y);
+    if (!is_value) {
+        const float position = load(call.positions.data, F32, call.positions.at(kv_head % call.position_heads, text));
+        const void *norm = is_query ? call.query_norm : call.key_norm;
+        float inverse[PAIRS];
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) {
+            const uint32_t at = threadIdx.x % LANES + k * LANES;
+            inverse[k] = at < pairs ? call.inverse[at] : 0.0f;
+        }
+        if (norm) {
+            float a[PAIRS], b[PAIRS], squares = 0.0f;
+            load_pairs(norm, call.norm_type, 0, pairs, a, b);
+#pragma unroll
+            for (int k = 0; k < PAIRS; k++) squares += x[k] * x[k] + y[k] * y[k];
+            const float scale = rsqrtf(warp_sum(squares) / float(2 * pairs) + call.epsilon);
+#pragma unroll
+            for (int k = 0; k < PAIRS; k++) x[k] *= scale * a[k], y[k] *= scale * b[k];
+        }
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) {
+            if (k * LANES >= pairs) break;
+            const float2 angle = turn(position, inverse[k]);
+            const float from = x[k];
+            x[k] = from * angle.x - y[k] * angle.y;
+            y[k] = y[k] * angle.x + from * angle.y;
         }
     }
-    const int64_t from = call.qkv.at(0, text) + int64_t(query_heads + state.kv_heads + kv_head) * pool.dim;
-    for (uint32_t d = threadIdx.x; d < pool.dim; d += THREADS) {
-        save(pool.data, pool.type, value + d, load(call.qkv.data, call.qkv.type, from + d));
-    }
-    if (call.width == 0) return;
-    float sum = 0.0f;
-    for (uint32_t u = threadIdx.x; u < call.width; u += THREADS) {
-        const float x = load(call.units.data, call.units.type, call.units.at(0, text) + u);
-        const float gelu = torch_round(0.5f * x * (1.0f + erff(x * 0.70710678118654752f)), call.torch);
-        sum += gelu * load(call.second, call.weight_type, int64_t(kv_head) * call.width + u);
-    }
-    sum = warp_sum(sum);
-    if (threadIdx.x % LANES == 0) sums[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        float score = load(call.second_bias, call.weight_type, kv_head);
+    if (row == NO_ROW) return;
+    const int64_t key = pool.key(row);
+    const int64_t at = is_query ? call.queries.at(head, text)
+                       : is_value ? key + int64_t(pool.page_size) * pool.dim : key;
+    void *to = is_query ? call.queries.data : pool.data;
+    const uint32_t type = is_query ? call.queries.type : pool.type;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) score += sums[w];
-        // A NaN compares false, and stays.
-        if (torch_round(score, call.torch) < call.threshold) state.rings[call.marks[i]] |= 1;
+    for (int k = 0; k < PAIRS; k++) {
+        const uint32_t pair = threadIdx.x % LANES + k * LANES;
+        if (pair < pairs) save(to, type, at + pair, x[k]), save(to, type, at + pairs + pair, y[k]);
     }
 }
 

@@ -81,6 +81,12 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) plain_attend(Attend c
     const uint32_t end = head.first + head.tokens;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
 
+    // Tokens that were appended in their order hide the head's end from those before them. Others are looked for.
+    bool appended = true;
+    for (uint32_t i = token + 1 + threadIdx.x; i < end; i += blockDim.x) appended &= slots[i] == head.len - (end - i);
+    appended = __syncthreads_and(appended);
+    const uint32_t len = appended ? head.len - (end - 1 - token) : head.len;
+
     float query[MOST_PER_LANE], sum[MOST_PER_LANE];
 #pragma unroll
     for (int i = 0; i < MOST_PER_LANE; i++) {
@@ -89,9 +95,9 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) plain_attend(Attend c
         sum[i] = 0.0f;
     }
     float most = -INFINITY, total = 0.0f;
-    for (uint32_t slot = warp; slot < head.len; slot += WARPS) {
+    for (uint32_t slot = warp; slot < len; slot += WARPS) {
         bool later = false;
-        for (uint32_t i = token + 1; i < end; i++) later |= slots[i] == slot;
+        for (uint32_t i = token + 1; i < end && !appended; i++) later |= slots[i] == slot;
         if (later) continue;
         int64_t page = call.tables[head.table + slot / page_size];
         int64_t key = (page * 2 * page_size + slot % page_size) * dim, value = key + int64_t(page_size) * dim;

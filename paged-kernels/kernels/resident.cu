@@ -15,51 +15,10 @@ constexpr int COPIES = 8;       // rows on their way in a warp
 constexpr uint32_t LEAST = 12;       // as in src/cuda/plan.rs
 constexpr uint32_t SECOND_HEAD = 8;  // as in src/cuda/plan.rs
 constexpr uint32_t NO_SEAT = 0xffffffffu;
-constexpr uint32_t TRASH = 0;  // the page that stands for those that were not there
 
 }  // namespace resident
 
 using namespace resident;
-
-// Takes pages off the stack and says how many there were before, which may be too few, or negative. A page that is not
-// there is counted, and the trash stands for it.
-__device__ int32_t take(const State &state, uint32_t wanted) {
-    if (wanted == 0) return 0;
-    const int32_t had = atomicSub(state.counters, int32_t(wanted)), missing = int32_t(wanted) - max(had, 0);
-    if (missing > 0) {
-        atomicAdd(state.counters, missing);
-        atomicAdd(state.counters + 1, missing);
-    }
-    return had;
-}
-
-__device__ uint32_t taken(const State &state, int32_t had, uint32_t rank) {
-    const int32_t at = had - 1 - int32_t(rank);
-    return at >= 0 ? state.free[at] : TRASH;
-}
-
-// The sum of `x` over the threads before this one, and over all of the block.
-template <int THREADS>
-__device__ uint32_t sum_before(uint32_t x, uint32_t (&sums)[THREADS / LANES], uint32_t &all) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    uint32_t sum = x;
-#pragma unroll
-    for (int i = 1; i < LANES; i *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, sum, i);
-        if (lane >= i) sum += other;
-    }
-    if (lane == LANES - 1) sums[warp] = sum;
-    __syncthreads();
-    uint32_t before = 0;
-    all = 0;
-#pragma unroll
-    for (int w = 0; w < THREADS / LANES; w++) {
-        if (w < warp) before += sums[w];
-        all += sums[w];
-    }
-    __syncthreads();  // `sums` is free again
-    return before + sum - x;
-}
 
 // A token's key and value into a row, by a warp.
 __device__ void store_row(const State &state, const View &keys, const View &values, int64_t head, int64_t token,
@@ -122,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(ADMITTERS) resident_admit(Admit cal
     __syncthreads();
     uint32_t *table = state.tables + row * state.most_pages;
     for (uint32_t i = threadIdx.x; i < pages; i += ADMITTERS) table[i] = taken(state, had, i);
-    const uint32_t places = state.window + 1, recent = min(call.tokens, state.window);
+    const uint32_t places = state.places, recent = min(call.tokens, state.window);
     for (uint32_t i = threadIdx.x; i < places; i += ADMITTERS) {
         // The newest tokens; what is left of the ring is of tokens to come.
         const uint32_t token = call.tokens - recent + i, slot = kept - recent + i;
@@ -221,7 +180,7 @@ struct Begin {
 };
 
 // A step of one token a text. A block plans a layer: what `Plan::of` and `shares` in src/cuda/plan.rs give.
-extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call) {
+extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin call) {
     __shared__ uint32_t sums[PLANNERS / LANES], cuts[SECOND_HEAD + 1];
     __shared__ int32_t had;
     const State &state = call.state;
@@ -240,8 +199,12 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
         bool grows = false;
         if (active) {
             row = state.row(layer, kv_head, seat);
-            mark = row * (state.window + 1) + state.ages[layer * state.seats + seat] % (state.window + 1);
-            const uint32_t leaving = state.rings[mark];
+            const uint32_t places = state.places, age = state.ages[layer * state.seats + seat];
+            mark = row * places + age % places;
+            // Of the token that came a window before the last; a ring begins with zeros.
+            uint32_t &oldest = state.rings[row * places + (age + places - state.window - 1) % places];
+            const uint32_t leaving = oldest;
+            oldest = leaving & ~1u;
             len = state.lens[row];
             grows = !(leaving & 1);
             slot = grows ? len++ : leaving >> 1;
@@ -253,20 +216,23 @@ extern "C" __global__ void __launch_bounds__(PLANNERS) resident_begin(Begin call
             state.rings[mark] = slot << 1;
             if (grows) state.lens[row] = len;
         }
+        const uint64_t table = row * state.most_pages;
+        const bool opens = grows && slot % page_size == 0;
+        const uint32_t old = active && !opens ? state.tables[table + slot / page_size] : TRASH;
+        // A page that another text reads too is copied before it is written to.
+        const bool copies = old != TRASH && part_with(state, old), wants = opens || copies;
         uint32_t wanted, listed_here;
-        const bool wants = grows && slot % page_size == 0;
         const uint32_t rank = sum_before<PLANNERS>(wants, sums, wanted);
         if (threadIdx.x == 0) had = take(state, wanted);
         const uint32_t first = listed + sum_before<PLANNERS>(state.pages(len), sums, listed_here);
         listed += listed_here;
+        const uint32_t page = wants ? taken(state, had, rank) : old;
+        if (wants) state.tables[table + slot / page_size] = page;
+        for (uint32_t left = __ballot_sync(~0u, copies); left; left &= left - 1) {
+            const int lane = __ffs(left) - 1;
+            copy_page(state.pool, __shfl_sync(~0u, old, lane), __shfl_sync(~0u, page, lane));
+        }
         if (i < count) {
-            const uint64_t table = row * state.most_pages;
-            uint32_t page = TRASH;
-            if (wants) {
-                page = state.tables[table + slot / page_size] = taken(state, had, rank);
-            } else if (active) {
-                page = state.tables[table + slot / page_size];
-            }
             heads[i] = {first, len, text, active, kv_head, 0, 0, uint32_t(table)};
             call.rows[uint64_t(layer) * count + i] = active ? page * page_size + slot % page_size : NO_ROW;
             call.marks[uint64_t(layer) * count + i] = mark;
@@ -413,22 +379,41 @@ extern "C" __global__ void __launch_bounds__(LANES) resident_release(Release cal
     const uint32_t layer = blockIdx.x / state.kv_heads, kv_head = blockIdx.x % state.kv_heads, lane = threadIdx.x;
     const uint64_t row = state.row(layer, kv_head, call.seat);
     const uint32_t pages = state.pages(state.lens[row]);
-    for (uint32_t base = 0; base < pages; base += LANES) {
-        const uint32_t page = base + lane < pages ? state.tables[row * state.most_pages + base + lane] : TRASH;
-        const uint32_t real = __ballot_sync(~0u, page != TRASH);
-        int32_t at = lane == 0 ? atomicAdd(state.counters, int32_t(__popc(real))) : 0;
-        at = __shfl_sync(~0u, at, 0);
-        if (page != TRASH) state.free[at + __popc(real & ((1u << lane) - 1))] = page;
-    }
-    for (uint32_t i = lane; i <= state.window; i += LANES) state.rings[row * (state.window + 1) + i] = 0;
+    give(state, state.tables + row * state.most_pages, 0, pages);
+    for (uint32_t i = lane; i < state.places; i += LANES) state.rings[row * state.places + i] = 0;
     if (lane == 0) state.lens[row] = 0;
     if (lane == 0 && kv_head == 0) state.ages[layer * state.seats + call.seat] = 0;
+}
+
+struct Fork {
+    State state;
+    uint32_t from;  // seats
+    uint32_t to;
+};
+
+// A second text that goes on from where another is, in the same pages. A block a head.
+extern "C" __global__ void resident_fork(Fork call) {
+    const State &state = call.state;
+    const uint32_t layer = blockIdx.x / state.kv_heads, kv_head = blockIdx.x % state.kv_heads;
+    const uint64_t from = state.row(layer, kv_head, call.from), to = state.row(layer, kv_head, call.to);
+    const uint32_t len = state.lens[from];
+    for (uint32_t i = threadIdx.x; i < state.pages(len); i += blockDim.x) {
+        const uint32_t page = state.tables[from * state.most_pages + i];
+        state.tables[to * state.most_pages + i] = page;
+        if (page != TRASH) atomicAdd(state.sharers + page, 1);
+    }
+    for (uint32_t i = threadIdx.x; i < state.places; i += blockDim.x) {
+        state.rings[to * state.places + i] = state.rings[from * state.places + i];
+    }
+    if (threadIdx.x == 0) state.lens[to] = len;
+    uint32_t *ages = state.ages + uint64_t(layer) * state.seats;
+    if (threadIdx.x == 0 && kv_head == 0) ages[call.to] = ages[call.from];
 }
 
 struct Swap {
     State state;
     uint32_t *pages;         // of all heads, one after the other, as words
-    uint32_t *rings;         // [layers][kv heads][window + 1]
+    uint32_t *rings;         // [layers][kv heads][places]
     uint32_t *ages;          // [layers]
     const uint32_t *lens;    // [layers][kv heads]
     const uint32_t *starts;  // [layers][kv heads]: pages before each
@@ -442,7 +427,7 @@ extern "C" __global__ void resident_swap(Swap call) {
     const State &state = call.state;
     const uint32_t head = blockIdx.x, layer = head / state.kv_heads;
     const uint64_t row = state.row(layer, head % state.kv_heads, call.seat);
-    const uint32_t pages = state.pages(call.lens[head]), places = state.window + 1;
+    const uint32_t pages = state.pages(call.lens[head]), places = state.places;
     const uint32_t words = 2 * state.pool.page_size * state.pool.dim * (state.pool.type == F32 ? 4 : 2) / 4;
     uint32_t *table = state.tables + row * state.most_pages;
     uint32_t *age = state.ages + uint64_t(layer) * state.seats + call.seat;
@@ -479,5 +464,6 @@ extern "C" __global__ void resident_sizes(uint32_t *sizes) {
     sizes[2] = sizeof(Begin);
     sizes[3] = sizeof(Append);
     sizes[4] = sizeof(Release);
-    sizes[5] = sizeof(Swap);
+    sizes[5] = sizeof(Fork);
+    sizes[6] = sizeof(Swap);
 }

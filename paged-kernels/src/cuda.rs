@@ -6,6 +6,7 @@
 
 mod driver;
 mod fused;
+mod pass;
 mod plan;
 mod resident;
 mod scores;

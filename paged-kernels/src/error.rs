@@ -123,6 +123,21 @@ pub enum Error {
         /// Seats of the cache.
         seats: usize,
     },
+    /// More tokens of a text in a pass than its cache has places for.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "a pass of {found} tokens, at most {most} fit; give it in chunks or build the cache with longer passes"
+    )]
+    PassTooLong {
+        /// Tokens of the text.
+        found: usize,
+        /// Tokens that fit.
+        most: usize,
+    },
+    /// A step after a pass, whose texts are not those that step.
+    #[cfg(feature = "cuda")]
+    #[error("a pass came since the batch was named; call batch before the next step")]
+    NoBatch,
     /// A text that was taken out of a cache of another shape.
     #[cfg(feature = "cuda")]
     #[error(

@@ -77,8 +77,11 @@ impl<'a> View<'a> {
         (self.data, self.strides)
     }
 
-    /// Copies one row, widened to f32.
-    pub(crate) fn read(&self, head: usize, token: usize, row: &mut [f32]) {
+    /// Copies one row, widened to f32: for those who implement a cache.
+    ///
+    /// # Panics
+    /// Without that head or token, or if `row` is not as long as one.
+    pub fn read(&self, head: usize, token: usize, row: &mut [f32]) {
         let start = head * self.strides[0] + token * self.strides[1];
         let range = start..start + self.shape[2];
         match self.data {
@@ -158,8 +161,11 @@ impl<'a> ViewMut<'a> {
         self.shape
     }
 
-    /// Writes one row, rounded to the view's type.
-    pub(crate) fn write(&mut self, head: usize, token: usize, row: impl Iterator<Item = f32>) {
+    /// Writes one row, rounded to the view's type: for those who implement a cache.
+    ///
+    /// # Panics
+    /// Without that head or token.
+    pub fn write(&mut self, head: usize, token: usize, row: impl Iterator<Item = f32>) {
         let start = (head * self.shape[1] + token) * self.shape[2];
         let range = start..start + self.shape[2];
         match &mut self.data {

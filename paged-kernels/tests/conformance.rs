@@ -2,23 +2,29 @@
 
 mod common;
 
-use common::{New, Noise, Twins, on_every_backend, plain, small};
+use common::{New, Noise, Twins, on_every_backend, on_resident, plain, small};
 use paged_kernels::{CacheShape, Dtype, PagedAttention, View, ViewMut};
 
-on_every_backend! {
-    attention_equals_masked_dense_attention => check;
-    every_head_dim_and_group_works => check_dims_and_groups;
-    page_and_window_borders_hold => check_borders;
-    keeping_all_is_plain_causal_attention => check_keep_all;
-    a_prompt_may_come_as_a_step => check_prompt_as_step;
-    a_nan_stays_in_its_head => check_nan;
-    stale_rows_never_leak => check_stale_rows;
-    large_negative_scores_are_no_mask => check_large_negative;
-    an_empty_head_gives_zero => check_empty_head;
-    a_step_is_causal_from_the_bottom_right => check_step_is_causal;
-    huge_scores_do_not_overflow => check_huge_scores;
-    removed_tokens_hold_no_bytes => check_bytes;
+macro_rules! cases {
+    ($run:ident) => {
+        $run! {
+            attention_equals_masked_dense_attention => check;
+            every_head_dim_and_group_works => check_dims_and_groups;
+            page_and_window_borders_hold => check_borders;
+            keeping_all_is_plain_causal_attention => check_keep_all;
+            a_prompt_may_come_as_a_step => check_prompt_as_step;
+            a_nan_stays_in_its_head => check_nan;
+            stale_rows_never_leak => check_stale_rows;
+            large_negative_scores_are_no_mask => check_large_negative;
+            an_empty_head_gives_zero => check_empty_head;
+            a_step_is_causal_from_the_bottom_right => check_step_is_causal;
+            huge_scores_do_not_overflow => check_huge_scores;
+            removed_tokens_hold_no_bytes => check_bytes;
+        }
+    };
 }
+cases!(on_every_backend);
+cases!(on_resident);
 
 fn check<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
     for (drop, page_size) in [(0.0, 4), (0.5, 4), (0.9, 16), (1.0, 16)] {

@@ -95,7 +95,7 @@ fn run(case: Case) {
     let CacheShape { kv_heads, query_heads, head_dim, .. } = shape;
     let (group, columns) = (query_heads / kv_heads, (query_heads + 2 * kv_heads) * head_dim);
     let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
-    let seats = Seats { texts: 3, tokens: 500, mode: Mode::Fast };
+    let seats = Seats { texts: 3, tokens: 500, pass: 1, mode: Mode::Fast };
     let mut cache = Resident::on(stream.clone(), shape.clone(), seats).unwrap();
     let mut reference = Reference::new(shape).unwrap();
     let mut noise = Noise(41);
@@ -231,7 +231,7 @@ mod cuda {
     #[ignore = "needs a CUDA device"]
     fn wrong_tensors_are_refused() {
         let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
-        let seats = Seats { texts: 1, tokens: 100, mode: Mode::Fast };
+        let seats = Seats { texts: 1, tokens: 100, pass: 1, mode: Mode::Fast };
         let mut cache = Resident::on(stream.clone(), shape(64, Dtype::Bf16), seats).unwrap();
         let text = cache.allocate().unwrap();
         cache.batch(&[Some(text)]).unwrap();

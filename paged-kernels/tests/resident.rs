@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::on_card::pack;
 use common::{Noise, small, view};
 use half::bf16;
 use paged_kernels::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -27,16 +28,7 @@ fn wide() -> CacheShape {
     }
 }
 
-const SEATS: Seats = Seats { texts: 5, tokens: 700, mode: Mode::Fast };
-
-/// `[heads, tokens]` as the card takes them.
-fn pack(drops: &[bool], heads: usize) -> Vec<u32> {
-    let tokens = drops.len() / heads;
-    let words = drops.chunks_exact(tokens.max(1)).flat_map(|head| head.chunks(32));
-    words
-        .map(|word| word.iter().enumerate().fold(0, |bits, (i, &drop)| bits | u32::from(drop) << i))
-        .collect()
-}
+const SEATS: Seats = Seats { texts: 5, tokens: 700, pass: 1, mode: Mode::Fast };
 
 /// A step's tensors on the card; they keep their addresses.
 struct Tensors {
@@ -332,7 +324,7 @@ mod cuda {
     /// Outputs of a text's steps, whose numbers are always the same, beside texts of some lengths.
     fn beside(before: &[usize], after: &[usize], mode: Mode) -> Vec<Vec<f32>> {
         let shape = CacheShape { pages: 1 << 14, ..wide() };
-        let seats = Seats { texts: 8, tokens: 6000, mode };
+        let seats = Seats { texts: 8, tokens: 6000, pass: 1, mode };
         let mut twins = Twins::new(shape.clone(), seats, 0.3);
         let mut texts = before.iter().map(|&tokens| twins.prompt(tokens)).collect::<Vec<_>>();
         twins.noise = Noise(5);
@@ -409,7 +401,7 @@ mod cuda {
     #[ignore = "needs a CUDA device"]
     fn a_shortage_is_counted_and_stays_in_bounds() {
         for (pages, tokens) in [(40, 700), (2048, 32)] {
-            let seats = Seats { texts: 2, tokens, mode: Mode::Fast };
+            let seats = Seats { texts: 2, tokens, pass: 1, mode: Mode::Fast };
             let mut twins = Twins::new(CacheShape { pages, ..wide() }, seats, 0.1);
             // The reference would refuse; only the card is told.
             let (one, two) =
@@ -445,7 +437,8 @@ mod cuda {
     #[test]
     #[ignore = "needs a CUDA device"]
     fn wrong_calls_are_refused() {
-        let mut twins = Twins::new(wide(), Seats { texts: 2, tokens: 100, mode: Mode::Fast }, 0.5);
+        let mut twins =
+            Twins::new(wide(), Seats { texts: 2, tokens: 100, pass: 1, mode: Mode::Fast }, 0.5);
         let (first, second) = (twins.prompt(3), twins.prompt(0));
         assert_eq!(twins.resident.allocate().unwrap_err(), Error::NoSeat { seats: 2 });
         assert_eq!(twins.resident.batch(&[None; 3]).unwrap_err(), Error::NoSeat { seats: 2 });

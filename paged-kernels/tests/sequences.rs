@@ -2,6 +2,8 @@
 
 mod common;
 
+#[cfg(feature = "cuda")]
+use common::on_card::OnCard;
 use common::{DTYPES, Outputs, Twins, small};
 #[cfg(feature = "cuda")]
 use paged_kernels::Cuda;
@@ -111,8 +113,26 @@ mod cuda {
         }
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        // With pages enough: where there are none, `Resident` counts them and gives no error.
+        #[test]
+        #[ignore = "needs a CUDA device"]
+        fn random_lives_on_the_cards_own_books_equal_dense_attention((drop, shape, operations) in lives()) {
+            live(OnCard::new(CacheShape { pages: 1 << 12, ..shape }).unwrap(), drop, &operations);
+        }
+    }
+
     fn cache() -> Cuda {
         Cuda::new(many()).unwrap()
+    }
+
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn forks_share_a_prompt() {
+        check_forks(cache());
+        check_forks(OnCard::new(many()).unwrap());
     }
 
     #[test]
@@ -189,9 +209,8 @@ fn only<B: PagedAttention>(
 }
 
 /// Questions about one prompt: each copies what it writes to, and the prompt's other pages stay one's.
-#[test]
-fn forks_share_a_prompt() {
-    let mut twins = Twins::new(Cpu::new(many()).unwrap(), 0.0);
+fn check_forks<B: PagedAttention>(backend: B) {
+    let mut twins = Twins::new(backend, 0.0);
     let text = twins.prompt(1000);
     let prompt = twins.backend.stats().pages_used;
     let forks = [twins.fork(text), twins.fork(text), text];
@@ -206,6 +225,11 @@ fn forks_share_a_prompt() {
     twins.step(&step[1..2]).unwrap();
     twins.release(forks[1]);
     assert_eq!(twins.backend.stats().pages_used, 0);
+}
+
+#[test]
+fn forks_share_a_prompt() {
+    check_forks(Cpu::new(many()).unwrap());
 }
 
 #[test]

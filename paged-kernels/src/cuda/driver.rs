@@ -4,8 +4,10 @@
 
 pub mod attend;
 mod fused;
+pub mod pass;
 pub mod resident;
 pub mod scores;
+pub mod swap;
 
 use self::attend::{AttendCall, HEAD_WORDS, Stream, StreamCall};
 use crate::cuda::view::{DeviceView, DeviceViewMut};

@@ -4,8 +4,11 @@ use crate::book::Sequence;
 use crate::cuda::check;
 use crate::cuda::driver::Device;
 use crate::cuda::driver::attend::Cut;
-use crate::cuda::driver::resident::{NO_SEAT, Packed, State, Step};
+use crate::cuda::driver::pass::Pass;
+use crate::cuda::driver::resident::{NO_SEAT, State, Step, Targets};
+use crate::cuda::driver::swap::Packed;
 use crate::cuda::fused::Projected;
+use crate::cuda::pass::MOST_TOKENS;
 use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut, check_type};
 use crate::error::{Error, Result};
 use crate::filled::Filled;
@@ -14,14 +17,16 @@ use crate::view::check_shape;
 use cudarc::driver::CudaStream;
 use std::sync::Arc;
 
-/// What a [`Resident`] cache has room for besides its pages: 4 bytes for each page that a head may have, and a window's
-/// for its ring.
+/// What a [`Resident`] cache has room for besides its pages: 4 bytes for each page that a head may have, and for each token
+/// of its window and of a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seats {
     /// Texts at once.
     pub texts: usize,
     /// Tokens that one head of a text may keep.
     pub tokens: usize,
+    /// Tokens of a text in one [pass](Resident::begin_pass), up to 8192; 1 where there are only steps.
+    pub pass: usize,
     /// What attention promises.
     pub mode: Mode,
 }
@@ -47,17 +52,25 @@ pub enum Mode {
 /// and for one text no more than one in a page's worth of steps.
 ///
 /// [`begin_step`](Self::begin_step), [`append`](Self::append) and [`attend`](Self::attend) use the same addresses in every
-/// step, so a captured step can be replayed for as long as its texts take part; [`batch`](Self::batch) changes them.
+/// step, so a captured step can be replayed for as long as its texts take part; [`batch`](Self::batch) changes them. After a
+/// pass of several tokens ([`begin_pass`](Self::begin_pass)) it must be called before the graph is replayed again.
 #[derive(Debug)]
 pub struct Resident {
-    shape: CacheShape,
-    device: Device,
-    state: State,
-    step: Step,
+    pub(super) shape: CacheShape,
+    pub(super) seats: Seats,
+    pub(super) device: Device,
+    pub(super) state: State,
+    pub(super) step: Step,
+    /// Loaded for the first pass.
+    pub(super) pass: Option<Pass>,
     /// By seat.
     texts: Vec<Option<Text>>,
     allocated: u64,
+    /// Whether texts may share pages.
+    pub(super) forked: bool,
     batch: Vec<Option<Sequence>>,
+    /// Tokens of the pass under way, if it is one: the batch is then its texts.
+    tokens: Option<usize>,
     /// Which layers have the tokens of the step under way.
     appended: Option<Vec<bool>>,
 }
@@ -67,7 +80,9 @@ pub struct Resident {
 pub struct Suspended {
     shape: CacheShape,
     rows: Packed,
+    places: usize,
     filled: Filled,
+    recent: usize,
 }
 
 impl Suspended {
@@ -78,9 +93,11 @@ impl Suspended {
 }
 
 #[derive(Debug)]
-struct Text {
+pub(super) struct Text {
     generation: u64,
-    filled: Filled,
+    pub(super) filled: Filled,
+    /// Tokens of its last pass, or of its steps since: no more are beyond the window and not yet gone.
+    pub(super) recent: usize,
 }
 
 impl Resident {
@@ -107,15 +124,28 @@ impl Resident {
     fn build(shape: CacheShape, seats: Seats, device: Device) -> Result<Self> {
         check_sizes(&shape, seats, device.blocks)?;
         let most_pages = seats.tokens.div_ceil(shape.page_size);
-        let state = State::new(&device, &shape, seats.texts, most_pages)?;
+        let places = shape.window + seats.pass;
+        let state = State::new(&device, &shape, seats.texts, most_pages, places)?;
         let cut = match seats.mode {
             Mode::Fast => Cut::Fast,
             Mode::BatchInvariant => Cut::Invariant,
         };
         let step = Step::new(&device, &state, shape.group(), cut)?;
         let texts = (0..seats.texts).map(|_| None).collect();
-        let batch = Vec::new();
-        Ok(Self { shape, device, state, step, texts, allocated: 0, batch, appended: None })
+        Ok(Self {
+            shape,
+            seats,
+            device,
+            state,
+            step,
+            pass: None,
+            texts,
+            allocated: 0,
+            forked: false,
+            batch: Vec::new(),
+            tokens: None,
+            appended: None,
+        })
     }
 
     /// The size of the cache.
@@ -138,11 +168,11 @@ impl Resident {
         let generation = self.allocated;
         self.allocated += 1;
         let filled = Filled::none(self.shape.layers);
-        self.texts[seat] = Some(Text { generation, filled });
+        self.texts[seat] = Some(Text { generation, filled, recent: 0 });
         Ok(Sequence::at(seat, generation))
     }
 
-    fn text(&mut self, sequence: Sequence) -> Result<&mut Text> {
+    pub(super) fn text(&mut self, sequence: Sequence) -> Result<&mut Text> {
         match self.texts.get_mut(sequence.index()) {
             Some(Some(text)) if Sequence::at(sequence.index(), text.generation) == sequence => {
                 Ok(text)
@@ -208,9 +238,16 @@ impl Resident {
         for &sequence in texts.iter().flatten() {
             self.text(sequence)?.filled.step();
         }
-        self.batch = texts.to_vec();
+        self.settle(texts)?;
+        self.under_way(texts.to_vec(), None);
         self.appended = None;
         self.upload_batch()
+    }
+
+    /// Notes whose rows are to come, and of a pass how many.
+    pub(super) fn under_way(&mut self, texts: Vec<Option<Sequence>>, tokens: Option<usize>) {
+        (self.batch, self.tokens) = (texts, tokens);
+        self.appended = Some(vec![false; self.shape.layers]);
     }
 
     fn upload_batch(&mut self) -> Result<()> {
@@ -219,7 +256,7 @@ impl Resident {
         self.device.batch(&mut self.step, &seats)
     }
 
-    fn check_finished(&self) -> Result<()> {
+    pub(super) fn check_finished(&self) -> Result<()> {
         let missing =
             self.appended.as_ref().and_then(|layers| layers.iter().position(|done| !done));
         match missing {
@@ -233,15 +270,18 @@ impl Resident {
     /// Plans a step of one token for each text of the batch, in all layers: one launch.
     ///
     /// # Errors
-    /// [`Error::StepUnfinished`] if the step before has not reached every layer.
+    /// [`Error::StepUnfinished`] if the step before has not reached every layer; [`Error::NoBatch`] after a pass.
     pub fn begin_step(&mut self) -> Result<()> {
         self.check_finished()?;
+        if self.tokens.is_some() {
+            return Err(Error::NoBatch);
+        }
         self.device.begin(&self.state, &self.step, self.batch.len())?;
         self.appended = Some(vec![false; self.shape.layers]);
         Ok(())
     }
 
-    /// Stores the step's `keys` and `values`, `[H, N, D]` for a batch of N, in one layer, and records `drops`, `[H, N]`;
+    /// Stores the step's `keys` and `values`, `[H, N, D]` for a batch or a pass of N, in one layer, and records `drops`, `[H, N]`;
     /// without them all stay.
     ///
     /// # Errors
@@ -254,13 +294,21 @@ impl Resident {
         drops: Option<DeviceBits<'_>>,
     ) -> Result<()> {
         let CacheShape { kv_heads, head_dim, .. } = self.shape;
-        let shape = [kv_heads, self.batch.len(), head_dim];
+        let shape = [kv_heads, self.places(), head_dim];
         self.check_layer(layer)?;
         check_shape("keys", keys.shape(), shape)?;
         check_shape("values", values.shape(), shape)?;
-        drops.map_or(Ok(()), |drops| self.check_bits(drops, self.batch.len()))?;
+        drops.map_or(Ok(()), |drops| self.check_bits(drops, self.places()))?;
         self.appended(layer)?;
-        self.device.append(&self.state, &self.step, layer, keys, values, drops)
+        self.device.append(&self.state, self.targets(layer), keys, values, drops)
+    }
+
+    /// Where the tokens under way go in a layer.
+    fn targets(&self, layer: usize) -> Targets<'_> {
+        match &self.pass {
+            Some(pass) if self.tokens.is_some() => pass.targets(&self.state, layer),
+            _ => self.step.targets(layer, self.shape.kv_heads * self.batch.len()),
+        }
     }
 
     /// Notes that a layer has the step's tokens.
@@ -271,9 +319,9 @@ impl Resident {
         if twice { Err(Error::AppendedTwice { layer }) } else { Ok(()) }
     }
 
-    /// Places of the batch.
+    /// Places of the batch, or tokens of the pass.
     pub(super) fn places(&self) -> usize {
-        self.batch.len()
+        self.tokens.unwrap_or(self.batch.len())
     }
 
     pub(super) fn launch_fused(
@@ -283,7 +331,7 @@ impl Resident {
         threshold: f32,
         queries: &mut DeviceViewMut<'_>,
     ) -> Result<()> {
-        self.device.append_fused(&self.state, &self.step, layer, projected, threshold, queries)
+        self.device.append_fused(&self.state, self.targets(layer), projected, threshold, queries)
     }
 
     /// Attends from the step's `queries`, `[Hq, N, D]`, in one layer, after its rows are appended; `lse`, if given, is f32
@@ -300,7 +348,7 @@ impl Resident {
         lse: Option<DeviceViewMut<'_>>,
     ) -> Result<()> {
         let CacheShape { query_heads, head_dim, .. } = self.shape;
-        let texts = self.batch.len();
+        let texts = self.places();
         self.check_layer(layer)?;
         check_shape("queries", queries.shape(), [query_heads, texts, head_dim])?;
         check_shape("out", out.shape(), [query_heads, texts, head_dim])?;
@@ -311,8 +359,30 @@ impl Resident {
         if !self.appended.as_ref().ok_or(Error::NoStep)?[layer] {
             return Err(Error::NotAppended { layer });
         }
+        if let (Some(pass), Some(_)) = (&self.pass, self.tokens) {
+            let (device, state) = (&self.device, &self.state);
+            return device.attend_pass(state, pass, layer, queries, scale, &out, lse.as_ref());
+        }
         let step = self.step.layer(&self.state, &self.device, layer, texts, self.shape.group());
         self.device.attend(&self.state.pool, &step, queries, scale, &out, lse.as_ref())
+    }
+
+    /// A second text that goes on from where `sequence` is: several questions about one text, or several answers to one.
+    /// The two share all pages until one of them writes to one, which it copies first: a step takes a page for each such
+    /// copy. One launch; nothing waits.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], [`Error::NoSeat`]; [`Error::StepUnfinished`] in the middle of a step.
+    pub fn fork(&mut self, sequence: Sequence) -> Result<Sequence> {
+        self.check_finished()?;
+        let text = self.text(sequence)?;
+        let (filled, recent) = (text.filled.clone(), text.recent);
+        let fork = self.allocate()?;
+        let text = self.text(fork)?;
+        (text.filled, text.recent) = (filled, recent);
+        self.forked = true;
+        self.device.fork(&self.state, sequence.index(), fork.index())?;
+        Ok(fork)
     }
 
     /// Gives a text's pages and its seat back. Its place in the batch, if it has one, is nobody's then.
@@ -324,7 +394,9 @@ impl Resident {
         self.texts[sequence.index()] = None;
         if let Some(place) = self.batch.iter_mut().find(|place| **place == Some(sequence)) {
             *place = None;
-            self.upload_batch()?;
+            if self.tokens.is_none() {
+                self.upload_batch()?;
+            }
         }
         self.device.release(&self.state, sequence.index())
     }
@@ -337,11 +409,13 @@ impl Resident {
     /// pages are gathered on the card first.
     pub fn suspend(&mut self, sequence: Sequence) -> Result<Suspended> {
         self.check_finished()?;
-        let filled = self.text(sequence)?.filled.clone();
+        let text = self.text(sequence)?;
+        let (filled, recent) = (text.filled.clone(), text.recent);
         let lens = self.lens(sequence)?;
         let rows = self.device.pack(&self.state, sequence.index(), lens)?;
         self.release(sequence)?;
-        Ok(Suspended { shape: self.shape.clone(), rows, filled })
+        let places = self.state.places();
+        Ok(Suspended { shape: self.shape.clone(), rows, places, filled, recent })
     }
 
     /// Brings a text back, into another seat and other pages: what it gives from then on is the same, bit for bit in
@@ -350,8 +424,9 @@ impl Resident {
     /// # Errors
     /// [`Error::NoSeat`]; [`Error::OutOfPages`]; [`Error::OtherCache`] if it comes from a cache of another shape.
     pub fn resume(&mut self, suspended: &Suspended) -> Result<Sequence> {
-        let Suspended { shape, rows, filled } = suspended;
-        if (CacheShape { pages: self.shape.pages, ..shape.clone() }) != self.shape {
+        let Suspended { shape, rows, places, filled, recent } = suspended;
+        let other = (CacheShape { pages: self.shape.pages, ..shape.clone() }) != self.shape;
+        if other || *places != self.state.places() {
             return Err(Error::OtherCache);
         }
         let page_size = self.shape.page_size;
@@ -365,7 +440,8 @@ impl Resident {
             return Err(Error::OtherCache);
         }
         let sequence = self.allocate()?;
-        self.text(sequence)?.filled = filled.clone();
+        let text = self.text(sequence)?;
+        (text.filled, text.recent) = (filled.clone(), *recent);
         self.device.unpack(&self.state, sequence.index(), rows)?;
         Ok(sequence)
     }
@@ -405,10 +481,18 @@ impl Resident {
 fn check_sizes(shape: &CacheShape, seats: Seats, blocks: usize) -> Result<()> {
     check(shape)?;
     let wrong = |field, found, advice| Err(Error::CacheShape { field, found, advice });
-    let Seats { texts, tokens, .. } = seats;
-    if texts == 0 || tokens == 0 {
-        let field = if texts == 0 { "texts" } else { "tokens" };
-        return wrong(field, 0, "it must be at least 1");
+    let Seats { texts, tokens, pass, .. } = seats;
+    for (field, found) in [("texts", texts), ("tokens", tokens), ("pass", pass)] {
+        if found == 0 {
+            return wrong(field, 0, "it must be at least 1");
+        }
+    }
+    if pass > MOST_TOKENS {
+        return wrong(
+            "pass",
+            pass,
+            "a pass has at most 8192 tokens of a text; give longer ones in chunks",
+        );
     }
     let rows = shape.layers.checked_mul(shape.kv_heads).and_then(|n| n.checked_mul(texts));
     let entries = rows.and_then(|rows| rows.checked_mul(tokens.div_ceil(shape.page_size)));
@@ -444,7 +528,7 @@ mod tests {
         };
         let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
         let tokens = lengths.iter().flatten().max().unwrap() + 1;
-        let seats = Seats { texts: lengths.len(), tokens: tokens + 1, mode: Mode::Fast };
+        let seats = Seats { texts: lengths.len(), tokens: tokens + 1, pass: 1, mode: Mode::Fast };
         let mut cache = Resident::on(stream.clone(), shape, seats).unwrap();
         let rows = stream.alloc_zeros::<half::bf16>(2 * tokens * 16).unwrap();
         let rows = DeviceView::of(&rows, [2, tokens, 16], &stream).unwrap();

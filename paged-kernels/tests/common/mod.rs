@@ -2,6 +2,9 @@
 
 #![allow(dead_code, unused_imports, unused_macros)]
 
+#[cfg(feature = "cuda")]
+pub mod on_card;
+
 use half::bf16;
 use paged_kernels::{CacheShape, Dtype, PagedAttention, Result, Sequence, View, ViewMut};
 use std::collections::BTreeMap;
@@ -56,6 +59,25 @@ macro_rules! on_every_backend {
     )*};
 }
 pub(crate) use on_every_backend;
+
+/// Runs the same bodies for `Resident`, in a module of that name.
+macro_rules! on_resident {
+    ($($name:ident => $body:path;)*) => {
+        #[cfg(feature = "cuda")]
+        mod resident {
+            use super::*;
+
+            $(
+                #[test]
+                #[ignore = "needs a CUDA device"]
+                fn $name() {
+                    common::DTYPES.iter().for_each(|&dtype| $body(&common::on_card::OnCard::new, dtype));
+                }
+            )*
+        }
+    };
+}
+pub(crate) use on_resident;
 
 /// Pseudo-random numbers, the same in every run.
 #[derive(Debug, Clone)]

@@ -133,20 +133,7 @@ impl Device {
             (out.shape(), dim, step.owners.words),
             (queries.shape(), pool.dim as usize, tokens)
         );
-        let call = AttendCall {
-            pool: pool.raw(),
-            queries: queries.raw(),
-            out: out.raw(),
-            lse: lse.map_or(0, |lse| lse.raw().data),
-            heads: step.heads.address,
-            tables: step.tables.address,
-            slots: step.slots.address,
-            owners: step.owners.address,
-            sequences: step.sequences as u32,
-            group: step.group as u32,
-            tokens: tokens as u32,
-            scale,
-        };
+        let call = self.attend_call(pool, step, queries, scale, out, lse);
         if let Some(stream) = self.fast(pool, step, &queries) {
             let (shares, parts) = (step.shares.address, step.parts.address);
             let (arrivals, cut) = (step.arrivals.address, step.cut as u32);
@@ -164,6 +151,31 @@ impl Device {
         // SAFETY: the views hold what their shapes say; the arrays are a `Plan`'s, whose heads name ranges of its
         // pages, and pages of the pool; `lse`, if any, has a number for each row, as the caller has checked.
         unsafe { self.launch(self.attend, grid(query_heads * tokens, 4 * 4 * dim), &call) }
+    }
+
+    pub(super) fn attend_call(
+        &self,
+        pool: &Pool,
+        step: &AttendStep<'_>,
+        queries: DeviceView<'_>,
+        scale: f32,
+        out: &DeviceViewMut<'_>,
+        lse: Option<&DeviceViewMut<'_>>,
+    ) -> AttendCall {
+        AttendCall {
+            pool: pool.raw(),
+            queries: queries.raw(),
+            out: out.raw(),
+            lse: lse.map_or(0, |lse| lse.raw().data),
+            heads: step.heads.address,
+            tables: step.tables.address,
+            slots: step.slots.address,
+            owners: step.owners.address,
+            sequences: step.sequences as u32,
+            group: step.group as u32,
+            tokens: queries.shape()[1] as u32,
+            scale,
+        }
     }
 
     /// The fast kernel for it, if there is one.

@@ -1,26 +1,25 @@
 //! The launch of kernels/fused.cu.
 
-use super::resident::{RawState, State, Step};
-use super::{Device, RawView, grid};
+use super::resident::{RawState, State, Targets, WARPS};
+use super::{Device, Grid, RawView, grid};
 use crate::cuda::fused::{Gate, HeadNorms, Projected};
 use crate::cuda::scores::ScorePrecision;
 use crate::cuda::view::DeviceViewMut;
 use crate::error::Result;
 
 impl Device {
-    /// A planned step's rows into one layer, and its queries, from what the layer has projected. All is checked.
+    /// Planned rows into one layer, and the queries, from what the layer has projected. All is checked.
     pub fn append_fused(
         &self,
         state: &State,
-        step: &Step,
-        layer: usize,
+        to: Targets<'_>,
         projected: &Projected<'_>,
         threshold: f32,
         queries: &mut DeviceViewMut<'_>,
     ) -> Result<()> {
         let [query_heads, texts, _] = queries.shape();
-        let heads = state.kv_heads();
-        let (rows, marks) = step.rows_and_marks(layer, heads * texts);
+        let heads = state.kv_heads;
+        assert_eq!(to.rows.words, heads * texts);
         let Projected { qkv, norms, positions, inverse, gate } = projected;
         let none = RawView { data: 0, head_stride: 0, token_stride: 0, dtype: 0, unused: 0 };
         let norm = |pick: fn(&HeadNorms<'_>) -> RawView| norms.as_ref().map_or(none, pick);
@@ -40,8 +39,8 @@ impl Device {
             units: gated(|gate| gate.units.raw()),
             second: second.data,
             second_bias: gated(|gate| gate.bias.raw()).data,
-            rows,
-            marks,
+            rows: to.rows.address,
+            marks: to.marks.address,
             texts: texts as u32,
             group: (query_heads / heads) as u32,
             position_heads: positions.shape()[0] as u32,
@@ -53,9 +52,13 @@ impl Device {
             torch: torch.into(),
             unused: 0,
         };
+        // A warp a task: each query head's row, a key, a value, and a score if there is a surrogate.
+        let tasks = heads * texts * (query_heads / heads + 2 + usize::from(gate.is_some()));
+        let grid = Grid { overlaps: self.overlaps, ..grid(tasks.div_ceil(WARPS), 0) };
         // SAFETY: the views hold what their shapes say, which go with each other and the cache, as the caller has checked;
-        // rows and marks are those that `begin` has written for as many texts.
-        unsafe { self.launch(state.fused(), grid(heads * texts, 0), &call) }
+        // rows and marks are those that `begin` or `begin_pass` has written for as many. It may overlap: it waits before it
+        // reads what kernels write.
+        unsafe { self.launch(state.fused(), grid, &call) }
     }
 }
 

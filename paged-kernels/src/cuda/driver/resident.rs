@@ -2,7 +2,8 @@
 
 use super::attend::{AttendStep, Cut, HEAD_WORDS};
 use super::fused::FusedCall;
-use super::{Device, Grid, Pool, RawPool, RawView, Room, function, grid, load};
+use super::swap::SwapCall;
+use super::{Device, Grid, Part, Pool, RawPool, RawView, Room, function, grid, load};
 use crate::cuda::view::{DeviceBits, DeviceView};
 use crate::error::Result;
 use crate::shape::{CacheShape, Dtype};
@@ -12,12 +13,13 @@ use std::sync::Arc;
 const PTX: &str = concat!(include_str!("../../../kernels/resident.compute_80.ptx"), "\0");
 const PTX_HOPPER: &str = concat!(include_str!("../../../kernels/resident.compute_90.ptx"), "\0");
 const FUSED: &str = concat!(include_str!("../../../kernels/fused.compute_80.ptx"), "\0");
+const FUSED_HOPPER: &str = concat!(include_str!("../../../kernels/fused.compute_90.ptx"), "\0");
 /// Threads of the block that plans a layer.
 const PLANNERS: u32 = 512;
 /// Threads of the block that makes room for a prompt in a head.
 const ADMITTERS: u32 = 1024;
 /// Warps of the other kernels' blocks.
-const WARPS: usize = 4;
+pub(super) const WARPS: usize = 4;
 /// Tokens whose kept ones are counted together.
 const STRETCH: usize = 1024;
 /// The seat of a place in the batch that nobody has.
@@ -25,7 +27,7 @@ pub const NO_SEAT: u32 = u32::MAX;
 /// Pieces that a head has at most: `piece_of` in kernels/attend.cuh.
 const MOST_PIECES: usize = 32;
 /// 32-bit words of `Share` in kernels/attend.cuh.
-const SHARE_WORDS: usize = 4;
+pub(super) const SHARE_WORDS: usize = 4;
 
 /// The state.kernels.
 #[derive(Debug)]
@@ -38,6 +40,7 @@ struct Kernels {
     begin: sys::CUfunction,
     append: sys::CUfunction,
     release: sys::CUfunction,
+    fork: sys::CUfunction,
     swap: sys::CUfunction,
 }
 
@@ -48,7 +51,7 @@ impl Kernels {
     fn load(device: &Device) -> Result<Self> {
         device.bind()?;
         let module = load(if device.overlaps { PTX_HOPPER } else { PTX })?;
-        let fused = load(FUSED)?;
+        let fused = load(if device.overlaps { FUSED_HOPPER } else { FUSED })?;
         let kernels = Self {
             context: device.context.clone(),
             modules: [module, fused],
@@ -58,9 +61,10 @@ impl Kernels {
             begin: function(module, c"resident_begin")?,
             append: function(module, c"resident_append")?,
             release: function(module, c"resident_release")?,
+            fork: function(module, c"resident_fork")?,
             swap: function(module, c"resident_swap")?,
         };
-        let mut sizes = device.sizes(function(module, c"resident_sizes")?, 6)?;
+        let mut sizes = device.sizes(function(module, c"resident_sizes")?, 7)?;
         sizes.extend(device.sizes(function(fused, c"fused_sizes")?, 1)?);
         assert_eq!(sizes, MIRRORED, "the kernels' structs are as they are mirrored here");
         Ok(kernels)
@@ -88,13 +92,16 @@ pub struct State {
     rings: Room,
     ages: Room,
     free: Room,
+    sharers: Room,
     counters: Room,
-    layers: usize,
-    kv_heads: usize,
-    seats: usize,
-    most_pages: usize,
+    pub(super) layers: usize,
+    pub(super) kv_heads: usize,
+    pub(super) seats: usize,
+    pub(super) most_pages: usize,
     window: usize,
-    page_bytes: usize,
+    /// Of a ring: the window's, and those of the longest pass.
+    places: usize,
+    pub(super) page_bytes: usize,
 }
 
 impl State {
@@ -104,6 +111,7 @@ impl State {
         shape: &CacheShape,
         seats: usize,
         most_pages: usize,
+        places: usize,
     ) -> Result<Self> {
         let CacheShape { layers, kv_heads, page_size, head_dim, window, pages, dtype, .. } = *shape;
         let rows = layers * kv_heads * seats;
@@ -126,15 +134,17 @@ impl State {
             pool,
             tables: zeros(rows * most_pages)?,
             lens: zeros(rows)?,
-            rings: zeros(rows * (window + 1))?,
+            rings: zeros(rows * places)?,
             ages: zeros(layers * seats)?,
             free,
+            sharers: zeros(pages + 1)?,
             counters,
             layers,
             kv_heads,
             seats,
             most_pages,
             window,
+            places,
             page_bytes: shape.page_bytes(),
         })
     }
@@ -150,29 +160,26 @@ impl State {
         device.download(&self.lens, self.layers * self.kv_heads * self.seats)
     }
 
-    pub(super) fn kv_heads(&self) -> usize {
-        self.kv_heads
-    }
-
     pub(super) fn fused(&self) -> sys::CUfunction {
         self.kernels.fused
+    }
+
+    pub(super) fn swap(&self) -> sys::CUfunction {
+        self.kernels.swap
+    }
+
+    pub(super) fn tables(&self) -> Part<'_> {
+        self.tables.whole()
+    }
+
+    /// Places of a ring.
+    pub fn places(&self) -> usize {
+        self.places
     }
 
     /// Rows that a head's table holds.
     pub fn most_rows(&self) -> usize {
         self.most_pages * self.pool.page_size as usize
-    }
-
-    /// Pages before each head's, of `lens` rows, and the words of all.
-    fn layout(&self, lens: &[u32]) -> (Vec<u32>, usize) {
-        let mut pages = 0;
-        let starts = lens.iter().map(|len| {
-            let start = pages;
-            pages += len.div_ceil(self.pool.page_size);
-            start
-        });
-        let starts = starts.collect();
-        (starts, pages as usize * self.page_bytes / 4)
     }
 
     pub(super) fn raw(&self) -> RawState {
@@ -183,13 +190,14 @@ impl State {
             rings: self.rings.address,
             ages: self.ages.address,
             free: self.free.address,
+            sharers: self.sharers.address,
             counters: self.counters.address,
             layers: self.layers as u32,
             kv_heads: self.kv_heads as u32,
             seats: self.seats as u32,
             most_pages: self.most_pages as u32,
             window: self.window as u32,
-            unused: 0,
+            places: self.places as u32,
         }
     }
 
@@ -202,6 +210,23 @@ impl State {
             && data % 16 == 0
             && head_stride % 8 == 0
             && token_stride % 8 == 0
+    }
+}
+
+/// Where a layer's new tokens go, `[H, N]` of each.
+#[derive(Debug, Clone, Copy)]
+pub struct Targets<'a> {
+    /// Rows of the pool.
+    pub(super) rows: Part<'a>,
+    /// Places in the rings, of 64 bits.
+    pub(super) marks: Part<'a>,
+}
+
+impl<'a> Targets<'a> {
+    /// One layer's of all layers', `count` of each.
+    pub(super) fn of(rows: &'a Room, marks: &'a Room, layer: usize, count: usize) -> Self {
+        let marks = marks.part(2 * layer * count, 2 * count);
+        Self { rows: rows.part(layer * count, count), marks }
     }
 }
 
@@ -275,10 +300,9 @@ impl Step {
         }
     }
 
-    /// Addresses of one layer's rows and marks, `count` of each.
-    pub(super) fn rows_and_marks(&self, layer: usize, count: usize) -> (u64, u64) {
-        let marks = self.marks.part(2 * layer * count, 2 * count);
-        (self.rows.part(layer * count, count).address, marks.address)
+    /// Where one layer's tokens go, `count` rows.
+    pub fn targets(&self, layer: usize, count: usize) -> Targets<'_> {
+        Targets::of(&self.rows, &self.marks, layer, count)
     }
 
     /// The arrays of one layer, for a test.
@@ -366,12 +390,11 @@ impl Device {
         unsafe { self.launch(state.kernels.begin, blocks, &call) }
     }
 
-    /// A planned step's rows into one layer.
+    /// Planned rows into one layer.
     pub fn append(
         &self,
         state: &State,
-        step: &Step,
-        layer: usize,
+        to: Targets<'_>,
         keys: DeviceView<'_>,
         values: DeviceView<'_>,
         drops: Option<DeviceBits<'_>>,
@@ -382,22 +405,30 @@ impl Device {
             (state.kv_heads, state.pool.dim as usize, keys.shape())
         );
         assert!(drops.is_none_or(|drops| drops.shape() == [heads, texts]));
-        let (rows, marks) = step.rows_and_marks(layer, heads * texts);
+        assert_eq!(to.rows.words, heads * texts);
         let call = AppendCall {
             state: state.raw(),
             keys: keys.raw(),
             values: values.raw(),
             drops: drops.map_or(0, |drops| drops.address()),
-            rows,
-            marks,
+            rows: to.rows.address,
+            marks: to.marks.address,
             texts: texts as u32,
             wide: (state.wide(&keys) && state.wide(&values)).into(),
         };
-        // SAFETY: the views and bits hold what their shapes say; rows and marks are those that `begin` has written for
-        // as many texts.
+        // SAFETY: the views and bits hold what their shapes say; rows and marks are those that `begin` or `begin_pass` has
+        // written for as many.
         unsafe {
             self.launch(state.kernels.append, grid((heads * texts).div_ceil(WARPS), 0), &call)
         }
+    }
+
+    /// Lets an empty seat go on from where another is.
+    pub fn fork(&self, state: &State, from: usize, to: usize) -> Result<()> {
+        assert!(from < state.seats && to < state.seats && from != to);
+        let call = ForkCall { state: state.raw(), from: from as u32, to: to as u32 };
+        // SAFETY: the state's rooms are of its sizes and the seats exist.
+        unsafe { self.launch(state.kernels.fork, grid(state.layers * state.kv_heads, 0), &call) }
     }
 
     /// Gives a seat's pages back and empties it.
@@ -416,89 +447,6 @@ impl Device {
     }
 }
 
-/// A text's rows in host memory.
-#[derive(Debug, Clone)]
-pub struct Packed {
-    /// Of all heads, `[layers, H]`, one after the other, as 32-bit words.
-    pages: Vec<u32>,
-    rings: Vec<u32>,
-    ages: Vec<u32>,
-    lens: Vec<u32>,
-}
-
-impl Packed {
-    pub fn lens(&self) -> &[u32] {
-        &self.lens
-    }
-
-    pub fn bytes(&self) -> usize {
-        (self.pages.len() + self.rings.len() + self.ages.len() + self.lens.len()) * 4
-    }
-}
-
-impl Device {
-    /// A seat's rows, of `lens` `[layers, H]`, which stay where they are.
-    pub fn pack(&self, state: &State, seat: usize, lens: Vec<u32>) -> Result<Packed> {
-        let (starts, words) = state.layout(&lens);
-        let rooms = self.swap(state, seat, &lens, &starts, words, None)?;
-        let [pages, rings, ages] = &rooms;
-        Ok(Packed {
-            pages: self.download(pages, words)?,
-            rings: self.download(rings, lens.len() * (state.window + 1))?,
-            ages: self.download(ages, state.layers)?,
-            lens,
-        })
-    }
-
-    /// Rows that were packed into an empty seat, and pages taken for them.
-    pub fn unpack(&self, state: &State, seat: usize, packed: &Packed) -> Result<()> {
-        let (starts, words) = state.layout(&packed.lens);
-        self.swap(state, seat, &packed.lens, &starts, words, Some(packed))?;
-        self.synchronize()
-    }
-
-    fn swap(
-        &self,
-        state: &State,
-        seat: usize,
-        lens: &[u32],
-        starts: &[u32],
-        words: usize,
-        comes: Option<&Packed>,
-    ) -> Result<[Room; 3]> {
-        let heads = state.layers * state.kv_heads;
-        assert!(lens.len() == heads && seat < state.seats);
-        let mut rooms = [
-            self.room(words * 4)?,
-            self.room(heads * (state.window + 1) * 4)?,
-            self.room(state.layers * 4)?,
-        ];
-        if let Some(Packed { pages, rings, ages, .. }) = comes {
-            for (data, room) in [pages, rings, ages].into_iter().zip(&mut rooms) {
-                self.upload(data, room)?;
-            }
-        }
-        let (mut lens_room, mut starts_room) = (self.room(0)?, self.room(0)?);
-        self.upload(lens, &mut lens_room)?;
-        self.upload(starts, &mut starts_room)?;
-        let call = SwapCall {
-            state: state.raw(),
-            pages: rooms[0].address,
-            rings: rooms[1].address,
-            ages: rooms[2].address,
-            lens: lens_room.address,
-            starts: starts_room.address,
-            seat: seat as u32,
-            comes: comes.is_some().into(),
-        };
-        // SAFETY: the state's rooms are of its sizes and the seat exists; the other rooms hold a ring and a length for each
-        // head, an age for each layer, and the pages of these lengths, which `starts` counts. They live until the stream
-        // has done its work: freeing waits for the card.
-        unsafe { self.launch(state.kernels.swap, grid(heads, 0), &call) }?;
-        Ok(rooms)
-    }
-}
-
 // Mirrors of the structs in kernels/resident.cu.
 
 #[repr(C)]
@@ -509,13 +457,14 @@ pub(super) struct RawState {
     rings: u64,
     ages: u64,
     free: u64,
+    sharers: u64,
     counters: u64,
     layers: u32,
     kv_heads: u32,
     seats: u32,
     most_pages: u32,
     window: u32,
-    unused: u32,
+    places: u32,
 }
 
 #[repr(C)]
@@ -565,24 +514,20 @@ struct ReleaseCall {
 }
 
 #[repr(C)]
-struct SwapCall {
+struct ForkCall {
     state: RawState,
-    pages: u64,
-    rings: u64,
-    ages: u64,
-    lens: u64,
-    starts: u64,
-    seat: u32,
-    comes: u32,
+    from: u32,
+    to: u32,
 }
 
 /// Sizes of the structs, in the order in which the kernels give theirs.
-const MIRRORED: [u32; 7] = [
+const MIRRORED: [u32; 8] = [
     size_of::<RawState>() as u32,
     size_of::<AdmitCall>() as u32,
     size_of::<BeginCall>() as u32,
     size_of::<AppendCall>() as u32,
     size_of::<ReleaseCall>() as u32,
+    size_of::<ForkCall>() as u32,
     size_of::<SwapCall>() as u32,
     size_of::<FusedCall>() as u32,
 ];
