@@ -1,8 +1,9 @@
 //! What a run forgets.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use kvzap::{
-    Budget, Policy, Random, Scope, Scorer, StreamingLlm, Surrogate, Threshold, TorchSurrogate,
+    Allocation, Budget, KeyDiff, Knorm, ObservedAttention, Policy, Random, Rule, Scope, Scorer,
+    SnapKv, StreamingLlm, Surrogate, Threshold, TorchSurrogate, Tova,
 };
 use models::{Hooks, Model, Pruning};
 use std::sync::Arc;
@@ -37,9 +38,48 @@ pub enum Method {
         /// Share of the cache to remove.
         remove: f64,
     },
+    /// One of [`BASELINES`].
+    Baseline {
+        /// Its name.
+        name: &'static str,
+        /// Share of the cache to remove.
+        remove: f64,
+    },
 }
 
+/// A baseline's name, where it looks for the lowest scores, and what makes its scorer.
+type Baseline = (&'static str, Rule, fn(&Model) -> Result<TorchScorer>);
+
+/// Methods of others that score a context in the pass that reads it, with the budgets of their papers.
+const BASELINES: [Baseline; 7] = [
+    ("knorm", Rule::Head, |_| Ok(Box::new(Knorm))),
+    ("keydiff", Rule::Head, |_| Ok(Box::new(KeyDiff))),
+    ("tova", Rule::Head, |_| Ok(Box::new(Tova))),
+    ("h2o", Rule::Head, |_| Ok(Box::new(ObservedAttention::sum()))),
+    ("observed-attention", Rule::Head, |_| Ok(Box::new(ObservedAttention::mean()))),
+    ("snapkv", Rule::Head, |_| Ok(Box::new(SnapKv::new()))),
+    ("adakv-snapkv", Rule::AdaKv { safe: 0.2 }, |_| Ok(Box::new(SnapKv::new()))),
+];
+
 impl Method {
+    /// The names that [`baseline`](Self::baseline) knows.
+    pub fn baselines() -> impl Iterator<Item = &'static str> {
+        ["random", "recency"].into_iter().chain(BASELINES.iter().map(|(name, ..)| *name))
+    }
+
+    /// The baseline called `name`, forgetting a share `remove` of the cache.
+    pub fn baseline(name: &str, remove: f64) -> Result<Self> {
+        match Self::baselines().find(|known| *known == name) {
+            Some("random") => Ok(Self::Random { remove, seed: 0 }),
+            Some("recency") => Ok(Self::Recency { remove }),
+            Some(name) => Ok(Self::Baseline { name, remove }),
+            None => {
+                let names: Vec<_> = Self::baselines().collect();
+                bail!("no baseline is called {name}; there are {}", names.join(", "))
+            }
+        }
+    }
+
     /// Its name in tables and files.
     pub fn name(&self) -> &'static str {
         match self {
@@ -48,6 +88,7 @@ impl Method {
             Self::KvzapBudget { .. } => "kvzap-budget",
             Self::Random { .. } => "random",
             Self::Recency { .. } => "recency",
+            Self::Baseline { name, .. } => name,
         }
     }
 
@@ -64,7 +105,7 @@ impl Method {
         window: usize,
         while_decoding: bool,
     ) -> Result<(Hooks, FirstToken)> {
-        let learned = || -> Result<Box<dyn Scorer<Tensor> + Send>> {
+        let learned = || -> Result<TorchScorer> {
             let surrogate =
                 surrogate.context("KVzap needs a surrogate: give --surrogate FOLDER")?;
             let config = model.lm.config();
@@ -74,7 +115,7 @@ impl Method {
         let budget = |remove, scope| -> Result<TorchPolicy> {
             Ok(Box::new(Budget::new(remove, window, scope)?))
         };
-        let (scorer, policy): (Box<dyn Scorer<Tensor> + Send>, _) = match *self {
+        let (scorer, policy): (TorchScorer, _) = match *self {
             Self::Full => return Ok((Hooks::default(), FirstToken::default())),
             Self::Kvzap { threshold } => (learned()?, Box::new(Threshold::new(threshold)?) as _),
             Self::KvzapBudget { remove } => (learned()?, budget(remove, Scope::Layer)?),
@@ -83,6 +124,11 @@ impl Method {
             }
             Self::Recency { remove } => {
                 (Box::new(StreamingLlm::new(4)), budget(remove, Scope::Head)?)
+            }
+            Self::Baseline { name, remove } => {
+                let known = BASELINES.iter().find(|(known, ..)| *known == name);
+                let (_, rule, scorer) = known.context("this baseline is not in the table")?;
+                (scorer(model)?, Box::new(Allocation::new(remove, window, 0, *rule)?))
             }
         };
         let first = FirstToken::default();
@@ -106,6 +152,7 @@ impl FirstToken {
     }
 }
 
+type TorchScorer = Box<dyn Scorer<Tensor> + Send>;
 type TorchPolicy = Box<dyn Policy<Tensor, Drops = Tensor> + Send>;
 
 struct Watched {

@@ -5,6 +5,7 @@ mod picture;
 use super::{ModelArgs, beside, megabytes, progress, surrogate, table, write, write_json};
 use crate::{Answer, Generate, Haystack, Method, Needle, Runner, Sample, Task};
 use anyhow::{Context, Result, ensure};
+use clap::builder::PossibleValuesParser;
 use models::{Model, Sampling, Specials, WINDOW};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,10 @@ pub struct Args {
     /// KVzap's thresholds; the baselines get the budget that the first one leaves
     #[arg(long, num_args = 1.., allow_negative_numbers = true, default_values_t = DEFAULT_THRESHOLDS)]
     threshold: Vec<f32>,
+    /// Baselines to ask besides chance and recency, with the same budget
+    #[arg(long, num_args = 1.., value_name = "NAME")]
+    #[arg(value_parser = PossibleValuesParser::new(Method::baselines()))]
+    also: Vec<String>,
     /// How many needles
     #[arg(long, default_value_t = 1)]
     needles: u64,
@@ -98,7 +103,7 @@ pub fn run(args: &Args) -> Result<()> {
         Ok(summary(method, &answers, args.prompt.is_none()))
     };
 
-    let methods = args.threshold.len() as u64 + 3;
+    let methods = (args.threshold.len() + args.also.len()) as u64 + 3;
     let bar = progress(methods * samples.len() as u64, "asking");
     let mut runs = vec![ask(Method::Full, &|| bar.inc(1))?];
     for &threshold in &args.threshold {
@@ -107,6 +112,9 @@ pub fn run(args: &Args) -> Result<()> {
     let remove = runs[1].removed;
     runs.push(ask(Method::Random { remove, seed: args.seed }, &|| bar.inc(1))?);
     runs.push(ask(Method::Recency { remove }, &|| bar.inc(1))?);
+    for name in &args.also {
+        runs.push(ask(Method::baseline(name, remove)?, &|| bar.inc(1))?);
+    }
     bar.finish_and_clear();
 
     print(&runs, samples.len());

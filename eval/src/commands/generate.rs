@@ -3,6 +3,7 @@
 use super::{ModelArgs, megabytes, surrogate};
 use crate::{Method, Runner};
 use anyhow::{Context, Result, bail};
+use clap::builder::PossibleValuesParser;
 use models::{Sampling, WINDOW};
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -28,8 +29,12 @@ pub struct Args {
     #[arg(long, requires = "surrogate", allow_negative_numbers = true, conflicts_with = "budget")]
     threshold: Option<f32>,
     /// Forget this share of the prompt's cache, from 0 to 1: the lowest scores of each layer
-    #[arg(long, requires = "surrogate", value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE")]
     budget: Option<f64>,
+    /// Forget as a baseline does, without a surrogate
+    #[arg(long, value_name = "NAME", requires = "budget", conflicts_with = "surrogate")]
+    #[arg(value_parser = PossibleValuesParser::new(Method::baselines()))]
+    method: Option<String>,
     /// The newest tokens, which always stay
     #[arg(long, default_value_t = WINDOW)]
     window: usize,
@@ -64,7 +69,11 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let method = match (args.threshold, args.budget) {
         (Some(threshold), _) => Method::Kvzap { threshold },
-        (None, Some(remove)) => Method::KvzapBudget { remove },
+        (None, Some(remove)) => match &args.method {
+            Some(name) => Method::baseline(name, remove)?,
+            None if args.surrogate.is_some() => Method::KvzapBudget { remove },
+            None => bail!("--budget: say whose scores, by --surrogate FOLDER or --method NAME"),
+        },
         (None, None) if args.surrogate.is_some() => {
             bail!("a surrogate alone forgets nothing: give --threshold or --budget as well")
         }
