@@ -173,3 +173,23 @@ impl Policy<Tensor> for Watched {
         Ok(drops)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn baselines_are_called_what_they_are_asked_for_by() {
+        for name in Method::baselines() {
+            assert_eq!(Method::baseline(name, 0.5).unwrap().name(), name);
+        }
+        let names: Vec<_> = Method::baselines().collect();
+        let different: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(different.len(), names.len());
+        let error = Method::baseline("snap", 0.5).unwrap_err().to_string();
+        assert!(
+            error.contains("no baseline is called snap") && error.contains("snapkv"),
+            "{error}"
+        );
+    }
+}
