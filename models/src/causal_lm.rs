@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::hooks::Hooks;
 use tch::Tensor;
 
-/// A decoder that predicts the next token. One file for each architecture.
+/// A network that predicts the next token.
 pub trait CausalLm: Send {
     /// Its shapes.
     fn config(&self) -> &Config;

@@ -1,14 +1,26 @@
 //! The shapes and constants of a model, whatever file they come from.
 
 use crate::error::{Error, Result};
+use repo_pos::Yarn;
 use std::path::Path;
 
-/// A family of models.
+/// A family of models: grouped-query attention with rotary positions and a gated MLP, in all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Architecture {
-    /// Pre-norm, grouped-query attention with rotary positions, gated MLP.
+    /// Norms what attention and MLP read.
     Llama,
+    /// As Llama, with a norm over each query and key head.
+    Qwen3,
+    /// Norms what attention and MLP write, and queries and keys over all their heads together.
+    Olmo2,
+}
+
+impl Architecture {
+    /// Whether a block norms what its branches write, and not what they read.
+    pub(crate) fn norms_outputs(self) -> bool {
+        self == Self::Olmo2
+    }
 }
 
 /// How the rotary frequencies are stretched for contexts beyond the pretraining's.
@@ -33,6 +45,8 @@ pub enum RopeScaling {
         /// The context of the pretraining, in tokens.
         original: usize,
     },
+    /// YaRN: fast frequencies are kept, slow ones divided, those between blended; scores grow.
+    Yarn(Yarn),
     /// One divisor for each pair of dimensions: `rope_freqs.weight` of a GGUF file.
     Divisors(Vec<f32>),
 }

@@ -283,7 +283,8 @@ pub enum Error {
 }
 
 /// The architectures that there are, by their names in config.json and in a GGUF file.
-const SUPPORTED: &str = "LlamaForCausalLM (GGUF: llama)";
+const SUPPORTED: &str =
+    "LlamaForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM (GGUF: llama, qwen3, olmo2)";
 
 // By hand: `#[from]` would make the error its own source as well, and a chain would print the
 // backtrace after all.

@@ -55,15 +55,15 @@ impl Gguf {
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
-        names::in_gguf(name).is_some_and(|name| self.header.tensors.contains_key(&name))
+        names::in_gguf(name, self.config.architecture)
+            .is_some_and(|name| self.header.tensors.contains_key(&name))
     }
 
     pub(crate) fn stored(&self, name: &str) -> Result<Stored<'_>> {
-        let in_file = names::in_gguf(name).unwrap_or_else(|| name.to_owned());
+        let architecture = self.config.architecture;
+        let in_file = names::in_gguf(name, architecture).unwrap_or_else(|| name.to_owned());
         let mut stored = stored(self.metadata(), &in_file)?;
-        // llama.cpp's converter interleaves the rows of queries and keys for arch `llama`, the only
-        // one read here.
-        if names::interleaved(name) {
+        if names::interleaved(name, architecture) {
             let (rows, head_dim) = (stored.shape[0], self.config.head_dim);
             if !rows.is_multiple_of(head_dim) {
                 return Err(Error::Format {

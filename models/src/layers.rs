@@ -69,7 +69,7 @@ pub(crate) fn rotate_token(
     true
 }
 
-/// Root-mean-square normalisation, computed in f32 whatever the dtype of `x`, as transformers does.
+/// Root-mean-square normalisation of `x`, `[batch, tokens, …, width]`, computed in f32 whatever the dtype of `x`, as transformers does.
 #[derive(Debug)]
 pub(crate) struct RmsNorm {
     pub weight: Tensor,
@@ -78,7 +78,7 @@ pub(crate) struct RmsNorm {
 
 impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(out) = self.row(x)? {
+        if let Some(out) = self.rows(x)? {
             return Ok(out);
         }
         let (kind, wide) = (x.kind(), x.f_to_kind(tch::Kind::Float)?);
@@ -90,21 +90,26 @@ impl RmsNorm {
         Ok(wide.f_mul(&scale)?.f_to_kind(kind)?.f_mul(&self.weight)?)
     }
 
-    /// The same for one row in f32 on the CPU: eight calls into libtorch cost more than a decode step's work here.
-    fn row(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        if x.numel() != self.weight.numel() {
+    /// The same for a token's few rows in f32 on the CPU: eight calls into libtorch cost more than a decode step's work here.
+    fn rows(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let tokens: i64 = x.size().iter().take(2).product();
+        if tokens != 1 {
             return Ok(None);
         }
         let mut out = x.f_empty_like()?;
-        let (Some(row), Some(weight), Some(normed)) =
+        let (Some(rows), Some(weight), Some(normed)) =
             (bridge::floats(x), bridge::floats(&self.weight), bridge::floats_mut(&mut out))
         else {
             return Ok(None);
         };
-        let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        let scale = (squares / row.len() as f64 + self.epsilon).sqrt().recip() as f32;
-        for ((normed, x), weight) in normed.iter_mut().zip(row).zip(weight) {
-            *normed = x * scale * weight;
+        for (row, normed) in
+            rows.chunks_exact(weight.len()).zip(normed.chunks_exact_mut(weight.len()))
+        {
+            let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            let scale = (squares / row.len() as f64 + self.epsilon).sqrt().recip() as f32;
+            for ((normed, x), weight) in normed.iter_mut().zip(row).zip(weight) {
+                *normed = x * scale * weight;
+            }
         }
         Ok(Some(out))
     }

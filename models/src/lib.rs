@@ -5,6 +5,7 @@ mod cache;
 mod causal_lm;
 mod chat;
 mod config;
+mod decoder;
 mod device;
 mod error;
 mod fan;
@@ -14,7 +15,6 @@ mod gguf;
 mod hooks;
 mod kvzip;
 mod layers;
-mod llama;
 mod model;
 mod paged;
 mod sampling;
@@ -26,12 +26,12 @@ pub use cache::{Dense, KvCache, Usage};
 pub use causal_lm::CausalLm;
 pub use chat::{ChatTemplate, Message, RenderOptions};
 pub use config::{Architecture, Config, RopeScaling};
+pub use decoder::Decoder;
 pub use device::cuda;
 pub use error::{Error, Result};
 pub use fan::Fan;
 pub use hooks::{Hooks, Pruning};
 pub use kvzip::{kvzip, kvzip_passes};
-pub use llama::Llama;
 pub use model::Model;
 pub use paged::{Paged, cache_shape};
 pub use paged_kernels::{Cpu, Reference};
@@ -41,6 +41,7 @@ pub use tokenizer::{GgufVocabulary, Specials, Tokenizer};
 pub use weights::{Source, Weights, open};
 
 pub use kvzap::WINDOW;
+pub use repo_pos::Yarn;
 
 /// The examples of the front page, compiled.
 #[cfg(doctest)]

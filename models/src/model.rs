@@ -2,10 +2,9 @@
 
 use crate::causal_lm::CausalLm;
 use crate::chat::ChatTemplate;
-use crate::config::Architecture;
+use crate::decoder::Decoder;
 use crate::error::Result;
 use crate::gguf::Gguf;
-use crate::llama::Llama;
 use crate::tokenizer::{GgufVocabulary, Tokenizer};
 use crate::weights::{Source, Weights, open};
 use std::collections::BTreeMap;
@@ -51,9 +50,7 @@ impl Model {
             notes.push("the model brings no chat template: prompts are plain text".to_owned());
         }
         let weights = Weights::new(source, kind, device)?;
-        let lm = match weights.config().architecture {
-            Architecture::Llama => Box::new(Llama::load(&weights)?),
-        };
+        let lm = Box::new(Decoder::load(&weights)?);
         let stop = lm.config().eos_tokens.clone();
         Ok(Self { lm, tokenizer, template, stop, kind, device, notes })
     }

@@ -6,7 +6,8 @@ use anyhow::Result;
 use common::{assert_close, difference, golden, logits};
 use kvzap::{Random, StreamingLlm, Threshold};
 use models::{
-    CausalLm, Cpu, Dense, Hooks, KvCache, Llama, Paged, Pruning, Usage, Weights, cache_shape, open,
+    CausalLm, Cpu, Decoder, Dense, Hooks, KvCache, Paged, Pruning, Usage, Weights, cache_shape,
+    open,
 };
 use paged_kernels::Reference;
 use repo_pos::Repositioner;
@@ -14,9 +15,9 @@ use tch::{Device, Kind, Tensor};
 
 const WINDOW: usize = 32;
 
-fn model() -> Result<Llama> {
+fn model() -> Result<Decoder> {
     let source = open(&golden("kvzap/model"))?;
-    Ok(Llama::load(&Weights::new(source, Kind::Float, Device::Cpu)?)?)
+    Ok(Decoder::load(&Weights::new(source, Kind::Float, Device::Cpu)?)?)
 }
 
 fn ids(tokens: i64) -> Tensor {
@@ -29,16 +30,16 @@ fn half(while_decoding: bool) -> Result<Hooks> {
     Ok(Hooks::pruning(Pruning { scorer, policy, while_decoding }))
 }
 
-fn cpu(lm: &Llama, tokens: usize) -> Result<Paged<Cpu>> {
+fn cpu(lm: &Decoder, tokens: usize) -> Result<Paged<Cpu>> {
     Ok(Paged::new(Cpu::new(cache_shape(lm.config(), tokens, WINDOW, Kind::Float)?)?)?)
 }
 
-fn reference(lm: &Llama, tokens: usize) -> Result<Paged<Reference>> {
+fn reference(lm: &Decoder, tokens: usize) -> Result<Paged<Reference>> {
     Ok(Paged::new(Reference::new(cache_shape(lm.config(), tokens, WINDOW, Kind::Float)?)?)?)
 }
 
 /// Logits of passes of these lengths, one after another.
-fn passes(lm: &Llama, cache: &mut dyn KvCache, hooks: &Hooks, lengths: &[i64]) -> Result<Tensor> {
+fn passes(lm: &Decoder, cache: &mut dyn KvCache, hooks: &Hooks, lengths: &[i64]) -> Result<Tensor> {
     let (ids, mut at, mut all) = (ids(lengths.iter().sum()), 0, Vec::new());
     for &length in lengths {
         all.push(logits(lm, &ids.narrow(0, at, length), cache, hooks)?);

@@ -9,7 +9,7 @@ use anyhow::Result;
 use common::{assert_close, get, golden, logits, tensors};
 use kvzap::{Surrogate, Threshold, TorchSurrogate};
 use models::{
-    CausalLm, Cpu, Dense, Hooks, KvCache, Llama, Paged, Pruning, Weights, cache_shape, open,
+    CausalLm, Cpu, Decoder, Dense, Hooks, KvCache, Paged, Pruning, Weights, cache_shape, open,
 };
 use paged_kernels::PagedAttention;
 use serde::Deserialize;
@@ -52,9 +52,9 @@ impl Run {
     }
 }
 
-fn model() -> Result<Llama> {
+fn model() -> Result<Decoder> {
     let source = open(&golden("kvzap/model"))?;
-    Ok(Llama::load(&Weights::new(source, Kind::Float, Device::Cpu)?)?)
+    Ok(Decoder::load(&Weights::new(source, Kind::Float, Device::Cpu)?)?)
 }
 
 fn runs() -> Result<Vec<Run>> {

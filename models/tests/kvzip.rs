@@ -5,7 +5,7 @@ mod common;
 use anyhow::Result;
 use common::{get, golden, tensors};
 use kvzap::{Allocation, Kvzip, Rule, Rules};
-use models::{CausalLm, Error, Llama, Weights, kvzip_passes, open};
+use models::{CausalLm, Decoder, Error, Weights, kvzip_passes, open};
 use serde::Deserialize;
 use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
@@ -27,9 +27,9 @@ struct Case {
     plus: bool,
 }
 
-fn model() -> Result<Llama> {
+fn model() -> Result<Decoder> {
     let source = open(&golden("kvzip/model"))?;
-    Ok(Llama::load(&Weights::new(source, Kind::Float, Device::Cpu)?)?)
+    Ok(Decoder::load(&Weights::new(source, Kind::Float, Device::Cpu)?)?)
 }
 
 fn read() -> Result<(Golden, HashMap<String, Tensor>, Vec<u32>)> {
@@ -41,7 +41,7 @@ fn read() -> Result<(Golden, HashMap<String, Tensor>, Vec<u32>)> {
 
 /// `[layers, kv_heads, tokens]`
 fn scores(
-    lm: &Llama,
+    lm: &Decoder,
     golden: &Golden,
     case: &Case,
     context: &[u32],

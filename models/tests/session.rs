@@ -4,15 +4,15 @@ mod common;
 
 use anyhow::Result;
 use common::golden;
-use models::{CausalLm, Dense, Error, Hooks, Llama, Sampler, Sampling, Session, Weights, open};
+use models::{CausalLm, Decoder, Dense, Error, Hooks, Sampler, Sampling, Session, Weights, open};
 use std::ops::ControlFlow;
 use tch::{Device, Kind};
 
-fn model() -> Result<Llama> {
-    Ok(Llama::load(&Weights::new(open(&golden("kvzap/model"))?, Kind::Float, Device::Cpu)?)?)
+fn model() -> Result<Decoder> {
+    Ok(Decoder::load(&Weights::new(open(&golden("kvzap/model"))?, Kind::Float, Device::Cpu)?)?)
 }
 
-fn session(lm: &Llama) -> Session<'_> {
+fn session(lm: &Decoder) -> Session<'_> {
     let cache = Dense::new(lm.config().layers, 32);
     Session::new(lm, Device::Cpu, cache, Hooks::default())
 }

@@ -5,7 +5,7 @@ mod common;
 use anyhow::Result;
 use common::{assert_close, get, golden, tensors};
 use kvzap::{LayerInput, Scorer, Spans, Threshold, kvzip_plus};
-use models::{CausalLm, Dense, Hooks, Llama, Pruning, WINDOW, Weights, open};
+use models::{CausalLm, Decoder, Dense, Hooks, Pruning, WINDOW, Weights, open};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
@@ -34,7 +34,7 @@ fn the_training_target_is_that_of_the_paper_in_every_layer() -> Result<()> {
         Ok(ends[0] as usize..ends[1] as usize)
     };
     let weights = Weights::new(open(&golden("kvzap/model"))?, Kind::Float, Device::Cpu)?;
-    let lm = Llama::load(&weights)?;
+    let lm = Decoder::load(&weights)?;
     let targets = Arc::new(Mutex::new(Vec::new()));
     let hooks = Hooks::pruning(Pruning {
         scorer: Box::new(Oracle {

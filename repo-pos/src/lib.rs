@@ -11,7 +11,7 @@ mod torch;
 
 pub use array::Array;
 pub use error::{Error, Result};
-pub use frequencies::Frequencies;
+pub use frequencies::{Frequencies, Precision, Yarn};
 pub use module::{Module, Repo};
 pub use reposition::Repositioner;
 #[cfg(feature = "tch")]

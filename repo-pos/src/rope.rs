@@ -1,4 +1,4 @@
-use crate::{Error, Frequencies, Result};
+use crate::{Error, Frequencies, Precision, Result};
 
 impl Frequencies {
     /// Turns heads in place by the angles of their tokens' real-valued positions.
@@ -8,10 +8,9 @@ impl Frequencies {
     /// is plain rotary embedding, one row a kv head is RePo under grouped-query attention. A batch is
     /// rotated in one call, as batch and heads together form the first dimension of both.
     ///
-    /// Dimension `i` is paired with `i + head_dim / 2`. The angle is the f32 product of position and
-    /// frequency, its sine and cosine are libm's with full range reduction, as in transformers; that
-    /// product alone may be off by 0.004 radians at position 131,072. A position that is not finite
-    /// makes its row NaN.
+    /// Dimension `i` is paired with `i + head_dim / 2`. The angle is the product of position and
+    /// frequency, rounded as [`Precision`](crate::Precision) says; its sine and cosine are libm's
+    /// with full range reduction. A position that is not finite makes its row NaN.
     ///
     /// # Errors
     /// `positions` is not a multiple of `tokens`, or `x` not a multiple of `positions` times
@@ -45,11 +44,23 @@ impl Frequencies {
             for (row, &position) in x.chunks_exact_mut(head_dim).zip(positions) {
                 let (first, second) = row.split_at_mut(head_dim / 2);
                 for ((a, b), &inverse) in first.iter_mut().zip(second).zip(self.inverse()) {
-                    let (sin, cos) = (position * inverse).sin_cos();
+                    let (sin, cos) = self.sin_cos(position, inverse);
                     (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                 }
             }
         }
         Ok(())
+    }
+
+    /// Sine and cosine of the angle of a position, times the [`scale`](Self::scale).
+    fn sin_cos(&self, position: f32, inverse: f32) -> (f32, f32) {
+        let (sin, cos) = match self.precision() {
+            Precision::Parity => (position * inverse).sin_cos(),
+            Precision::Wide => {
+                let (sin, cos) = (f64::from(position) * f64::from(inverse)).sin_cos();
+                (sin as f32, cos as f32)
+            }
+        };
+        (sin * self.scale(), cos * self.scale())
     }
 }

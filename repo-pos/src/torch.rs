@@ -1,24 +1,30 @@
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, Frequencies, Module, Repo, Repositioner, Result, module::agree};
+use crate::{Error, Frequencies, Module, Precision, Repo, Repositioner, Result, module::agree};
 
 /// Rotary embedding at real-valued positions, on tch.
 #[derive(Debug)]
 pub struct Rotary {
-    inverse: Tensor, // [head_dim / 2] f32
+    inverse: Tensor, // [head_dim / 2], f32 or, for wide angles, f64
+    scale: f32,
 }
 
 impl Rotary {
     /// Puts the frequencies on `device`.
     pub fn new(frequencies: &Frequencies, device: Device) -> Result<Self> {
-        Ok(Self { inverse: Tensor::f_from_slice(frequencies.inverse())?.f_to_device(device)? })
+        let kind = match frequencies.precision() {
+            Precision::Parity => Kind::Float,
+            Precision::Wide => Kind::Double,
+        };
+        let inverse = Tensor::f_from_slice(frequencies.inverse())?.f_to_kind(kind)?;
+        Ok(Self { inverse: inverse.f_to_device(device)?, scale: frequencies.scale() })
     }
 
     /// Cosine and sine for [`rotate`], both f32 `[batch, heads, tokens, head_dim / 2]`, of
     /// `positions`, f32 `[batch, heads, tokens]`; one head where all heads stand alike.
     ///
-    /// The angle is the f32 product of position and frequency, its cosine and sine are reduced in
-    /// full, as in transformers. A bf16 model does well to convert both to bf16 here, once a step;
+    /// The angle is the product of position and frequency, rounded as the frequencies'
+    /// [`Precision`] says; its cosine and sine are reduced in full. A bf16 model does well to convert both to bf16 here, once a step;
     /// else [`rotate`] does so in every layer.
     ///
     /// # Errors
@@ -28,8 +34,13 @@ impl Rotary {
         if kind != Kind::Float {
             return Err(Error::PositionKind(kind));
         }
+        let positions = positions.f_to_kind(self.inverse.f_kind()?)?;
         let angles = positions.f_unsqueeze(-1)?.f_mul(&self.inverse)?;
-        Ok((angles.f_cos()?, angles.f_sin()?))
+        let scaled = |x: Tensor| -> Result<Tensor> {
+            let x = x.f_to_kind(Kind::Float)?;
+            Ok(if self.scale == 1.0 { x } else { x.f_mul_scalar(f64::from(self.scale))? })
+        };
+        Ok((scaled(angles.f_cos()?)?, scaled(angles.f_sin()?)?))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Scalings of rotary embedding, and settings that must be refused.
 
-use repo_pos::{Error, Frequencies};
+use repo_pos::{Error, Frequencies, Precision, Yarn};
 
 /// Plain over scaled, pair by pair: `kept` pairs as they were, then `between`, the rest by `factor`.
 fn check_llama3(head_dim: usize, factor: f64, kept: usize, between: &[f64]) {
@@ -52,6 +52,38 @@ fn linear_scaling_is_plain_at_positions_divided_by_the_factor() {
     linear.rotate(&mut a, &[4000.0], 1).unwrap();
     plain.rotate(&mut b, &[1000.0], 1).unwrap();
     assert_eq!(a, b);
+}
+
+/// Near and far, of either sign, between integers and powers of two; beside each the frequencies' own f32.
+const FAR: [f32; 10] =
+    [0.0, -0.1, 37.817_55, 257.0, -4095.3, 65_535.7, 131_071.0, -524_287.56, 999_999.9, 1e6];
+
+/// The largest error of sines and cosines against f64 of the frequencies as they are.
+fn largest_error(frequencies: &Frequencies) -> f64 {
+    let pairs = frequencies.inverse().len();
+    let mut x = [vec![1.0f32; pairs], vec![0.0; pairs]].concat().repeat(FAR.len());
+    frequencies.rotate(&mut x, &FAR, FAR.len()).unwrap();
+    let mut largest = 0f64;
+    for (row, position) in x.chunks(2 * pairs).zip(FAR) {
+        for (i, &inverse) in frequencies.inverse().iter().enumerate() {
+            let (sin, cos) = (f64::from(position) * f64::from(inverse)).sin_cos();
+            largest = largest.max((f64::from(row[i]) - cos).abs());
+            largest = largest.max((f64::from(row[i + pairs]) - sin).abs());
+        }
+    }
+    largest
+}
+
+#[test]
+fn wide_angles_are_right_to_1e_6_where_those_of_transformers_are_not() {
+    for theta in [1e4, 5e5] {
+        let parity = Frequencies::plain(theta, 128).unwrap();
+        assert_eq!(parity.precision(), Precision::Parity);
+        let wide = parity.clone().with_precision(Precision::Wide);
+        let (parity, wide) = (largest_error(&parity), largest_error(&wide));
+        assert!(wide <= 1e-6, "wide: {wide:e}");
+        assert!((1e-3..0.04).contains(&parity), "parity: {parity:e}");
+    }
 }
 
 #[test]
@@ -113,4 +145,26 @@ fn far_positions_keep_their_angles() {
             );
         }
     }
+}
+
+#[test]
+fn yarns_settings_are_checked_by_name() {
+    let paper = Yarn::new(4.0, 4096);
+    let refused = |theta, yarn| match Frequencies::yarn(theta, 64, yarn).unwrap_err() {
+        Error::Setting { name, .. } => name,
+        other => panic!("{other}"),
+    };
+    for (yarn, name) in [
+        (Yarn { factor: 0.0, ..paper }, "factor"),
+        (Yarn { factor: f64::NAN, ..paper }, "factor"),
+        (Yarn { original: 0, ..paper }, "original_max_position_embeddings"),
+        (Yarn { beta_fast: -1.0, ..paper }, "beta_fast"),
+        (Yarn { beta_slow: f64::INFINITY, ..paper }, "beta_slow"),
+        (Yarn { beta_fast: 1.0, ..paper }, "beta_fast"),
+        (Yarn { attention_factor: 1e300, ..paper }, "attention_factor"),
+    ] {
+        assert_eq!(refused(5e5, yarn), name);
+    }
+    assert_eq!(refused(1.0, paper), "theta");
+    assert_eq!(Yarn::new(1.0, 4096).attention_factor, 1.0);
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{assert_close, golden, golden_f32, module, wave};
-use repo_pos::{Array, Frequencies};
+use repo_pos::{Array, Frequencies, Yarn};
 
 const TOKENS: usize = 5;
 const HIDDEN: usize = 16;
@@ -112,6 +112,39 @@ fn inverse_frequencies_are_those_of_transformers_bit_by_bit() {
     for (name, found) in cases {
         assert_eq!(found.unwrap().inverse(), golden_f32(&format!("inverse.{name}")), "{name}");
     }
+}
+
+#[test]
+fn yarns_frequencies_and_factors_are_those_of_transformers_bit_by_bit() {
+    let odd = Yarn {
+        beta_fast: 16.0,
+        beta_slow: 2.0,
+        truncate: false,
+        attention_factor: 0.5,
+        ..Yarn::new(8.0, 2048)
+    };
+    for (name, theta, dim, yarn) in [
+        ("5e5.128.2", 500_000.0, 128, Yarn::new(2.0, 4096)),
+        ("5e5.128.4", 500_000.0, 128, Yarn::new(4.0, 4096)),
+        ("1e4.64.8", 10_000.0, 64, odd),
+        ("1e6.8.40", 1_000_000.0, 8, Yarn::new(40.0, 32)),
+    ] {
+        let found = Frequencies::yarn(theta, dim, yarn).unwrap();
+        assert_eq!(found.inverse(), golden_f32(&format!("inverse.yarn.{name}")), "{name}");
+        assert_eq!([found.scale()], golden_f32(&format!("scale.yarn.{name}"))[..], "{name}");
+    }
+}
+
+/// A vector of ones and zeros comes out as cosines and sines, scaled.
+#[test]
+fn yarn_scales_the_rotation_at_real_positions() {
+    let frequencies = Frequencies::yarn(500_000.0, 128, Yarn::new(4.0, 4096)).unwrap();
+    let mut x = [[1.0; 64], [0.0; 64]].concat().repeat(4);
+    frequencies.rotate(&mut x, &[3.5, -37.8175, 4095.0, 15000.25], 4).unwrap();
+    let (cos, sin): (Vec<_>, Vec<_>) =
+        x.chunks(128).map(|row| (row[..64].to_vec(), row[64..].to_vec())).unzip();
+    assert_close("cosine", &cos.concat(), &golden("yarn.cos"), 1e-6);
+    assert_close("sine", &sin.concat(), &golden("yarn.sin"), 1e-6);
 }
 
 #[test]

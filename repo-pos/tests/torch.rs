@@ -5,7 +5,8 @@ mod common;
 
 use common::{assert_close, golden, golden_f32, module, wave};
 use repo_pos::{
-    Array, Error, Frequencies, Repo, Repositioner, Rotary, TorchModule, TorchRepo, rotate,
+    Array, Error, Frequencies, Precision, Repo, Repositioner, Rotary, TorchModule, TorchRepo, Yarn,
+    rotate,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -65,6 +66,24 @@ fn cosines_are_of_the_f32_product_however_far() {
     let (sines, cosines): (Vec<_>, Vec<_>) = angles.map(f64::sin_cos).unzip();
     assert_close("cosine", &values(&cos), &cosines, 1e-6);
     assert_close("sine", &values(&sin), &sines, 1e-6);
+}
+
+#[test]
+fn yarn_and_wide_angles_are_those_of_the_plain_side() {
+    let positions = [0.0, -0.1, 37.8, -4095.3, 131_071.0, 999_999.9];
+    let yarn = Frequencies::yarn(500_000.0, 128, Yarn::new(4.0, 4096)).unwrap();
+    for frequencies in [yarn.clone(), yarn.with_precision(Precision::Wide)] {
+        let rotary = Rotary::new(&frequencies, Device::Cpu).unwrap();
+        let (cos, sin) = rotary.angles(&tensor(&positions, &[1, 1, 6])).unwrap();
+        assert_eq!((cos.kind(), sin.kind()), (Kind::Float, Kind::Float));
+        let mut x = [[1.0; 64], [0.0; 64]].concat().repeat(6);
+        frequencies.rotate(&mut x, &positions, 6).unwrap();
+        let plain = |from: usize| -> Vec<f64> {
+            x.chunks(128).flat_map(|row| row[from..from + 64].iter().map(|&x| x.into())).collect()
+        };
+        assert_close("cosine", &values(&cos), &plain(0), 1e-6);
+        assert_close("sine", &values(&sin), &plain(64), 1e-6);
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The config of a GGUF file of architecture `llama`.
+//! The config of a GGUF file.
 
 use super::metadata::Metadata;
 use super::stored;
@@ -7,19 +7,26 @@ use crate::error::{Error, Result};
 use crate::weights::Encoding;
 
 pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
-    let architecture = metadata.required("general.architecture", Metadata::text)?;
-    if architecture != "llama" {
-        let found = architecture.to_owned();
-        return Err(Error::UnknownArchitecture { path: metadata.path.to_owned(), found });
-    }
+    let prefix = metadata.required("general.architecture", Metadata::text)?;
+    let architecture = match prefix {
+        "llama" => Architecture::Llama,
+        "qwen3" => Architecture::Qwen3,
+        "olmo2" => Architecture::Olmo2,
+        found => {
+            let found = found.to_owned();
+            return Err(Error::UnknownArchitecture { path: metadata.path.to_owned(), found });
+        }
+    };
+    let key = |name: &str| format!("{prefix}.{name}");
+    let count = |name: &str| metadata.required(&key(name), Metadata::count);
     let tensors = &metadata.header.tensors;
-    let hidden_size = metadata.required("llama.embedding_length", Metadata::count)?;
-    let query_heads = metadata.required("llama.attention.head_count", Metadata::count)?;
-    let head_dim = match metadata.count("llama.attention.key_length")? {
+    let hidden_size = count("embedding_length")?;
+    let query_heads = count("attention.head_count")?;
+    let head_dim = match metadata.count(&key("attention.key_length"))? {
         Some(head_dim) => head_dim,
         None => hidden_size.checked_div(query_heads).unwrap_or(0),
     };
-    refuse_unsupported(metadata, head_dim)?;
+    refuse_unsupported(metadata, key, head_dim)?;
     let embedding = stored(metadata, "token_embd.weight")?;
     let ends =
         ["eos", "eot", "eom"].map(|end| metadata.token(&format!("tokenizer.ggml.{end}_token_id")));
@@ -28,20 +35,20 @@ pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
         eos_tokens.extend(end?.filter(|token| !eos_tokens.contains(token)));
     }
     Config {
-        architecture: Architecture::Llama,
+        architecture,
         // The embedding's own rows: files differ on whether `llama.vocab_size` counts padding.
         vocab_size: embedding.shape[0],
         hidden_size,
-        layers: metadata.required("llama.block_count", Metadata::count)?,
+        layers: count("block_count")?,
         query_heads,
-        kv_heads: metadata.count("llama.attention.head_count_kv")?.unwrap_or(query_heads),
+        kv_heads: metadata.count(&key("attention.head_count_kv"))?.unwrap_or(query_heads),
         head_dim,
-        intermediate_size: metadata.required("llama.feed_forward_length", Metadata::count)?,
+        intermediate_size: count("feed_forward_length")?,
         norm_epsilon: metadata
-            .required("llama.attention.layer_norm_rms_epsilon", Metadata::number)?,
-        rope_theta: metadata.number("llama.rope.freq_base")?.unwrap_or(10_000.0),
-        rope_scaling: scaling(metadata)?,
-        max_positions: metadata.required("llama.context_length", Metadata::count)?,
+            .required(&key("attention.layer_norm_rms_epsilon"), Metadata::number)?,
+        rope_theta: metadata.number(&key("rope.freq_base"))?.unwrap_or(10_000.0),
+        rope_scaling: scaling(metadata, key)?,
+        max_positions: count("context_length")?,
         tied_embeddings: !tensors.contains_key("output.weight"),
         attention_bias: tensors.contains_key("blk.0.attn_q.bias"),
         output_bias: tensors.contains_key("blk.0.attn_output.bias"),
@@ -54,7 +61,11 @@ pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
 
 /// Settings that change what the model computes, and that would be passed over in silence
 /// otherwise.
-fn refuse_unsupported(metadata: Metadata<'_>, head_dim: usize) -> Result<()> {
+fn refuse_unsupported(
+    metadata: Metadata<'_>,
+    key: impl Fn(&str) -> String,
+    head_dim: usize,
+) -> Result<()> {
     let refuse = |key: &str, found: usize, supported, advice| {
         Err(Error::Unsupported {
             path: metadata.path.to_owned(),
@@ -64,18 +75,24 @@ fn refuse_unsupported(metadata: Metadata<'_>, head_dim: usize) -> Result<()> {
             advice,
         })
     };
-    for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
-        if let Some(found) = metadata.count(key)?.filter(|&n| n != head_dim) {
+    for key in ["rope.dimension_count", "attention.value_length"].map(&key) {
+        if let Some(found) = metadata.count(&key)?.filter(|&n| n != head_dim) {
             return refuse(
-                key,
+                &key,
                 found,
                 "the head dim",
                 "choose a model that rotates whole heads of one width",
             );
         }
     }
-    if let Some(experts) = metadata.count("llama.expert_count")?.filter(|&n| n > 0) {
-        return refuse("llama.expert_count", experts, "0", "choose a dense model");
+    for (name, advice) in [
+        ("expert_count", "choose a dense model"),
+        ("attention.sliding_window", "choose a model whose layers all attend to the whole text"),
+    ] {
+        let name = key(name);
+        if let Some(found) = metadata.count(&name)?.filter(|&n| n > 0) {
+            return refuse(&name, found, "0", advice);
+        }
     }
     if let Some(parts) = metadata.count("split.count")?.filter(|&n| n > 1) {
         return refuse(
@@ -89,10 +106,9 @@ fn refuse_unsupported(metadata: Metadata<'_>, head_dim: usize) -> Result<()> {
 }
 
 /// `rope_freqs.weight`, which is how Llama 3.1's scaling is carried; else what the metadata say.
-fn scaling(metadata: Metadata<'_>) -> Result<RopeScaling> {
+fn scaling(metadata: Metadata<'_>, key: impl Fn(&str) -> String) -> Result<RopeScaling> {
     const DIVISORS: &str = "rope_freqs.weight";
-    const TYPE: &str = "llama.rope.scaling.type";
-    const FACTOR: &str = "llama.rope.scaling.factor";
+    let kind = key("rope.scaling.type");
     if metadata.header.tensors.contains_key(DIVISORS) {
         let tensor = stored(metadata, DIVISORS)?;
         let mut divisors = vec![0.0; tensor.shape.iter().product()];
@@ -106,14 +122,15 @@ fn scaling(metadata: Metadata<'_>) -> Result<RopeScaling> {
         tensor.encoding.decode(tensor.bytes, &mut divisors);
         return Ok(RopeScaling::Divisors(divisors));
     }
-    match metadata.text(TYPE)? {
+    match metadata.text(&kind)? {
         None | Some("none") => Ok(RopeScaling::None),
         Some("linear") => {
-            Ok(RopeScaling::Linear { factor: metadata.required(FACTOR, Metadata::number)? })
+            let factor = metadata.required(&key("rope.scaling.factor"), Metadata::number)?;
+            Ok(RopeScaling::Linear { factor })
         }
         Some(found) => Err(Error::Unsupported {
             path: metadata.path.to_owned(),
-            field: TYPE.to_owned(),
+            field: kind,
             found: format!("{found:?}"),
             supported: "\"none\", \"linear\" and rope_freqs.weight",
             advice: "choose a model without it; ignoring it would give wrong answers",

@@ -1,7 +1,9 @@
 //! Hugging Face names of tensors, and llama.cpp's.
 
-/// The name in a GGUF file of a tensor of Hugging Face's `LlamaForCausalLM`.
-pub(super) fn in_gguf(name: &str) -> Option<String> {
+use crate::config::Architecture;
+
+/// The name in a GGUF file of a tensor that Hugging Face's model of this architecture names so.
+pub(super) fn in_gguf(name: &str, architecture: Architecture) -> Option<String> {
     if let Some(outer) = match name {
         "model.embed_tokens.weight" => Some("token_embd.weight"),
         "model.norm.weight" => Some("output_norm.weight"),
@@ -12,6 +14,10 @@ pub(super) fn in_gguf(name: &str) -> Option<String> {
     }
     let (layer, part, field) = in_layer(name)?;
     let part = match part {
+        "post_attention_layernorm" if architecture.norms_outputs() => "post_attention_norm",
+        "post_feedforward_layernorm" => "post_ffw_norm",
+        "self_attn.q_norm" => "attn_q_norm",
+        "self_attn.k_norm" => "attn_k_norm",
         "input_layernorm" => "attn_norm",
         "self_attn.q_proj" => "attn_q",
         "self_attn.k_proj" => "attn_k",
@@ -26,10 +32,11 @@ pub(super) fn in_gguf(name: &str) -> Option<String> {
     Some(format!("blk.{layer}.{part}.{field}"))
 }
 
-/// Whether llama.cpp's converter interleaves the rows of this tensor, biases too.
-pub(super) fn interleaved(name: &str) -> bool {
-    in_layer(name)
-        .is_some_and(|(_, part, _)| matches!(part, "self_attn.q_proj" | "self_attn.k_proj"))
+/// Whether llama.cpp's converter interleaves the rows of this tensor, biases too: it does so for arch `llama` alone.
+pub(super) fn interleaved(name: &str, architecture: Architecture) -> bool {
+    architecture == Architecture::Llama
+        && in_layer(name)
+            .is_some_and(|(_, part, _)| matches!(part, "self_attn.q_proj" | "self_attn.k_proj"))
 }
 
 /// `model.layers.{layer}.{part}.{weight or bias}`.

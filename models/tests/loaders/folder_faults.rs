@@ -135,13 +135,13 @@ fn weights_that_are_not_finite_are_named() {
 #[test]
 fn what_the_architecture_lacks_is_refused() {
     for changes in [
-        json!({"architectures": ["Qwen3ForCausalLM"]}),
+        json!({"architectures": ["Qwen2ForCausalLM"]}),
         json!({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}),
         json!({"architectures": null, "model_type": "mamba"}),
     ] {
         let error = with_config(changes);
         assert!(matches!(error, Error::UnknownArchitecture { .. }), "{error}");
-        says(&error, &["config.json", "LlamaForCausalLM"]);
+        says(&error, &["config.json", "LlamaForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM"]);
     }
     for (changes, parts) in [
         (json!({"rope_scaling": {"rope_type": "foo"}}), ["rope_scaling.rope_type", "foo"]),
@@ -149,7 +149,10 @@ fn what_the_architecture_lacks_is_refused() {
             json!({"rope_scaling": {"type": "dynamic", "factor": 2}}),
             ["rope_scaling.rope_type", "dynamic"],
         ),
-        (json!({"rope_parameters": {"rope_type": "yarn"}}), ["rope_parameters.rope_type", "yarn"]),
+        (
+            json!({"rope_parameters": {"rope_type": "longrope"}}),
+            ["rope_parameters.rope_type", "longrope"],
+        ),
         (json!({"hidden_act": "gelu"}), ["hidden_act", "gelu"]),
         (json!({"partial_rotary_factor": 0.5}), ["partial_rotary_factor", "1"]),
         (json!({"quantization_config": {"quant_method": "gptq"}}), ["quantization_config", "gptq"]),

@@ -1,5 +1,6 @@
 //! Loading models: what is read, and what is said of files that cannot be.
 
+mod families;
 mod folder;
 mod folder_faults;
 mod gguf;

@@ -8,7 +8,8 @@ layer.*  one layer of RePo (arXiv 2512.14391, section 3) on OLMo 2: 5 tokens, hi
          held below to numbers that github.com/SakanaAI/repo at 1508a73 gave within 1e-6 in f32. All f64:
          positions [2, 5], q and k [2, 5, 8] before rotation, rotated_q and rotated_k after it, scores and
          probabilities [2, 5, 5], attention [5, 16] after o_proj, out [5, 16]; the same with positions 0..4: rope.*
-inverse.*  transformers' inverse frequencies f32 [head_dim / 2]; the names say what they are made of
+inverse.*  transformers' inverse frequencies f32 [head_dim / 2]; the names say what they are made of; YaRN's attention
+           factors beside them: scale.yarn.* f32 [1]; its cosines and sines: yarn.cos and yarn.sin f32 [4, 64]
 rotation.*  transformers' Llama rotation, head_dim 64, theta 500000: positions f32 [8], x [2, 8, 64], out f32 and
             out_bf16 (of x in bf16, stored as f32)
 """
@@ -78,6 +79,10 @@ def llama3(factor):
     return {"rope_type": "llama3", "factor": factor, **shape}
 
 
+def yarn(head_dim, theta, factor, original, **changes):
+    return rotary(head_dim, theta, rope_type="yarn", factor=factor, original_max_position_embeddings=original, **changes)
+
+
 def rotation():
     positions = torch.tensor([0, 1, 257, 15962, 131071, -37.8175, 0.1, 300.25])
     x, module = wave(16, 1, 2, 8, 64).float(), rotary(64, THETA)
@@ -99,6 +104,16 @@ golden |= {
     "inverse.llama3.5e5.128.8": rotary(128, 500000.0, **llama3(8.0)).inv_freq,
     "inverse.llama3.5e5.64.32": rotary(64, 500000.0, **llama3(32.0)).inv_freq,
 }
+for name, module in {
+    "5e5.128.2": yarn(128, THETA, 2.0, 4096),
+    "5e5.128.4": yarn(128, THETA, 4.0, 4096),
+    "1e4.64.8": yarn(64, 10000.0, 8.0, 2048, beta_fast=16.0, beta_slow=2.0, truncate=False, attention_factor=0.5),
+    "1e6.8.40": yarn(8, 1000000.0, 40.0, 32),
+}.items():
+    golden[f"inverse.yarn.{name}"] = module.inv_freq
+    golden[f"scale.yarn.{name}"] = torch.tensor([module.attention_scaling], dtype=torch.float32)
+positions = torch.tensor([[3.5, -37.8175, 4095.0, 15000.25]])
+golden["yarn.cos"], golden["yarn.sin"] = (x[0, :, :64].contiguous() for x in yarn(128, THETA, 4.0, 4096)(positions, positions))
 
 PUBLISHED = {
     "layer.positions": [-37.817552747, 3.331321071, 0.156508951, -1.343220638, 14.013732899, -14.361358680],

@@ -1,8 +1,10 @@
-//! Llama: pre-norm, grouped-query attention with rotary positions, gated MLP.
+//! A decoder, top to bottom: Llama, Qwen3 and OLMo 2.
+//!
+//! They differ in where a block's two norms stand, and in whether queries and keys have norms of their own.
 
 use crate::cache::KvCache;
 use crate::causal_lm::CausalLm;
-use crate::config::{Config, RopeScaling};
+use crate::config::{Architecture, Config, RopeScaling};
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::layers::{self, GatedMlp, Linear, RmsNorm};
@@ -11,9 +13,9 @@ use kvzap::LayerInput;
 use repo_pos::{Frequencies, Rotary, rotate};
 use tch::{Kind, Tensor};
 
-/// A Llama model, its weights in one dtype on one device.
+/// A model of one of the families of [`Architecture`](crate::Architecture), its weights in one dtype on one device.
 #[derive(Debug)]
-pub struct Llama {
+pub struct Decoder {
     config: Config,
     rotary: Rotary,
     embedding: Tensor, // [vocabulary, hidden]
@@ -26,12 +28,14 @@ pub struct Llama {
 struct Block {
     attention_norm: RmsNorm,
     qkv: Linear,
+    /// Of queries and of keys: over each head, or over all of them, as its weight is wide.
+    qk_norms: Option<[RmsNorm; 2]>,
     output: Linear,
     mlp_norm: RmsNorm,
     mlp: GatedMlp,
 }
 
-impl Llama {
+impl Decoder {
     /// Reads the weights from `weights`, one tensor at a time, into its dtype and device.
     pub fn load(weights: &Weights) -> Result<Self> {
         let config = weights.config().clone();
@@ -46,7 +50,7 @@ impl Llama {
         };
         Ok(Self {
             rotary: Rotary::new(&frequencies(&config)?, weights.device())?,
-            norm: norm(weights, "model.norm.weight")?,
+            norm: norm(weights, "model.norm.weight", hidden)?,
             embedding,
             blocks,
             head,
@@ -81,6 +85,21 @@ impl Llama {
         Ok(Some(self.rotary.angles(&positions)?))
     }
 
+    /// Adds what `branch` makes of `x` to it, normed before or after.
+    fn add(
+        &self,
+        x: Tensor,
+        norm: &RmsNorm,
+        branch: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let added = if self.config.architecture.norms_outputs() {
+            norm.forward(&branch(&x)?)?
+        } else {
+            branch(&norm.forward(&x)?)?
+        };
+        Ok(x.f_add(&added)?)
+    }
+
     fn attention(
         &self,
         layer: usize,
@@ -91,15 +110,17 @@ impl Llama {
         prefill: bool,
     ) -> Result<Tensor> {
         let (batch, tokens) = (hidden.size()[0], hidden.size()[1]);
-        let (query_heads, kv_heads) = (self.config.query_heads as i64, self.config.kv_heads as i64);
-        let mut projected = self.blocks[layer].qkv.forward(hidden)?;
+        let [query_heads, kv_heads, head_dim] =
+            [self.config.query_heads, self.config.kv_heads, self.config.head_dim].map(|n| n as i64);
+        let mut projected = self.blocks[layer]
+            .project(hidden, [query_heads, kv_heads].map(|heads| heads * head_dim))?;
         let repositioned = self.repositioned(layer, hidden, hooks)?;
         let (cos, sin) = repositioned.as_ref().unwrap_or(index_angles);
         let turned = query_heads + kv_heads;
         let sizes = [turned as usize, self.config.head_dim];
         let in_place = layers::rotate_token(&mut projected, sizes, cos, sin);
         let heads = projected
-            .f_view([batch, tokens, query_heads + 2 * kv_heads, self.config.head_dim as i64])?
+            .f_view([batch, tokens, query_heads + 2 * kv_heads, head_dim])?
             .f_transpose(1, 2)?; // [batch, query_heads + 2 kv_heads, tokens, head_dim]
         let rotated = heads.f_narrow(1, 0, turned)?;
         let rotated = if in_place { rotated } else { rotate(&rotated, cos, sin)? };
@@ -115,7 +136,7 @@ impl Llama {
     }
 }
 
-impl CausalLm for Llama {
+impl CausalLm for Decoder {
     fn config(&self) -> &Config {
         &self.config
     }
@@ -132,9 +153,10 @@ impl CausalLm for Llama {
 
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            let hidden = block.attention_norm.forward(&x)?;
-            x = x.f_add(&self.attention(layer, &hidden, &angles, cache, hooks, first == 0)?)?;
-            x = x.f_add(&block.mlp.forward(&block.mlp_norm.forward(&x)?)?)?;
+            x = self.add(x, &block.attention_norm, |hidden| {
+                self.attention(layer, hidden, &angles, cache, hooks, first == 0)
+            })?;
+            x = self.add(x, &block.mlp_norm, |hidden| block.mlp.forward(hidden))?;
         }
         self.norm.forward(&x)
     }
@@ -162,15 +184,30 @@ impl Block {
         let mlp = |name, out, input| {
             linear(weights, &format!("{prefix}.mlp.{name}_proj"), out, input, config.mlp_bias)
         };
+        let norm = |name, width| norm(weights, &format!("{prefix}.{name}.weight"), width);
+        let [attention_norm, mlp_norm] = if config.architecture.norms_outputs() {
+            ["post_attention_layernorm", "post_feedforward_layernorm"]
+        } else {
+            ["input_layernorm", "post_attention_layernorm"]
+        };
+        let qk_widths = match config.architecture {
+            Architecture::Llama => None,
+            Architecture::Qwen3 => Some([config.head_dim as i64; 2]),
+            Architecture::Olmo2 => Some([queries, kv]),
+        };
         Ok(Self {
-            attention_norm: norm(weights, &format!("{prefix}.input_layernorm.weight"))?,
+            attention_norm: norm(attention_norm, hidden)?,
             qkv: Linear::joined(vec![
                 attention("q", queries, hidden, config.attention_bias)?,
                 attention("k", kv, hidden, config.attention_bias)?,
                 attention("v", kv, hidden, config.attention_bias)?,
             ])?,
+            qk_norms: match qk_widths {
+                Some([q, k]) => Some([norm("self_attn.q_norm", q)?, norm("self_attn.k_norm", k)?]),
+                None => None,
+            },
             output: attention("o", hidden, queries, config.output_bias)?,
-            mlp_norm: norm(weights, &format!("{prefix}.post_attention_layernorm.weight"))?,
+            mlp_norm: norm(mlp_norm, hidden)?,
             mlp: GatedMlp {
                 gate_up: Linear::joined(vec![
                     mlp("gate", intermediate, hidden)?,
@@ -180,6 +217,19 @@ impl Block {
             },
         })
     }
+
+    /// Queries (`widths[0]` wide), keys (`widths[1]`) and values side by side, the first two normed.
+    fn project(&self, hidden: &Tensor, widths: [i64; 2]) -> Result<Tensor> {
+        let projected = self.qkv.forward(hidden)?; // [batch, tokens, queries + keys + values]
+        let mut start = 0;
+        for (norm, width) in self.qk_norms.iter().flatten().zip(widths) {
+            let mut part = projected.f_narrow(2, start, width)?;
+            let runs = part.f_unflatten(2, [-1, norm.weight.size()[0]])?;
+            part.f_copy_(&norm.forward(&runs)?.f_flatten(2, 3)?)?;
+            start += width;
+        }
+        Ok(projected)
+    }
 }
 
 fn linear(weights: &Weights, name: &str, out: i64, input: i64, bias: bool) -> Result<Linear> {
@@ -187,10 +237,9 @@ fn linear(weights: &Weights, name: &str, out: i64, input: i64, bias: bool) -> Re
     Ok(Linear { weight: weights.tensor(&format!("{name}.weight"), &[out, input])?, bias })
 }
 
-fn norm(weights: &Weights, name: &str) -> Result<RmsNorm> {
-    let config = weights.config();
-    let weight = weights.tensor(name, &[config.hidden_size as i64])?;
-    Ok(RmsNorm { weight, epsilon: config.norm_epsilon })
+fn norm(weights: &Weights, name: &str, width: i64) -> Result<RmsNorm> {
+    let weight = weights.tensor(name, &[width])?;
+    Ok(RmsNorm { weight, epsilon: weights.config().norm_epsilon })
 }
 
 fn frequencies(config: &Config) -> Result<Frequencies> {
@@ -201,6 +250,7 @@ fn frequencies(config: &Config) -> Result<Frequencies> {
         RopeScaling::Llama3 { factor, low, high, original } => {
             Frequencies::llama3(theta, head_dim, *factor, *low, *high, *original)?
         }
+        RopeScaling::Yarn(yarn) => Frequencies::yarn(theta, head_dim, *yarn)?,
         RopeScaling::Divisors(divisors) => Frequencies::divided(theta, head_dim, divisors)?,
     })
 }
