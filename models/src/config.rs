@@ -1,6 +1,7 @@
 //! The shapes and constants of a model, whatever file they come from.
 
 use crate::error::{Error, Result};
+use crate::positions::LayerPositions;
 use repo_pos::Yarn;
 use std::path::Path;
 
@@ -77,6 +78,8 @@ pub struct Config {
     pub rope_theta: f64,
     /// How these are stretched.
     pub rope_scaling: RopeScaling,
+    /// By what each layer turns its queries and keys.
+    pub positions: Vec<LayerPositions>,
     /// The context the model was made for, in tokens.
     pub max_positions: usize,
     /// Whether the embedding serves as the output layer; else the files hold `lm_head.weight`.

@@ -8,16 +8,19 @@ use crate::config::{Architecture, Config, RopeScaling};
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::layers::{self, GatedMlp, Linear, RmsNorm};
+use crate::positions::{self, LayerPositions};
 use crate::weights::Weights;
 use kvzap::LayerInput;
-use repo_pos::{Frequencies, Rotary, rotate};
-use tch::{Kind, Tensor};
+use repo_pos::{Frequencies, Precision, Repositioner, Rotary, RoundZ, TorchRepo, rotate};
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
 
 /// A model of one of the families of [`Architecture`](crate::Architecture), its weights in one dtype on one device.
 #[derive(Debug)]
 pub struct Decoder {
     config: Config,
     rotary: Rotary,
+    repo: TorchRepo,
     embedding: Tensor, // [vocabulary, hidden]
     blocks: Vec<Block>,
     norm: RmsNorm,
@@ -35,9 +38,23 @@ struct Block {
     mlp: GatedMlp,
 }
 
+/// Cosines and sines, `[batch, 1 or kv_heads, tokens, head_dim / 2]`.
+type Angles = (Tensor, Tensor);
+
+/// The new tokens' indices in the text, f32 `[1, 1, tokens]`, and their angles.
+struct Index {
+    positions: Tensor,
+    angles: Angles,
+}
+
 impl Decoder {
     /// Reads the weights from `weights`, one tensor at a time, into its dtype and device.
     pub fn load(weights: &Weights) -> Result<Self> {
+        Self::load_with(weights, RoundZ::None, Precision::Parity)
+    }
+
+    /// The same, with learned positions rounded as `round` says and angles as `precision`.
+    pub fn load_with(weights: &Weights, round: RoundZ, precision: Precision) -> Result<Self> {
         let config = weights.config().clone();
         let (hidden, vocab) = (config.hidden_size as i64, config.vocab_size as i64);
         let embedding = weights.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
@@ -49,7 +66,11 @@ impl Decoder {
             weights.tensor("lm_head.weight", &[vocab, hidden])?
         };
         Ok(Self {
-            rotary: Rotary::new(&frequencies(&config)?, weights.device())?,
+            rotary: Rotary::new(
+                &frequencies(&config)?.with_precision(precision),
+                weights.device(),
+            )?,
+            repo: positions::load(weights, round)?,
             norm: norm(weights, "model.norm.weight", hidden)?,
             embedding,
             blocks,
@@ -58,30 +79,39 @@ impl Decoder {
         })
     }
 
-    /// Cosines and sines for the queries and keys of `layer`, broadcastable to
-    /// `[batch, query_heads + kv_heads, tokens, head_dim / 2]`; `None` leaves the token's index.
-    fn repositioned(
+    /// Cosines and sines for the heads of `layer`: one row for all, or one for each kv head, whose queries share it. `None`
+    /// turns nothing.
+    fn angles(
         &self,
         layer: usize,
         hidden: &Tensor,
+        index: &Index,
         hooks: &Hooks,
-    ) -> Result<Option<(Tensor, Tensor)>> {
-        let Some(repositioner) = &hooks.repositioner else { return Ok(None) };
-        let Some(positions) = repositioner.positions(layer, hidden)? else { return Ok(None) };
-        let (kv_heads, group) = (self.config.kv_heads as i64, self.config.group() as i64);
-        let heads = positions.size()[1];
-        let positions = if heads == 1 {
-            positions
-        } else if heads == kv_heads {
-            let queries = positions.f_repeat_interleave_self_int(group, 1, None)?;
-            Tensor::f_cat(&[queries, positions], 1)?
-        } else {
-            return Err(Error::PositionHeads {
-                layer,
-                heads: heads as usize,
-                kv_heads: self.config.kv_heads,
-            });
+    ) -> Result<Option<Angles>> {
+        let plain = || Some((index.angles.0.shallow_clone(), index.angles.1.shallow_clone()));
+        let positions = match (&hooks.repositioner, self.config.positions[layer]) {
+            (Some(hook), _) => hook.positions(layer, hidden)?,
+            (None, LayerPositions::Nope) => return Ok(None),
+            (None, _) => self.repo.positions(layer, hidden)?,
         };
+        let Some(mut positions) = positions else { return Ok(plain()) };
+        let (heads, kv_heads) = (positions.size()[1] as usize, self.config.kv_heads);
+        if heads != 1 && heads != kv_heads {
+            return Err(Error::PositionHeads { layer, heads, kv_heads });
+        }
+        // A sum in f64 is finite where every f32 is; a card would have to be waited for.
+        if positions.device() == Device::Cpu
+            && !positions.f_sum(Kind::Double)?.f_double_value(&[])?.is_finite()
+        {
+            return Err(Error::PositionNotFinite { layer });
+        }
+        if hooks.toward_index != 0.0 {
+            let towards = index.positions.f_mul_scalar(hooks.toward_index)?;
+            positions = positions.f_mul_scalar(1.0 - hooks.toward_index)?.f_add(&towards)?;
+        }
+        if let Some(sink) = &hooks.on_positions {
+            sink(layer, &positions);
+        }
         Ok(Some(self.rotary.angles(&positions)?))
     }
 
@@ -104,7 +134,7 @@ impl Decoder {
         &self,
         layer: usize,
         hidden: &Tensor,
-        index_angles: &(Tensor, Tensor),
+        index: &Index,
         cache: &mut dyn KvCache,
         hooks: &Hooks,
         prefill: bool,
@@ -114,18 +144,27 @@ impl Decoder {
             [self.config.query_heads, self.config.kv_heads, self.config.head_dim].map(|n| n as i64);
         let mut projected = self.blocks[layer]
             .project(hidden, [query_heads, kv_heads].map(|heads| heads * head_dim))?;
-        let repositioned = self.repositioned(layer, hidden, hooks)?;
-        let (cos, sin) = repositioned.as_ref().unwrap_or(index_angles);
-        let turned = query_heads + kv_heads;
-        let sizes = [turned as usize, self.config.head_dim];
-        let in_place = layers::rotate_token(&mut projected, sizes, cos, sin);
+        let angles = self.angles(layer, hidden, index, hooks)?;
+        let spans = [0..query_heads, query_heads..query_heads + kv_heads];
+        let mut turned = angles.is_none();
+        if let Some(angles) = &angles {
+            // All or none of them: what suits keys suits the queries that share their positions.
+            turned = spans.clone().into_iter().all(|heads| {
+                layers::rotate_token(&mut projected, heads, self.config.head_dim, angles)
+            });
+        }
         let heads = projected
             .f_view([batch, tokens, query_heads + 2 * kv_heads, head_dim])?
             .f_transpose(1, 2)?; // [batch, query_heads + 2 kv_heads, tokens, head_dim]
-        let rotated = heads.f_narrow(1, 0, turned)?;
-        let rotated = if in_place { rotated } else { rotate(&rotated, cos, sin)? };
-        let queries = rotated.f_narrow(1, 0, query_heads)?;
-        let keys = rotated.f_narrow(1, query_heads, kv_heads)?;
+        let rotated = |span: Range<i64>| -> Result<Tensor> {
+            let x = heads.f_narrow(1, span.start, span.end - span.start)?;
+            match &angles {
+                Some((cos, sin)) if !turned => Ok(rotate(&x, cos, sin)?),
+                _ => Ok(x),
+            }
+        };
+        let [queries, keys] = spans.map(rotated);
+        let (queries, keys) = (queries?, keys?);
         let values = heads.f_narrow(1, query_heads + kv_heads, kv_heads)?;
 
         let input = LayerInput { layer, hidden, queries: &queries, keys: &keys, values: &values };
@@ -149,12 +188,13 @@ impl CausalLm for Decoder {
             first as i64 + count,
             (Kind::Float, tokens.device()),
         )?;
-        let angles = self.rotary.angles(&index.f_view([1, 1, count])?)?;
+        let index = index.f_view([1, 1, count])?;
+        let index = Index { angles: self.rotary.angles(&index)?, positions: index };
 
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             x = self.add(x, &block.attention_norm, |hidden| {
-                self.attention(layer, hidden, &angles, cache, hooks, first == 0)
+                self.attention(layer, hidden, &index, cache, hooks, first == 0)
             })?;
             x = self.add(x, &block.mlp_norm, |hidden| block.mlp.forward(hidden))?;
         }

@@ -74,6 +74,20 @@ pub enum Error {
         advice: &'static str,
     },
 
+    /// A layer has a position map that the config gives to others.
+    #[error(
+        "{}: tensor {tensor} is there, but the config gives position maps to layers {planned:?}; \
+         take pe_config and weights of the same model", path.display()
+    )]
+    StrayMap {
+        /// The config.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The layers that have learned positions after the config, from 0.
+        planned: Vec<usize>,
+    },
+
     /// A tensor has other dimensions than the config says.
     #[error(
         "{}: tensor {tensor} has shape {found:?}, the config asks for {wanted:?}; \
@@ -239,6 +253,13 @@ pub enum Error {
         heads: usize,
         /// Key/value heads of the model.
         kv_heads: usize,
+    },
+
+    /// A position is NaN or infinite.
+    #[error("layer {layer}: a position is NaN or infinite; check the repositioner and the weights")]
+    PositionNotFinite {
+        /// The layer.
+        layer: usize,
     },
 
     /// A sampling setting is outside its range.

@@ -7,9 +7,10 @@ mod shard;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::positions;
 use crate::weights::Stored;
-use fields::Fields;
-use shard::Shard;
+pub(crate) use fields::Fields;
+pub(crate) use shard::Shard;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
 
@@ -46,7 +47,14 @@ impl Folder {
                 path.join(config::FILE).display()
             ));
         }
-        Ok(Self { path: path.to_owned(), config, shards, tensors, notes })
+        let folder = Self { path: path.to_owned(), config, shards, tensors, notes };
+        positions::reconcile(
+            &folder.config.positions,
+            &path.join(config::FILE),
+            |name| folder.has(name),
+            |name| folder.missing(name, "take pe_config and weights of the same model"),
+        )?;
+        Ok(folder)
     }
 
     /// The model's shapes and constants.

@@ -10,9 +10,18 @@ use tch::Tensor;
 pub struct Hooks {
     /// Decides which tokens leave the cache; `None` keeps all.
     pub pruning: Option<Pruning>,
-    /// Real-valued positions; `None`, and layers for which it returns `None`, use the token's index.
+    /// Real-valued positions in place of the model's own; layers for which it returns `None` use the token's index. Without
+    /// it each layer stands as its config says.
     pub repositioner: Option<Box<dyn Repositioner<Tensor> + Send>>,
+    /// How far real-valued positions are moved to the token's index: not at all at 0, and at 1 they are the index, exactly
+    /// plain rotary embedding (`dynamic_pe_pdrop` of the published code).
+    pub toward_index: f64,
+    /// Sees the positions of each layer that has real-valued ones, f32 `[batch, kv_heads, tokens]`, as they turn the keys.
+    pub on_positions: Option<PositionSink>,
 }
+
+/// Takes a layer and its positions.
+pub type PositionSink = Box<dyn Fn(usize, &Tensor) + Send>;
 
 /// A scorer, and the policy that turns its scores into decisions.
 pub struct Pruning {
@@ -28,7 +37,7 @@ pub struct Pruning {
 impl Hooks {
     /// Hooks that prune and leave positions alone.
     pub fn pruning(pruning: Pruning) -> Self {
-        Self { pruning: Some(pruning), repositioner: None }
+        Self { pruning: Some(pruning), ..Self::default() }
     }
 
     /// The drop bits of a layer's new tokens, `[batch, kv_heads, tokens]` bool; `None` keeps them all.

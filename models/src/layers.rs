@@ -3,6 +3,7 @@
 use crate::bridge;
 use crate::error::Result;
 use crate::gemv::gemv;
+use std::ops::Range;
 use tch::Tensor;
 
 /// `x · weightᵀ + bias`; `weight` is `[out, in]`.
@@ -45,24 +46,30 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     Ok(x.f_linear(weight, bias)?)
 }
 
-/// Rotates the first `heads` heads of one token in place, as [`repo_pos::rotate`] does, and says whether it could: `x` is
-/// f32 on the CPU, and one row of angles serves all heads. For a decode step, whose work is less than calls into libtorch.
+/// Rotates some heads of one token in place, as [`repo_pos::rotate`] does, and says whether it could: `x`,
+/// `[1, 1, all heads * head_dim]`, is f32 on the CPU. For a decode step, whose work is less than calls into libtorch.
 pub(crate) fn rotate_token(
     x: &mut Tensor,
-    [heads, head_dim]: [usize; 2],
-    cos: &Tensor,
-    sin: &Tensor,
+    heads: Range<i64>,
+    head_dim: usize,
+    (cos, sin): &(Tensor, Tensor),
 ) -> bool {
     let (Some(cos), Some(sin)) = (bridge::floats(cos), bridge::floats(sin)) else { return false };
+    let heads = heads.start as usize..heads.end as usize;
     let pairs = head_dim / 2;
+    let rows = cos.len() / pairs; // one for each run of heads
     let one = x.size().iter().rev().skip(1).all(|&n| n == 1);
-    if !one || cos.len() != pairs || sin.len() != pairs {
+    if !one || sin.len() != cos.len() || rows == 0 || !heads.len().is_multiple_of(rows) {
         return false;
     }
+    let group = heads.len() / rows;
     let Some(row) = bridge::floats_mut(x) else { return false };
-    for head in row.chunks_exact_mut(2 * pairs).take(heads) {
-        let (first, second) = head.split_at_mut(pairs);
-        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+    let row = &mut row[heads.start * head_dim..heads.end * head_dim];
+    for (head, x) in row.chunks_exact_mut(head_dim).enumerate() {
+        let angles = head / group * pairs..(head / group + 1) * pairs;
+        let (first, second) = x.split_at_mut(pairs);
+        let turns = cos[angles.clone()].iter().zip(&sin[angles]);
+        for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(turns) {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }

@@ -17,6 +17,7 @@ mod kvzip;
 mod layers;
 mod model;
 mod paged;
+mod positions;
 mod sampling;
 mod session;
 mod tokenizer;
@@ -30,18 +31,19 @@ pub use decoder::Decoder;
 pub use device::cuda;
 pub use error::{Error, Result};
 pub use fan::Fan;
-pub use hooks::{Hooks, Pruning};
+pub use hooks::{Hooks, PositionSink, Pruning};
 pub use kvzip::{kvzip, kvzip_passes};
 pub use model::Model;
 pub use paged::{Paged, cache_shape};
 pub use paged_kernels::{Cpu, Reference};
+pub use positions::LayerPositions;
 pub use sampling::{Sampler, Sampling};
 pub use session::{Generated, Session, Stop};
 pub use tokenizer::{GgufVocabulary, Specials, Tokenizer};
 pub use weights::{Source, Weights, open};
 
 pub use kvzap::WINDOW;
-pub use repo_pos::Yarn;
+pub use repo_pos::{Precision, RoundZ, Yarn};
 
 /// The examples of the front page, compiled.
 #[cfg(doctest)]

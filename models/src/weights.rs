@@ -122,6 +122,11 @@ impl Weights {
     /// Beside the tensor itself only a few hundred kilobytes are held. Errors if it is missing, of
     /// another shape than `shape`, in a type that cannot be read, or not finite throughout.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        self.tensor_as(name, shape, self.kind)
+    }
+
+    /// The same in a dtype of its own.
+    pub(crate) fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
         let stored = self.source.stored(name)?;
         if !stored.shape.iter().map(|&n| i64::try_from(n).ok()).eq(shape.iter().map(|&n| Some(n))) {
             return Err(Error::WrongShape {
@@ -131,7 +136,12 @@ impl Weights {
                 found: stored.shape,
             });
         }
-        Ok(stored.read(self.kind)?.f_to_device(self.device)?)
+        Ok(stored.read(kind)?.f_to_device(self.device)?)
+    }
+
+    /// The shape of a tensor as it is stored.
+    pub(crate) fn shape(&self, name: &str) -> Result<Vec<usize>> {
+        Ok(self.source.stored(name)?.shape)
     }
 }
 

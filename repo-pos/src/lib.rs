@@ -15,4 +15,4 @@ pub use frequencies::{Frequencies, Precision, Yarn};
 pub use module::{Module, Repo};
 pub use reposition::Repositioner;
 #[cfg(feature = "tch")]
-pub use torch::{Rotary, TorchModule, TorchRepo, rotate};
+pub use torch::{Rotary, RoundZ, TorchModule, TorchRepo, rotate};

@@ -87,6 +87,27 @@ fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Ok(Tensor::f_cat(&[a, b], -1)?)
 }
 
+/// What positions are computed in, and rounded to: the dtype of a [`TorchModule`]'s maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RoundZ {
+    /// Not at all: f32 in any model. The accurate choice.
+    #[default]
+    None,
+    /// The dtype of the model, as the published code does. In bf16 that is up to 0.125 near 50, as many radians in the
+    /// fastest pair.
+    ModelDtype,
+}
+
+impl RoundZ {
+    /// The dtype of the maps in a model of dtype `model`.
+    pub fn kind(self, model: Kind) -> Kind {
+        match self {
+            Self::None => Kind::Float,
+            Self::ModelDtype => model,
+        }
+    }
+}
+
 /// RePo's position module of one layer (see [`Module`]) on tch.
 #[derive(Debug)]
 pub struct TorchModule {
@@ -118,9 +139,7 @@ impl TorchModule {
 
     /// Positions, f32 `[batch, heads, tokens]`, of `hidden` `[batch, tokens, hidden]`.
     ///
-    /// Computed in the dtype of the maps: `hidden` is converted to it. Maps in f32 are the accurate
-    /// choice also for a bf16 model; maps in bf16 round positions as the published code does, by up
-    /// to 0.125 near 50, which is as many radians in the fastest pair.
+    /// Computed in the dtype of the maps, which [`RoundZ`] chooses: `hidden` is converted to it.
     ///
     /// # Errors
     /// A hidden size that is not the maps'.
@@ -148,7 +167,7 @@ impl TorchModule {
 pub struct TorchRepo(Vec<Option<TorchModule>>);
 
 impl TorchRepo {
-    /// Copies plain modules to `device` in `kind`; see [`TorchModule::positions`] for the choice.
+    /// Copies plain modules to `device` in `kind`; see [`RoundZ`] for the choice.
     pub fn new(repo: &Repo, kind: Kind, device: Device) -> Result<Self> {
         let tensor = |map: &[f32], rows: usize| -> Result<Tensor> {
             let map = Tensor::f_from_slice(map)?.f_reshape([rows as i64, -1])?;

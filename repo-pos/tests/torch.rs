@@ -5,8 +5,8 @@ mod common;
 
 use common::{assert_close, golden, golden_f32, module, wave};
 use repo_pos::{
-    Array, Error, Frequencies, Precision, Repo, Repositioner, Rotary, TorchModule, TorchRepo, Yarn,
-    rotate,
+    Array, Error, Frequencies, Precision, Repo, Repositioner, Rotary, RoundZ, TorchModule,
+    TorchRepo, Yarn, rotate,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -114,12 +114,14 @@ fn a_bf16_model_may_keep_accurate_positions() {
     let exact = module().positions(&array).unwrap();
     let exact: Vec<_> = exact.data().iter().map(|&z| z.into()).collect();
 
-    let found = TorchRepo::new(&repo, Kind::Float, Device::Cpu).unwrap();
+    let maps =
+        |round: RoundZ| TorchRepo::new(&repo, round.kind(Kind::BFloat16), Device::Cpu).unwrap();
+    let found = maps(RoundZ::None);
     let found = found.positions(0, &rounded).unwrap().unwrap();
     assert_eq!(found.kind(), Kind::Float);
     assert_close("maps in f32", &values(&found), &exact, 1e-4);
 
-    let coarse = TorchRepo::new(&repo, Kind::BFloat16, Device::Cpu).unwrap();
+    let coarse = maps(RoundZ::ModelDtype);
     let coarse = coarse.positions(0, &rounded).unwrap().unwrap();
     assert_eq!(coarse.kind(), Kind::Float);
     assert_ne!(values(&coarse), values(&found));

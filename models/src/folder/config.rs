@@ -4,6 +4,7 @@
 use super::fields::Fields;
 use crate::config::{Architecture, Config, RopeScaling};
 use crate::error::{Error, Result};
+use crate::positions;
 use repo_pos::Yarn;
 use std::path::Path;
 
@@ -41,7 +42,7 @@ pub(super) fn read(folder: &Path) -> Result<Config> {
         eos_tokens = generation.tokens("eos_token_id")?.or(eos_tokens);
         bos_token = generation.tokens("bos_token_id")?.or(bos_token);
     }
-    Config {
+    let config = Config {
         architecture,
         vocab_size: fields.required("vocab_size", Fields::count)?,
         hidden_size,
@@ -57,6 +58,7 @@ pub(super) fn read(folder: &Path) -> Result<Config> {
         norm_epsilon: fields.number("rms_norm_eps")?.unwrap_or(epsilon),
         rope_theta,
         rope_scaling,
+        positions: Vec::new(),
         max_positions,
         tied_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
         attention_bias,
@@ -65,7 +67,8 @@ pub(super) fn read(folder: &Path) -> Result<Config> {
         eos_tokens: eos_tokens.unwrap_or_default(),
         bos_token: bos_token.and_then(|tokens| tokens.first().copied()),
     }
-    .checked(fields.path())
+    .checked(fields.path())?;
+    Ok(Config { positions: positions::planned(&fields, config.layers)?, ..config })
 }
 
 fn architecture(fields: &Fields) -> Result<Architecture> {

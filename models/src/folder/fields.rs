@@ -5,13 +5,13 @@ use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
 /// An object of a JSON file. A field that is absent or `null` is `None`.
-pub(super) struct Fields {
+pub(crate) struct Fields {
     path: PathBuf,
     map: Map<String, Value>,
 }
 
 impl Fields {
-    pub(super) fn read(path: &Path) -> Result<Self> {
+    pub(crate) fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read(path).map_err(|cause| Error::Io {
             path: path.to_owned(),
             cause,
@@ -27,45 +27,45 @@ impl Fields {
         Ok(Self { path: path.to_owned(), map })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// The fields of an object inside this one.
-    pub(super) fn within(&self, key: &str) -> Result<Option<Self>> {
+    pub(crate) fn within(&self, key: &str) -> Result<Option<Self>> {
         Ok(self.object(key)?.map(|map| Self { path: self.path.clone(), map: map.clone() }))
     }
 
-    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         self.map.keys().map(String::as_str)
     }
 
-    pub(super) fn value(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn value(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    pub(super) fn object(&self, key: &str) -> Result<Option<&Map<String, Value>>> {
+    pub(crate) fn object(&self, key: &str) -> Result<Option<&Map<String, Value>>> {
         self.typed(key, "an object", Value::as_object)
     }
 
-    pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&str>> {
         self.typed(key, "a string", Value::as_str)
     }
 
-    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+    pub(crate) fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", Value::as_bool)
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a number", Value::as_f64)
     }
 
-    pub(super) fn count(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn count(&self, key: &str) -> Result<Option<usize>> {
         self.typed(key, "a whole number from 0", |value| usize::try_from(value.as_u64()?).ok())
     }
 
     /// One token id, or a list of them.
-    pub(super) fn tokens(&self, key: &str) -> Result<Option<Vec<u32>>> {
+    pub(crate) fn tokens(&self, key: &str) -> Result<Option<Vec<u32>>> {
         let token = |value: &Value| u32::try_from(value.as_u64()?).ok();
         self.typed(key, "a token id or a list of them", |value| match value.as_array() {
             Some(list) => list.iter().map(token).collect(),
@@ -74,7 +74,7 @@ impl Fields {
     }
 
     /// A field that must be there.
-    pub(super) fn required<T>(
+    pub(crate) fn required<T>(
         &self,
         key: &str,
         read: impl FnOnce(&Self, &str) -> Result<Option<T>>,
@@ -82,11 +82,11 @@ impl Fields {
         read(self, key)?.ok_or_else(|| self.missing(key))
     }
 
-    pub(super) fn missing(&self, key: &str) -> Error {
+    pub(crate) fn missing(&self, key: &str) -> Error {
         self.wrong(key, "a value", &"absent")
     }
 
-    pub(super) fn wrong(&self, key: &str, wanted: &str, found: &dyn std::fmt::Display) -> Error {
+    pub(crate) fn wrong(&self, key: &str, wanted: &str, found: &dyn std::fmt::Display) -> Error {
         // A value can be a whole object: enough of it to recognise.
         let found: String = found.to_string().chars().take(80).collect();
         Error::Format {

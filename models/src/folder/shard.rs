@@ -9,7 +9,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 #[derive(Debug)]
-pub(super) struct Shard {
+pub(crate) struct Shard {
     path: PathBuf,
     map: Mmap,
     header: Metadata,
@@ -18,7 +18,7 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let unreadable = |cause| Error::Io {
             path: path.to_owned(),
             cause,
@@ -36,20 +36,20 @@ impl Shard {
         Ok(Self { path: path.to_owned(), map, header, data })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(super) fn has(&self, name: &str) -> bool {
+    pub(crate) fn has(&self, name: &str) -> bool {
         self.header.info(name).is_some()
     }
 
-    pub(super) fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         self.header.offset_keys()
     }
 
     /// A tensor that [`Self::has`].
-    pub(super) fn stored(&self, name: &str) -> Result<Stored<'_>> {
+    pub(crate) fn stored(&self, name: &str) -> Result<Stored<'_>> {
         let missing = || Error::MissingTensor {
             path: self.path.clone(),
             tensor: name.to_owned(),

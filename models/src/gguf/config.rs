@@ -4,6 +4,7 @@ use super::metadata::Metadata;
 use super::stored;
 use crate::config::{Architecture, Config, RopeScaling};
 use crate::error::{Error, Result};
+use crate::positions::LayerPositions;
 use crate::weights::Encoding;
 
 pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
@@ -34,7 +35,7 @@ pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
     for end in ends {
         eos_tokens.extend(end?.filter(|token| !eos_tokens.contains(token)));
     }
-    Config {
+    let config = Config {
         architecture,
         // The embedding's own rows: files differ on whether `llama.vocab_size` counts padding.
         vocab_size: embedding.shape[0],
@@ -48,6 +49,7 @@ pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
             .required(&key("attention.layer_norm_rms_epsilon"), Metadata::number)?,
         rope_theta: metadata.number(&key("rope.freq_base"))?.unwrap_or(10_000.0),
         rope_scaling: scaling(metadata, key)?,
+        positions: Vec::new(),
         max_positions: count("context_length")?,
         tied_embeddings: !tensors.contains_key("output.weight"),
         attention_bias: tensors.contains_key("blk.0.attn_q.bias"),
@@ -56,7 +58,8 @@ pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
         eos_tokens,
         bos_token: metadata.token("tokenizer.ggml.bos_token_id")?,
     }
-    .checked(metadata.path)
+    .checked(metadata.path)?;
+    Ok(Config { positions: vec![LayerPositions::Rope; config.layers], ..config })
 }
 
 /// Settings that change what the model computes, and that would be passed over in silence

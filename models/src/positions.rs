@@ -1,0 +1,111 @@
+//! Where the tokens of each layer stand: what RePo's `pe_config` says, held to the tensors that there are.
+
+use crate::error::{Error, Result};
+use crate::folder::Fields;
+use crate::weights::Weights;
+use repo_pos::{RoundZ, TorchModule, TorchRepo};
+use std::path::Path;
+
+/// By what a layer turns its queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerPositions {
+    /// The token's index: plain rotary embedding.
+    Rope,
+    /// Nothing.
+    Nope,
+    /// Positions that the layer's own maps read off the hidden state (RePo, arXiv 2512.14391), one a kv head.
+    Repo,
+}
+
+/// The maps of a layer, as checkpoints call them.
+const MAPS: [&str; 3] = ["gate_map", "content_map", "final_map"];
+
+/// Reads `pe_config` as the published checkpoints have it, for a model of `layers` layers; plain where there is none.
+///
+/// Their code reads `dynmaic_pe_start_layer` and `dynmaic_pe_layer_ids`, misspelt so, and writes both spellings; the
+/// misspelt one counts here too.
+pub(crate) fn planned(fields: &Fields, layers: usize) -> Result<Vec<LayerPositions>> {
+    let mut plan = vec![LayerPositions::Rope; layers];
+    let Some(pe) = fields.within("pe_config")? else { return Ok(plan) };
+    let mode = match pe.text("dynamic_pe_mode")?.unwrap_or("none") {
+        "none" => return Ok(plan),
+        "nope" => LayerPositions::Nope,
+        "swigluex_multihead" => LayerPositions::Repo,
+        found => {
+            return Err(Error::Unsupported {
+                path: fields.path().to_owned(),
+                field: "pe_config.dynamic_pe_mode".to_owned(),
+                found: format!("{found:?}"),
+                supported: "\"none\", \"nope\" and \"swigluex_multihead\"",
+                advice: "choose a model without it; ignoring it would give wrong answers",
+            });
+        }
+    };
+    let start = pe.count("dynmaic_pe_start_layer")?.or(pe.count("dynamic_pe_start_layer")?);
+    let key = match pe.value("dynmaic_pe_layer_ids") {
+        Some(_) => "dynmaic_pe_layer_ids",
+        None => "dynamic_pe_layer_ids",
+    };
+    let ids = pe.text(key)?.unwrap_or_default();
+    let listed = ids.split(',').map(str::trim).filter(|id| !id.is_empty()).map(|id| {
+        id.parse().ok().filter(|&id: &usize| id < layers).ok_or_else(|| {
+            pe.wrong(&format!("pe_config.{key}"), &format!("layers from 0 to {}", layers - 1), &ids)
+        })
+    });
+    let listed = listed.collect::<Result<Vec<_>>>()?;
+    for (layer, positions) in plan.iter_mut().enumerate().skip(start.unwrap_or(0)) {
+        if listed.is_empty() || listed.contains(&layer) {
+            *positions = mode;
+        }
+    }
+    Ok(plan)
+}
+
+/// Refuses maps that are missing from a layer of the plan, and maps in any other: which of the two is right, nobody can
+/// tell. `path` is the file to blame for the latter, `missing` makes the error for the former.
+pub(crate) fn reconcile(
+    plan: &[LayerPositions],
+    path: &Path,
+    has: impl Fn(&str) -> bool,
+    missing: impl Fn(&str) -> Error,
+) -> Result<()> {
+    for (layer, &positions) in plan.iter().enumerate() {
+        for tensor in MAPS.map(|map| name(layer, map)) {
+            match (positions == LayerPositions::Repo, has(&tensor)) {
+                (true, false) => return Err(missing(&tensor)),
+                (false, true) => {
+                    let layers = (0..plan.len()).filter(|&l| plan[l] == LayerPositions::Repo);
+                    let planned = layers.collect();
+                    return Err(Error::StrayMap { path: path.to_owned(), tensor, planned });
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The position modules of the layers that have one. Their width is that of the tensors: `hidden / 8` in the published
+/// models.
+pub(crate) fn load(weights: &Weights, round: RoundZ) -> Result<TorchRepo> {
+    let config = weights.config();
+    let [hidden, heads] = [config.hidden_size, config.kv_heads].map(|n| n as i64);
+    let kind = round.kind(weights.kind());
+    let module = |layer: usize| -> Result<TorchModule> {
+        let [gate, content, last] = MAPS.map(|map| name(layer, map));
+        let width = weights.shape(&gate)?.first().map_or(0, |&rows| rows as i64).max(1);
+        Ok(TorchModule::new(
+            &weights.tensor_as(&gate, &[width, hidden], kind)?,
+            &weights.tensor_as(&content, &[width, hidden], kind)?,
+            &weights.tensor_as(&last, &[heads, width], kind)?,
+        )?)
+    };
+    let layers = config.positions.iter().enumerate().map(|(layer, &positions)| {
+        (positions == LayerPositions::Repo).then(|| module(layer)).transpose()
+    });
+    Ok(TorchRepo::from_layers(layers.collect::<Result<_>>()?)?)
+}
+
+fn name(layer: usize, map: &str) -> String {
+    format!("model.layers.{layer}.self_attn.{map}.weight")
+}
