@@ -6,6 +6,7 @@ mod folder_faults;
 mod gguf;
 mod gguf_faults;
 mod make;
+mod repo;
 
 use models::{Error, Source, Weights, open};
 use std::path::Path;
