@@ -20,6 +20,15 @@ pub enum Error {
         advice: &'static str,
     },
 
+    /// A file cannot be written.
+    #[error("cannot write {}: {cause}; does its folder exist, and may you write there?", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+
     /// A file is not what its format asks for.
     #[error("{}: {what} is {found}, wanted {wanted}; {advice}", path.display())]
     Format {
@@ -86,6 +95,31 @@ pub enum Error {
         tensor: String,
         /// The layers that have learned positions after the config, from 0.
         planned: Vec<usize>,
+    },
+
+    /// An overlay was made for another model.
+    #[error(
+        "{}: made for the model with fingerprint {wanted}, not for {} with {found}; \
+         give the very file or folder it was made for", path.display(), base.display()
+    )]
+    OtherBase {
+        /// The overlay.
+        path: PathBuf,
+        /// The model it was to be laid over.
+        base: PathBuf,
+        /// The fingerprint that the overlay names.
+        wanted: String,
+        /// The model's.
+        found: String,
+    },
+
+    /// An overlay holds a tensor that its model does not have.
+    #[error("{}: tensor {tensor} is none of the model's; write the overlay again", path.display())]
+    StrayTensor {
+        /// The overlay.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
     },
 
     /// A tensor has other dimensions than the config says.

@@ -75,6 +75,10 @@ impl Folder {
         self.tensors.contains_key(name)
     }
 
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
     pub(crate) fn stored(&self, name: &str) -> Result<Stored<'_>> {
         match self.tensors.get(name) {
             Some(&shard) => self.shards[shard].stored(name),

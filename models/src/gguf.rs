@@ -59,6 +59,11 @@ impl Gguf {
             .is_some_and(|name| self.header.tensors.contains_key(&name))
     }
 
+    /// All tensors that can be read, by their names in the file.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Stored<'_>> {
+        self.header.tensors.keys().filter_map(|name| stored(self.metadata(), name).ok())
+    }
+
     pub(crate) fn stored(&self, name: &str) -> Result<Stored<'_>> {
         let architecture = self.config.architecture;
         let in_file = names::in_gguf(name, architecture).unwrap_or_else(|| name.to_owned());

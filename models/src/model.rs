@@ -5,6 +5,7 @@ use crate::chat::ChatTemplate;
 use crate::decoder::Decoder;
 use crate::error::Result;
 use crate::gguf::Gguf;
+use crate::overlay::Overlay;
 use crate::tokenizer::{GgufVocabulary, Tokenizer};
 use crate::weights::{Source, Weights, open};
 use std::collections::BTreeMap;
@@ -34,6 +35,16 @@ impl Model {
     ///
     /// Weights become `kind`, [`Kind::Float`] or [`Kind::BFloat16`], one tensor at a time.
     pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Self> {
+        Self::load_overlaid(path, None, kind, device)
+    }
+
+    /// The same with an [`Overlay`] over it.
+    pub fn load_overlaid(
+        path: &Path,
+        overlay: Option<&Path>,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self> {
         let source = open(path)?;
         let (tokenizer, template) = match &source {
             Source::Gguf(file) => from_gguf(file)?,
@@ -49,7 +60,10 @@ impl Model {
         if template.is_none() {
             notes.push("the model brings no chat template: prompts are plain text".to_owned());
         }
-        let weights = Weights::new(source, kind, device)?;
+        let mut weights = Weights::new(source, kind, device)?;
+        if let Some(overlay) = overlay {
+            weights = weights.overlaid(Overlay::open(overlay)?)?;
+        }
         let lm = Box::new(Decoder::load(&weights)?);
         let stop = lm.config().eos_tokens.clone();
         Ok(Self { lm, tokenizer, template, stop, kind, device, notes })

@@ -106,6 +106,11 @@ pub(crate) fn load(weights: &Weights, round: RoundZ) -> Result<TorchRepo> {
     Ok(TorchRepo::from_layers(layers.collect::<Result<_>>()?)?)
 }
 
+/// Whether some layer's map is called so.
+pub(crate) fn is_map(tensor: &str, layers: usize) -> bool {
+    (0..layers).any(|layer| MAPS.iter().any(|map| name(layer, map) == tensor))
+}
+
 fn name(layer: usize, map: &str) -> String {
     format!("model.layers.{layer}.self_attn.{map}.weight")
 }

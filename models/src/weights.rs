@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::gguf::Gguf;
+use crate::overlay::Overlay;
 pub(crate) use encoding::{Encoding, READABLE};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
@@ -72,6 +73,16 @@ impl Source {
         }
     }
 
+    /// All tensors that can be read, in the order of their names.
+    pub(crate) fn all(&self) -> Vec<Stored<'_>> {
+        let mut all: Vec<_> = match self {
+            Self::Gguf(gguf) => gguf.all().collect(),
+            Self::Folder(folder) => folder.names().filter_map(|n| folder.stored(n).ok()).collect(),
+        };
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
     fn stored(&self, name: &str) -> Result<Stored<'_>> {
         match self {
             Self::Gguf(gguf) => gguf.stored(name),
@@ -84,6 +95,8 @@ impl Source {
 #[derive(Debug)]
 pub struct Weights {
     source: Source,
+    overlay: Option<Overlay>,
+    config: Config,
     kind: Kind,
     device: Device,
 }
@@ -94,12 +107,21 @@ impl Weights {
         if !matches!(kind, Kind::Float | Kind::BFloat16) {
             return Err(Error::WeightKind(format!("{kind:?}")));
         }
-        Ok(Self { source, kind, device })
+        Ok(Self { config: source.config().clone(), source, overlay: None, kind, device })
     }
 
-    /// The model's shapes and constants.
+    /// Puts what `overlay` holds in the place of the model's own.
+    ///
+    /// # Errors
+    /// It was made for another model, or lacks what its `pe_config` asks for.
+    pub fn overlaid(self, overlay: Overlay) -> Result<Self> {
+        let config = overlay.config(&self.source)?;
+        Ok(Self { config, overlay: Some(overlay), ..self })
+    }
+
+    /// The model's shapes and constants, with what an overlay changes of them.
     pub fn config(&self) -> &Config {
-        self.source.config()
+        &self.config
     }
 
     /// What they are read from.
@@ -127,7 +149,7 @@ impl Weights {
 
     /// The same in a dtype of its own.
     pub(crate) fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
-        let stored = self.source.stored(name)?;
+        let stored = self.stored(name)?;
         if !stored.shape.iter().map(|&n| i64::try_from(n).ok()).eq(shape.iter().map(|&n| Some(n))) {
             return Err(Error::WrongShape {
                 path: stored.path.to_owned(),
@@ -141,7 +163,14 @@ impl Weights {
 
     /// The shape of a tensor as it is stored.
     pub(crate) fn shape(&self, name: &str) -> Result<Vec<usize>> {
-        Ok(self.source.stored(name)?.shape)
+        Ok(self.stored(name)?.shape)
+    }
+
+    fn stored(&self, name: &str) -> Result<Stored<'_>> {
+        match &self.overlay {
+            Some(overlay) if overlay.has(name) => overlay.stored(name),
+            _ => self.source.stored(name),
+        }
     }
 }
 

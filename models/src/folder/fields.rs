@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
 /// An object of a JSON file. A field that is absent or `null` is `None`.
+#[derive(Debug)]
 pub(crate) struct Fields {
     path: PathBuf,
     map: Map<String, Value>,
@@ -25,6 +26,11 @@ impl Fields {
             advice: "fetch the file again",
         })?;
         Ok(Self { path: path.to_owned(), map })
+    }
+
+    /// Those of an object that `path` holds.
+    pub(crate) fn new(path: &Path, map: Map<String, Value>) -> Self {
+        Self { path: path.to_owned(), map }
     }
 
     pub(crate) fn path(&self) -> &Path {

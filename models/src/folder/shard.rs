@@ -48,6 +48,11 @@ impl Shard {
         self.header.offset_keys()
     }
 
+    /// A text of the header's `__metadata__`.
+    pub(crate) fn metadata(&self, key: &str) -> Option<&str> {
+        self.header.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
     /// A tensor that [`Self::has`].
     pub(crate) fn stored(&self, name: &str) -> Result<Stored<'_>> {
         let missing = || Error::MissingTensor {
