@@ -4,10 +4,13 @@ mod common;
 
 use anyhow::Result;
 use common::golden;
-use models::{Cpu, Dense, Hooks, KvCache, Model, Paged, Session, WINDOW, cache_shape};
+use kvzap::{Budget, Scope, StreamingLlm};
+use models::{
+    CausalLm, Cpu, Dense, Hooks, KvCache, Model, Paged, Pruning, Session, WINDOW, cache_shape,
+};
 use serde_json::Value;
 use std::path::PathBuf;
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 fn load() -> Result<Model> {
     let path = std::env::var_os("LONGCTX_MODEL").map(PathBuf::from).unwrap_or_else(|| {
@@ -72,5 +75,40 @@ fn a_thousand_tokens_end_in_the_logits_of_transformers() -> Result<()> {
     let mut session = Session::new(lm, Device::Cpu, cache, Hooks::default());
     session.feed(&ids(&wanted["long"]["ids"]))?;
     assert_top(session.logits().unwrap(), &wanted["long"]["top"], "end");
+    Ok(())
+}
+
+/// The mean negative log-likelihood of ids 700 to 900 after the others, half of whose cache is gone by recency.
+fn surprise(model: &Model, ids: &[i64], sinks: Option<usize>) -> Result<f64> {
+    let lm = model.lm.as_ref();
+    let hooks = match sinks {
+        Some(sinks) => Hooks::pruning(Pruning {
+            scorer: Box::new(StreamingLlm::new(sinks)),
+            policy: Box::new(Budget::new(0.5, WINDOW, Scope::Head)?),
+            while_decoding: false,
+        }),
+        None => Hooks::default(),
+    };
+    let mut cache = Dense::new(lm.config().layers, WINDOW);
+    let input = |range: std::ops::Range<usize>| Tensor::from_slice(&ids[range]).unsqueeze(0);
+    let _ = lm.forward(&input(0..700), &mut cache, &hooks)?;
+    let removed = cache.usage().removed();
+    assert!((removed - if sinks.is_some() { 0.5 } else { 0.0 }).abs() < 1e-3, "{removed}");
+    let logits = lm.logits(&lm.forward(&input(700..899), &mut cache, &hooks)?)?;
+    let loss = logits.squeeze_dim(0).cross_entropy_for_logits(&Tensor::from_slice(&ids[701..900]));
+    Ok(loss.double_value(&[]))
+}
+
+/// A tiny random model has no use for its first tokens, so only a real one shows what losing them does.
+#[test]
+#[ignore = "needs the default model: cargo xtask fetch"]
+fn recency_without_the_first_four_tokens_breaks_the_model_down() -> Result<()> {
+    let (model, wanted) = (load()?, wanted()?);
+    let ids: Vec<i64> = ids(&wanted["long"]["ids"]).into_iter().map(i64::from).collect();
+    let [full, with, without] =
+        [None, Some(4), Some(0)].map(|sinks| surprise(&model, &ids, sinks).unwrap());
+    println!("full {full:.3}, recency with sinks {with:.3}, without {without:.3}");
+    assert!(with < full + 0.5, "{full:.3} {with:.3}");
+    assert!(without > with + 1.0, "{with:.3} {without:.3}");
     Ok(())
 }
