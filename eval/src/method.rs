@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, bail};
 use kvzap::{
-    Allocation, Budget, KeyDiff, Knorm, ObservedAttention, Policy, Random, Rule, Scope, Scorer,
-    SnapKv, StreamingLlm, Surrogate, Threshold, TorchSurrogate, Tova,
+    Allocation, Budget, ExpectedAttention, KeyDiff, Knorm, ObservedAttention, Policy, Random, Rule,
+    Scope, Scorer, SnapKv, StreamingLlm, Surrogate, Threshold, TorchSurrogate, Tova,
 };
 use models::{Hooks, Model, Pruning};
 use std::sync::Arc;
@@ -51,7 +51,7 @@ pub enum Method {
 type Baseline = (&'static str, Rule, fn(&Model) -> Result<TorchScorer>);
 
 /// Methods of others that score a context in the pass that reads it, with the budgets of their papers.
-const BASELINES: [Baseline; 7] = [
+const BASELINES: [Baseline; 8] = [
     ("knorm", Rule::Head, |_| Ok(Box::new(Knorm))),
     ("keydiff", Rule::Head, |_| Ok(Box::new(KeyDiff))),
     ("tova", Rule::Head, |_| Ok(Box::new(Tova))),
@@ -59,6 +59,10 @@ const BASELINES: [Baseline; 7] = [
     ("observed-attention", Rule::Head, |_| Ok(Box::new(ObservedAttention::mean()))),
     ("snapkv", Rule::Head, |_| Ok(Box::new(SnapKv::new()))),
     ("adakv-snapkv", Rule::AdaKv { safe: 0.2 }, |_| Ok(Box::new(SnapKv::new()))),
+    ("expected-attention", Rule::AdaKv { safe: 0.2 }, |model| {
+        let frequencies = model.lm.config().frequencies()?;
+        Ok(Box::new(ExpectedAttention::new(frequencies.inverse(), model.device)?))
+    }),
 ];
 
 impl Method {

@@ -6,9 +6,9 @@ use crate::Result;
 /// alone, and hands the scores to a [`Policy`](crate::Policy). It returns `[batch, kv_heads,
 /// tokens]`; a scorer that looks at queries says how it reduces a group of query heads to one kv
 /// head. The larger a score, the longer its token is kept; NaN counts as the largest.
-/// Implemented by [`Surrogate`](crate::Surrogate), [`Random`](crate::Random) and
-/// [`StreamingLlm`](crate::StreamingLlm) for `T` = [`Array`](crate::Array), and with the feature
-/// `tch` for `tch::Tensor`, where scores stay on the device of the input.
+/// Implemented for `T` = [`Array`](crate::Array) by [`Surrogate`](crate::Surrogate) and the
+/// baselines that look at keys or places alone, and with the feature `tch` for `tch::Tensor` by
+/// those and all others, where scores stay on the device of the input.
 pub trait Scorer<T> {
     /// The scores of `input`'s tokens, `[batch, kv_heads, tokens]`.
     fn score(&self, input: LayerInput<'_, T>) -> Result<T>;

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::positions::LayerPositions;
-use repo_pos::Yarn;
+use repo_pos::{Frequencies, Yarn};
 use std::path::Path;
 
 /// A family of models: grouped-query attention with rotary positions and a gated MLP, in all of them.
@@ -100,6 +100,20 @@ impl Config {
     /// Query heads that share a key/value head.
     pub fn group(&self) -> usize {
         self.query_heads / self.kv_heads
+    }
+
+    /// How fast each pair of a head's dimensions turns from a token to the next.
+    pub fn frequencies(&self) -> Result<Frequencies> {
+        let (theta, head_dim) = (self.rope_theta, self.head_dim);
+        Ok(match &self.rope_scaling {
+            RopeScaling::None => Frequencies::plain(theta, head_dim)?,
+            RopeScaling::Linear { factor } => Frequencies::linear(theta, head_dim, *factor)?,
+            RopeScaling::Llama3 { factor, low, high, original } => {
+                Frequencies::llama3(theta, head_dim, *factor, *low, *high, *original)?
+            }
+            RopeScaling::Yarn(yarn) => Frequencies::yarn(theta, head_dim, *yarn)?,
+            RopeScaling::Divisors(divisors) => Frequencies::divided(theta, head_dim, divisors)?,
+        })
     }
 
     /// Refuses what no model can have; `path` is the file to blame.

@@ -4,14 +4,14 @@
 
 use crate::cache::KvCache;
 use crate::causal_lm::CausalLm;
-use crate::config::{Architecture, Config, RopeScaling};
+use crate::config::{Architecture, Config};
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::layers::{self, GatedMlp, Linear, RmsNorm};
 use crate::positions::{self, LayerPositions};
 use crate::weights::Weights;
 use kvzap::LayerInput;
-use repo_pos::{Frequencies, Precision, Repositioner, Rotary, RoundZ, TorchRepo, rotate};
+use repo_pos::{Precision, Repositioner, Rotary, RoundZ, TorchRepo, rotate};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -67,7 +67,7 @@ impl Decoder {
         };
         Ok(Self {
             rotary: Rotary::new(
-                &frequencies(&config)?.with_precision(precision),
+                &config.frequencies()?.with_precision(precision),
                 weights.device(),
             )?,
             repo: positions::load(weights, round)?,
@@ -280,17 +280,4 @@ fn linear(weights: &Weights, name: &str, out: i64, input: i64, bias: bool) -> Re
 fn norm(weights: &Weights, name: &str, width: i64) -> Result<RmsNorm> {
     let weight = weights.tensor(name, &[width])?;
     Ok(RmsNorm { weight, epsilon: weights.config().norm_epsilon })
-}
-
-fn frequencies(config: &Config) -> Result<Frequencies> {
-    let (theta, head_dim) = (config.rope_theta, config.head_dim);
-    Ok(match &config.rope_scaling {
-        RopeScaling::None => Frequencies::plain(theta, head_dim)?,
-        RopeScaling::Linear { factor } => Frequencies::linear(theta, head_dim, *factor)?,
-        RopeScaling::Llama3 { factor, low, high, original } => {
-            Frequencies::llama3(theta, head_dim, *factor, *low, *high, *original)?
-        }
-        RopeScaling::Yarn(yarn) => Frequencies::yarn(theta, head_dim, *yarn)?,
-        RopeScaling::Divisors(divisors) => Frequencies::divided(theta, head_dim, divisors)?,
-    })
 }
