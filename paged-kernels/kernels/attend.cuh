@@ -13,6 +13,7 @@
 enum : uint32_t { F32 = 0, BF16 = 1, F16 = 2 };
 constexpr int LANES = 32;
 constexpr int WARPS = 4;
+constexpr int SLAB = 16;  // rows of a page that the fast kernels take at once
 
 inline __device__ float load(const void *data, uint32_t type, int64_t i) {
     if (type == F32) return static_cast<const float *>(data)[i];
@@ -68,14 +69,17 @@ struct Pool {
     }
 };
 
+// The logarithm of the slabs of a page; fast kernels are for powers of two.
+inline __device__ uint32_t slabs_log2(const Pool &pool) { return 31 - __clz(pool.page_size / SLAB); }
+
 // One kv head of one sequence of the step.
 struct Head {
-    uint32_t pages;    // its first page in the order of the layer's pages, head after head
+    uint32_t slabs;    // its first slab in the order of the layer's, head after head
     uint32_t len;      // live rows
     uint32_t first;    // its first token in the step
     uint32_t tokens;
     uint32_t kv_head;
-    uint32_t parts;    // that its pages are cut into in stream_attend
+    uint32_t parts;    // that its slabs are cut into in stream_attend
     uint32_t opening;  // the first of them
     uint32_t table;    // where its pages begin in Attend::tables
 };
@@ -97,19 +101,19 @@ struct Attend {
 
 // A block's share of a layer's work in stream_attend.
 struct alignas(16) Share {
-    uint32_t begin;  // in the order of the layer's pages; begin == end is a block without work
+    uint32_t begin;  // in the order of the layer's slabs; begin == end is a block without work
     uint32_t end;
-    uint32_t head;   // index of the head that owns page `begin`
+    uint32_t head;   // index of the head that owns slab `begin`
     uint32_t part;   // the number of its first part
 };
 
-// Heads are cut into parts in stream_attend, in one of two ways. Fast: at the ends of equal shares of a layer's pages,
+// Heads are cut into parts in stream_attend, in one of two ways. Fast: at the ends of equal shares of a layer's slabs,
 // whatever heads they fall into; block b has parts 2b and 2b + 1, of the heads that it begins and ends in. Invariant: each
 // head by its own length alone, into pieces, so that its bits do not depend on its neighbours; a block has any number.
 enum : uint32_t { FAST = 0, INVARIANT = 1 };
 
-// Pages of a piece. A head has no more than 32, so that the folding stays short.
-inline __device__ uint32_t piece_of(uint32_t pages) { return max(16u, (pages + 31) / 32); }
+// Slabs of a piece. A head has no more than 32, so that the folding stays short.
+inline __device__ uint32_t piece_of(uint32_t slabs) { return max(16u, (slabs + 31) / 32); }
 
 struct Stream {
     Attend attend;

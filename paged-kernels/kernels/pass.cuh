@@ -1,5 +1,5 @@
-// Attention of a pass of several tokens over their caches and themselves: bf16 or fp16, pages of 16 rows. A pass is appended,
-// so the token that comes i-th of n sees all slots of its head but the last n - 1 - i, and nothing else is masked.
+// Attention of a pass of several tokens over their caches and themselves: bf16 or fp16, pages as in stream.cuh. A pass is
+// appended, so the token that comes i-th of n sees all slots of its head but the last n - 1 - i, and nothing else is masked.
 //
 // A tile is some tokens times the query heads of a kv head, as rows of the tensor cores; a unit is some keys and values
 // that a tile takes at once. The units of all tiles of a layer lie in one order, of which each block takes an equal share
@@ -44,7 +44,6 @@ namespace pass {
 
 using namespace tile;
 
-constexpr int PAGE = 16;
 constexpr int TEAM = 4;     // warps of a block
 constexpr int FOLDERS = 8;  // warps of a block that folds
 constexpr int FOLDED = 8;   // parts of a row on their way at once
@@ -102,7 +101,7 @@ template <class T, int D, int ROWS, int KEYS>
 __device__ void attend_share(const Pass &call) {
     constexpr int CHUNKS = D / 8, THREADS = TEAM * LANES, HEIGHT = TEAM * ROWS * 16;
     constexpr int HALF = KEYS * PITCH<D>;  // bytes of a unit's keys in shared memory
-    constexpr int PAGE_BYTES = 2 * PAGE * D * 2, PAGES = KEYS / PAGE;
+    constexpr int SLABS = KEYS / SLAB;     // of a unit
     extern __shared__ __align__(128) unsigned char shared[];
     const Attend &attend = call.attend;
     const Share share = call.shares[blockIdx.x];
@@ -111,6 +110,8 @@ __device__ void attend_share(const Pass &call) {
     const uint32_t queries = shared_address(shared), stages = queries + HEIGHT * PITCH<D>;
     const auto *pool = static_cast<const unsigned char *>(attend.pool.data);
     const float scale = attend.scale * LOG2E;
+    const uint32_t shift = slabs_log2(attend.pool);
+    const int64_t to_values = int64_t(attend.pool.page_size) * D * 2;  // bytes from a key to its value
 
     uint32_t index = share.head, number = share.part;
     for (uint32_t at = share.begin; at < share.end; index++, number = 2 * blockIdx.x + 1) {
@@ -119,7 +120,7 @@ __device__ void attend_share(const Pass &call) {
         const uint32_t height = place.height;
         const Head head = attend.heads[uint64_t(place.kv_head) * attend.sequences + place.owner];
         const uint32_t unit0 = at - tile.begin, stop = min(tile.units, unit0 + (share.end - at));
-        const uint32_t earlier = head.len - place.text.tokens, pages = (head.len + PAGE - 1) / PAGE;
+        const uint32_t earlier = head.len - place.text.tokens, slabs = (head.len + SLAB - 1) / SLAB;
         const uint32_t *table = attend.tables + head.table;
 
         __syncthreads();  // shared memory is free again
@@ -130,21 +131,36 @@ __device__ void attend_share(const Pass &call) {
             if (real) from += attend.queries.at(place.query_head(row), place.text.first + place.token(row)) + chunk * 8;
             copy16_or_zero(queries + swizzled<D>(row, chunk), from, real);
         }
-        uint32_t ids[PAGES];  // of the unit to be fetched next
+        uint32_t ids[SLABS];  // pages of the unit to be fetched next
         auto look_up = [&](uint32_t unit) {
 #pragma unroll
-            for (int i = 0; i < PAGES; i++) ids[i] = unit * PAGES + i < pages ? table[unit * PAGES + i] : 0;
+            for (int i = 0; i < SLABS; i++) {
+                const uint32_t slab = unit * SLABS + i;
+                ids[i] = slab < slabs ? table[slab >> shift] : 0;
+            }
         };
         auto fetch = [&](uint32_t unit) {
             const uint32_t to = stages + (unit & 1) * 2 * HALF;
 #pragma unroll
-            for (int page = 0; page < PAGES; page++) {
-                const unsigned char *from = pool + uint64_t(ids[page]) * PAGE_BYTES;
+            for (int s = 0; s < SLABS; s++) {
+                const uint64_t slab = (uint64_t(ids[s]) << shift + 1) + (unit * SLABS + s & (1u << shift) - 1);
+                const unsigned char *from = pool + slab * (SLAB * D * 2);
+                if constexpr (CHUNKS * SLAB % THREADS == 0) {
 #pragma unroll
-                for (int i = 0; i < 2 * CHUNKS * PAGE / THREADS; i++) {
-                    const uint32_t chunk = i * THREADS + threadIdx.x, row = chunk / CHUNKS;  // keys, then values
-                    const uint32_t place = row < PAGE ? row + page * PAGE : row - PAGE + page * PAGE + KEYS;
-                    copy16(to + swizzled<D>(place, chunk % CHUNKS), from + chunk * 16);
+                    for (int i = 0; i < CHUNKS * SLAB / THREADS; i++) {
+                        const uint32_t chunk = i * THREADS + threadIdx.x, row = chunk / CHUNKS + s * SLAB;
+                        copy16(to + swizzled<D>(row, chunk % CHUNKS), from + chunk * 16);
+                        copy16(to + HALF + swizzled<D>(row, chunk % CHUNKS), from + to_values + chunk * 16);
+                    }
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 2 * CHUNKS * SLAB / THREADS; i++) {
+                        const uint32_t both = i * THREADS + threadIdx.x;  // keys, then values
+                        const bool value = both >= CHUNKS * SLAB;
+                        const uint32_t chunk = value ? both - CHUNKS * SLAB : both, row = chunk / CHUNKS + s * SLAB;
+                        copy16(to + (value ? HALF : 0) + swizzled<D>(row, chunk % CHUNKS),
+                               from + (value ? to_values : 0) + chunk * 16);
+                    }
                 }
             }
             commit();

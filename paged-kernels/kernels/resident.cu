@@ -155,12 +155,12 @@ extern "C" __global__ void resident_fill(Admit call) {
     }
 }
 
-// The head that a page is of: the last that begins at or before it.
-__device__ uint32_t owner_of(const Head *heads, uint32_t count, uint32_t page) {
+// The head that a slab is of: the last that begins at or before it.
+__device__ uint32_t owner_of(const Head *heads, uint32_t count, uint32_t slab) {
     uint32_t low = 0, high = count;
     while (high - low > 1) {
         const uint32_t middle = (low + high) / 2;
-        if (heads[middle].pages <= page) low = middle;
+        if (heads[middle].slabs <= slab) low = middle;
         else high = middle;
     }
     return low;
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin c
     Share *shares = call.shares + uint64_t(layer) * call.blocks;
     if (threadIdx.x <= SECOND_HEAD) cuts[threadIdx.x] = 0;
 
-    uint32_t listed = 0;  // pages of the heads so far
+    uint32_t listed = 0;  // slabs of the heads so far
     for (uint32_t base = 0; base < count; base += PLANNERS) {
         const uint32_t i = base + threadIdx.x, kv_head = i / call.texts, text = i - kv_head * call.texts;
         const uint32_t seat = i < count ? call.batch[text] : NO_SEAT;
@@ -224,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin c
         uint32_t wanted, listed_here;
         const uint32_t rank = sum_before<PLANNERS>(wants, sums, wanted);
         if (threadIdx.x == 0) had = take(state, wanted);
-        const uint32_t first = listed + sum_before<PLANNERS>(state.pages(len), sums, listed_here);
+        const uint32_t first = listed + sum_before<PLANNERS>(state.slabs(len), sums, listed_here);
         listed += listed_here;
         const uint32_t page = wants ? taken(state, had, rank) : old;
         if (wants) state.tables[table + slot / page_size] = page;
@@ -247,9 +247,9 @@ extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin c
     if (call.cut == INVARIANT) {
         uint32_t parts_so_far = 0;
         for (uint32_t base = 0; base < count; base += PLANNERS) {
-            const uint32_t i = base + threadIdx.x, pages = i < count ? state.pages(heads[i].len) : 0;
+            const uint32_t i = base + threadIdx.x, slabs = i < count ? state.slabs(heads[i].len) : 0;
             uint32_t all;
-            const uint32_t parts = pages == 0 ? 0 : (pages + piece_of(pages) - 1) / piece_of(pages);
+            const uint32_t parts = slabs == 0 ? 0 : (slabs + piece_of(slabs) - 1) / piece_of(slabs);
             const uint32_t opening = parts_so_far + sum_before<PLANNERS>(parts, sums, all);
             parts_so_far += all;
             if (parts > 0) heads[i].parts = parts, heads[i].opening = opening;
@@ -258,11 +258,11 @@ extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin c
         // Equal shares, each cut moved on to the next end of a piece.
         const uint32_t used = min(call.blocks, listed);
         auto cut = [&](uint32_t block) {
-            const uint32_t page = listed * block / used;
-            if (page == listed) return listed;
-            const Head &head = heads[owner_of(heads, count, page)];
-            const uint32_t pages = state.pages(head.len), piece = piece_of(pages);
-            return head.pages + min((page - head.pages + piece - 1) / piece * piece, pages);
+            const uint32_t slab = listed * block / used;
+            if (slab == listed) return listed;
+            const Head &head = heads[owner_of(heads, count, slab)];
+            const uint32_t slabs = state.slabs(head.len), piece = piece_of(slabs);
+            return head.slabs + min((slab - head.slabs + piece - 1) / piece * piece, slabs);
         };
         for (uint32_t block = threadIdx.x; block < call.blocks; block += PLANNERS) {
             Share share = {0, 0, 0, 0};
@@ -270,8 +270,8 @@ extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin c
                 const uint32_t begin = cut(block), end = cut(block + 1);
                 if (begin < end) {
                     const uint32_t owner = owner_of(heads, count, begin);
-                    const uint32_t piece = piece_of(state.pages(heads[owner].len));
-                    share = {begin, end, owner, heads[owner].opening + (begin - heads[owner].pages) / piece};
+                    const uint32_t piece = piece_of(state.slabs(heads[owner].len));
+                    share = {begin, end, owner, heads[owner].opening + (begin - heads[owner].slabs) / piece};
                 }
             }
             shares[block] = share;
@@ -279,13 +279,13 @@ extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin c
         return;
     }
 
-    // Shares of equal size, or of a few pages more if all heads can then be cut apart. A thread meets the heads that it wrote.
+    // Shares of equal size, or of a few slabs more if all heads can then be cut apart. A thread meets the heads that it wrote.
     const uint32_t equal = max((listed + call.blocks - 1) / call.blocks, LEAST);
     uint32_t cut[SECOND_HEAD + 1] = {};
     for (uint32_t i = threadIdx.x; i < count; i += PLANNERS) {
-        const uint32_t pages = state.pages(heads[i].len);
+        const uint32_t slabs = state.slabs(heads[i].len);
 #pragma unroll
-        for (uint32_t k = 0; k <= SECOND_HEAD; k++) cut[k] += (pages + equal + k - 1) / (equal + k);
+        for (uint32_t k = 0; k <= SECOND_HEAD; k++) cut[k] += (slabs + equal + k - 1) / (equal + k);
     }
 #pragma unroll
     for (uint32_t k = 0; k <= SECOND_HEAD; k++) {
@@ -300,15 +300,15 @@ extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin c
         const uint32_t most = equal + extra;
         for (uint32_t base = 0; base < count; base += PLANNERS) {
             const uint32_t i = base + threadIdx.x;
-            const uint32_t first = i < count ? heads[i].pages : 0, pages = i < count ? state.pages(heads[i].len) : 0;
-            const uint32_t parts = (pages + most - 1) / most;
+            const uint32_t first = i < count ? heads[i].slabs : 0, slabs = i < count ? state.slabs(heads[i].len) : 0;
+            const uint32_t parts = (slabs + most - 1) / most;
             uint32_t all;
             const uint32_t opening = used + sum_before<PLANNERS>(parts, sums, all);
             used += all;
             if (parts > 0) heads[i].parts = parts, heads[i].opening = 2 * opening;
             uint32_t begin = first;
             for (uint32_t part = 0; part < parts; part++) {
-                const uint32_t end = first + pages * (part + 1) / parts;
+                const uint32_t end = first + slabs * (part + 1) / parts;
                 shares[opening + part] = {begin, end, i, 2 * (opening + part)};
                 begin = end;
             }
@@ -316,12 +316,12 @@ extern "C" __global__ void __launch_bounds__(PLANNERS, 1) resident_begin(Begin c
     } else {
         used = min(call.blocks, (listed + LEAST - 1) / LEAST);
         auto begin = [&](uint32_t block) { return listed * block / used; };
-        auto owner = [&](uint32_t page) { return ((page + 1) * used - 1) / listed; };
+        auto owner = [&](uint32_t slab) { return ((slab + 1) * used - 1) / listed; };
         for (uint32_t i = threadIdx.x; i < count; i += PLANNERS) {
-            const uint32_t first = heads[i].pages, pages = state.pages(heads[i].len);
-            if (pages == 0) continue;
+            const uint32_t first = heads[i].slabs, slabs = state.slabs(heads[i].len);
+            if (slabs == 0) continue;
             const uint32_t opening = owner(first);
-            heads[i].parts = owner(first + pages - 1) - opening + 1;
+            heads[i].parts = owner(first + slabs - 1) - opening + 1;
             heads[i].opening = 2 * opening + (begin(opening) < first);
         }
         for (uint32_t block = threadIdx.x; block < used; block += PLANNERS) {

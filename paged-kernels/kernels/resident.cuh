@@ -27,6 +27,7 @@ struct State {
         return (uint64_t(layer) * kv_heads + kv_head) * seats + seat;
     }
     __device__ uint32_t pages(uint32_t len) const { return (len + pool.page_size - 1) / pool.page_size; }
+    __device__ uint32_t slabs(uint32_t len) const { return (len + SLAB - 1) / SLAB; }
 };
 
 constexpr uint32_t TRASH = 0;  // the page that stands for those that were not there

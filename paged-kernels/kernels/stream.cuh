@@ -1,9 +1,9 @@
-// Decode attention at the speed of memory: bf16 or fp16, pages of 16 rows, one new token a sequence, up to 16 query heads
-// a kv head. Computes what plain_attend computes, with sums in f32 and probabilities rounded to the type of the values.
+// Decode attention at the speed of memory: bf16 or fp16, pages of 16 rows or 16 times a power of two, one new token a sequence,
+// up to 16 query heads a kv head. Computes what plain_attend computes, with sums in f32 and probabilities rounded to the type of the values.
 //
-// The pages of a layer lie in one order, head after head, and each block takes a share of it (stream-K). A head that
-// several blocks share is cut into parts. In a part each warp takes every eighth page through a pipeline of its own, which
-// runs on into the next part: 16-byte asynchronous copies into swizzled shared memory, then mma.sync with the query heads
+// The slabs of a layer, 16 rows of a page each, lie in one order, head after head, and each block takes a share of it
+// (stream-K). A head that several blocks share is cut into parts. In a part each warp takes every eighth slab through a
+// pipeline of its own, which runs on into the next part: 16-byte asynchronous copies into swizzled shared memory, then mma.sync with the query heads
 // as rows. One block fills a multiprocessor: two of half the size would keep as much in flight and leave twice as many
 // parts to fold. A part goes to a workspace; who brings the last of a head folds them in their order, so the same cuts give
 // the same bits. Fast cuts move when a neighbour grows, and then a head's bits may change; invariant ones do not.
@@ -16,7 +16,6 @@ namespace stream {
 
 using namespace tile;
 
-constexpr int PAGE = 16;
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
 
 // A part of a head: [group][D] sums, and for each row its best score and the sum of its weights.
@@ -94,16 +93,15 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
     }
 }
 
-// The page after a head's last, in the order of the layer's pages.
-__device__ uint32_t past(const Head &head) { return head.pages + (head.len + PAGE - 1) / PAGE; }
+// The slab after a head's last, in the order of the layer's.
+__device__ uint32_t past(const Head &head) { return head.slabs + (head.len + SLAB - 1) / SLAB; }
 
 // A block's share. `WIDE` is for more than 8 query heads a kv head: the lower half of the tensor cores' rows.
-// `TEAM` warps have `STAGES` pages each on their way.
+// `TEAM` warps have `STAGES` slabs each on their way.
 template <class T, int D, int TEAM, int STAGES, bool WIDE>
 __device__ void attend_share(const Stream &call) {
     constexpr int CHUNKS = D / 8;
-    constexpr int HALF = PAGE * PITCH<D>;    // bytes of a page's keys in shared memory
-    constexpr int PAGE_BYTES = 2 * PAGE * D * 2;
+    constexpr int HALF = SLAB * PITCH<D>;  // bytes of a slab's keys in shared memory
     constexpr int STEPS = D / 16;
     constexpr int HALVES = WIDE ? 2 : 1;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -121,19 +119,21 @@ __device__ void attend_share(const Stream &call) {
     const uint32_t stage0 = shared_address(shared) + warp * STAGES * 2 * HALF;
     const auto *pool = static_cast<const unsigned char *>(attend.pool.data);
 
-    // Where the block's part of a head ends that begins at a page.
+    // Where the block's part of a head ends that begins at a slab.
     const uint32_t whole = call.cut == FAST ? ~0u : 0;
     auto part_end = [&](const Head &head, uint32_t at) {
         const uint32_t last = past(head);
-        return at + min(min(last, end) - at, piece_of(last - head.pages) | whole);
+        return at + min(min(last, end) - at, piece_of(last - head.slabs) | whole);
     };
-    // The warp's pages of a part are its first + warp, and every eighth. `ahead` is the next to be fetched, of the part
-    // that ends at `source_stop`; its number is known early.
+    // The warp's slabs of a part are its first + warp, and every eighth. `ahead` is the next to be fetched, of the part
+    // that ends at `source_stop`; its page's number is known early.
     uint32_t index = share.head;
     Head head = attend.heads[index];
     uint32_t ahead = begin + warp, filled = 0, used = 0;
     uint32_t source_index = index, source_stop = part_end(head, begin);
     Head source = head;
+    const uint32_t shift = slabs_log2(attend.pool);
+    const int64_t to_values = int64_t(attend.pool.page_size) * D * 2;  // bytes from a key to its value
     auto next_page = [&]() -> uint32_t {
         while (ahead >= source_stop) {
             if (source_stop == end) return 0;
@@ -141,18 +141,20 @@ __device__ void attend_share(const Stream &call) {
             ahead = source_stop + warp;
             source_stop = part_end(source, source_stop);
         }
-        return attend.tables[ahead - source.pages + source.table];
+        return attend.tables[(ahead - source.slabs >> shift) + source.table];
     };
     uint32_t id = next_page();
     settle();
     auto fetch = [&]() {
         if (ahead < end) {
-            const unsigned char *page = pool + uint64_t(id) * PAGE_BYTES;
-            uint32_t to = stage0 + filled * 2 * HALF;
+            const uint64_t slab = (uint64_t(id) << shift + 1) + (ahead - source.slabs & (1u << shift) - 1);
+            const unsigned char *from = pool + slab * (SLAB * D * 2) + lane * 16;
+            const uint32_t to = stage0 + filled * 2 * HALF;
 #pragma unroll
-            for (int i = 0; i < 2 * CHUNKS * PAGE / LANES; i++) {
-                uint32_t chunk = i * LANES + lane, row = chunk / CHUNKS;  // keys, then values: 32 rows
-                copy16(to + swizzled<D>(row, chunk % CHUNKS), page + chunk * 16);
+            for (int i = 0; i < 2 * CHUNKS * SLAB / LANES; i++) {
+                constexpr int KEYS = CHUNKS * SLAB / LANES;
+                const uint32_t chunk = i * LANES + lane, row = chunk / CHUNKS;  // keys, then values: 32 rows
+                copy16(to + swizzled<D>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16);
             }
         }
         commit();
@@ -166,7 +168,7 @@ __device__ void attend_share(const Stream &call) {
     const float scale = attend.scale * LOG2E;
     uint32_t done = 0, number = share.part;  // parts of the head, and the one under way
     for (uint32_t at = begin;;) {
-        const uint32_t first = head.pages, stop = part_end(head, at);
+        const uint32_t first = head.slabs, stop = part_end(head, at);
         uint32_t query[STEPS][4];
         float out[D / 8][4], best[HALVES], sum[HALVES];
 #pragma unroll
@@ -189,7 +191,7 @@ __device__ void attend_share(const Stream &call) {
         for (int i = 0; i < D / 8; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
 
 #pragma unroll 1
-        for (uint32_t page = at + warp; page < stop; page += TEAM) {
+        for (uint32_t slab = at + warp; slab < stop; slab += TEAM) {
             wait<STAGES - 2>();
             __syncwarp();
             fetch();
@@ -204,7 +206,7 @@ __device__ void attend_share(const Stream &call) {
                 T::template multiply<WIDE>(score[0], query[k], b[0], b[1]);
                 T::template multiply<WIDE>(score[1], query[k], b[2], b[3]);
             }
-            const uint32_t live = head.len - (page - first) * PAGE;
+            const uint32_t live = head.len - (slab - first) * SLAB;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -213,10 +215,10 @@ __device__ void attend_share(const Stream &call) {
                     score[i][j] = row < live ? score[i][j] * scale : -INFINITY;
                 }
             }
-            if (live < PAGE) {
+            if (live < SLAB) {
                 // What lies past the end may be NaN, which a weight of 0 does not silence.
 #pragma unroll 1
-                for (uint32_t i = live * CHUNKS + lane; i < PAGE * CHUNKS; i += LANES) {
+                for (uint32_t i = live * CHUNKS + lane; i < SLAB * CHUNKS; i += LANES) {
                     uint32_t to = values + swizzled<D>(i / CHUNKS, i % CHUNKS);
                     asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(to), "r"(0) : "memory");
                 }
@@ -323,7 +325,7 @@ __device__ void attend_share(const Stream &call) {
 
 }  // namespace stream
 
-// Kernels of a type, one a head dim and one more for over 8 query heads a kv head. Pages on their way get what the warps'
+// Kernels of a type, one a head dim and one more for over 8 query heads a kv head. Slabs on their way get what the warps'
 // sums leave, which is less the more query heads there are. Mirrored in src/cuda/driver.rs.
 #define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE)                                                       \
     extern "C" __global__ void __launch_bounds__(TEAM *LANES, 1) stream_attend_##NAME(Stream call) {        \

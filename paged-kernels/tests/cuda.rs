@@ -194,6 +194,11 @@ mod cuda {
             compare(fast_shape(128, 8, 4), lengths, 0.3);
             compare(fast_shape(128, 1, 4), lengths, 0.0);
         }
+        for page_size in [32, 64, 128] {
+            let shape = CacheShape { page_size, pages: 1 << 11, ..fast_shape(128, 8, 4) };
+            compare(shape.clone(), &[4000, 1, 64, 65, 900, 2], 0.3);
+            compare(CacheShape { head_dim: 96, query_heads: 80, ..shape }, &[31, 16, 700], 0.5);
+        }
         // More heads than blocks, and a page or two each.
         compare(fast_shape(128, 8, 4), &(0..90).map(|i| i % 40).collect::<Vec<_>>(), 0.3);
     }

@@ -218,6 +218,8 @@ mod cuda {
             CacheShape { dtype: Dtype::F16, query_heads: 15, ..wide() },
             CacheShape { head_dim: 80, page_size: 5, window: 7, ..wide() },
             CacheShape { head_dim: 64, window: 0, query_heads: 3, ..wide() },
+            CacheShape { page_size: 64, pages: 512, ..wide() },
+            CacheShape { page_size: 32, head_dim: 256, query_heads: 3, ..wide() },
         ];
         for (shape, drop) in
             shapes.iter().flat_map(|shape| [0.0, 0.6, 1.0].map(|drop| (shape, drop)))

@@ -231,6 +231,7 @@ mod cuda {
             wide(),
             CacheShape { head_dim: 64, query_heads: 3, window: 0, ..wide() },
             CacheShape { head_dim: 80, page_size: 5, window: 7, ..wide() },
+            CacheShape { page_size: 64, pages: 512, ..wide() },
             small(Dtype::F32),
         ];
         for shape in shapes {

@@ -4,6 +4,7 @@
 
 pub mod attend;
 mod fused;
+pub mod map;
 pub mod pass;
 pub mod resident;
 pub mod scores;
@@ -94,6 +95,8 @@ pub struct Device {
     dtype: Dtype,
     /// Whether a fast attention may start while the kernel before it ends.
     overlaps: bool,
+    /// Whether it has wgmma.
+    hopper: bool,
     /// Blocks that share a layer's pages.
     pub blocks: usize,
 }
@@ -133,6 +136,7 @@ impl Device {
             streams: Vec::new(),
             dtype,
             overlaps,
+            hopper: capability == (9, 0),
             context,
             stream,
             modules: vec![plain],
@@ -430,6 +434,7 @@ pub struct RawView {
     pub unused: u32,
 }
 
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct RawPool {
     data: u64,

@@ -21,9 +21,11 @@ pub struct Plan {
     pub single: bool,
 }
 
-/// Pages that are worth a block of their own: one and a half for each of its warps.
+/// Rows of a page that the fast kernels take at once: `SLAB` of kernels/attend.cuh.
+pub const SLAB: usize = 16;
+/// Slabs that are worth a block of their own: one and a half for each of its warps.
 const LEAST: usize = 12;
-/// Pages that a block could attend in the time that it loses with a second head.
+/// Slabs that a block could attend in the time that it loses with a second head.
 const SECOND_HEAD: u32 = 8;
 
 /// A stretch of [`Plan::words`].
@@ -44,7 +46,7 @@ pub struct Layer {
     pub slots: Range,
     /// `[H, tokens]`: row of the pool for each new token.
     pub rows: Range,
-    /// How blocks share the pages: their number, that of the blocks, and the first head of each block.
+    /// How blocks share the slabs: `[blocks]` of `Share` in kernels/attend.cuh.
     pub shares: Range,
 }
 
@@ -62,15 +64,18 @@ impl Plan {
             let heads = book.heads(layer)?;
             let (mut records, mut pages) = (Vec::new(), Vec::new());
             let (mut slots, mut rows) = (Vec::new(), Vec::new());
+            let mut slabs = 0;
             for head in &heads {
-                let (at, len, tokens) = (pages.len(), head.table.len(), head.tokens.len());
+                let (table, len, tokens) = (pages.len(), head.table.len(), head.tokens.len());
+                let (at, table) = (slabs as u32, table as u32);
                 // A sequence without a token in the step is not attended, and takes no one's share.
                 if tokens > 0 {
                     pages.extend(head.table.pages().iter().map(|page| page.index() as u32));
+                    slabs += len.div_ceil(SLAB);
                 }
                 let (first, kv_head) = (head.tokens.start as u32, head.head as u32);
-                let (at, len, tokens) = (at as u32, len as u32, tokens as u32);
-                records.push([at, len, first, tokens, kv_head, 0, 0, at]);
+                let (len, tokens) = (len as u32, tokens as u32);
+                records.push([at, len, first, tokens, kv_head, 0, 0, table]);
                 slots.extend(head.slots.iter().map(|slot| slot.index() as u32));
                 rows.extend(
                     head.slots
@@ -78,7 +83,7 @@ impl Plan {
                         .map(|&slot| row(head.table.place(slot), book.shape.page_size)),
                 );
             }
-            let shares = shares(&mut records, pages.len(), blocks);
+            let shares = shares(&mut records, slabs, blocks);
             let heads = plan.push(records.into_flattened());
             let shares = plan.push(shares.into_flattened());
             let (pages, slots, rows) = (plan.push(pages), plan.push(slots), plan.push(rows));
@@ -96,27 +101,27 @@ impl Plan {
     }
 }
 
-/// Shares of a layer's pages for `blocks` blocks: `Share` of kernels/attend.cuh. Notes in each head's record how many
+/// Shares of a layer's slabs for `blocks` blocks: `Share` of kernels/attend.cuh. Notes in each head's record how many
 /// share it and where its parts begin.
 ///
 /// Equal shares, whatever heads they cut, unless a cut at each head makes the largest no more than [`SECOND_HEAD`] larger.
-pub fn shares(heads: &mut [[u32; HEAD_WORDS]], pages: usize, blocks: usize) -> Vec<[u32; 4]> {
-    let mut lengths = Vec::new(); // index, first page and pages of each head that is attended
+pub fn shares(heads: &mut [[u32; HEAD_WORDS]], slabs: usize, blocks: usize) -> Vec<[u32; 4]> {
+    let mut lengths = Vec::new(); // index, first slab and slabs of each head that is attended
     for (index, head) in heads.iter().enumerate().filter(|(_, head)| head[3] > 0) {
-        let next = heads.get(index + 1).map_or(pages as u32, |next| next[0]);
+        let next = heads.get(index + 1).map_or(slabs as u32, |next| next[0]);
         lengths.push((index, head[0], next - head[0]));
     }
-    let equal = (pages.div_ceil(blocks)).max(LEAST) as u32;
+    let equal = (slabs.div_ceil(blocks)).max(LEAST) as u32;
     let cut = |most: u32| lengths.iter().map(|head| head.2.div_ceil(most) as usize).sum::<usize>();
     let mut shares = Vec::with_capacity(blocks);
     match (equal..=equal + SECOND_HEAD).find(|&most| cut(most) <= blocks) {
         Some(most) => {
-            for (index, first, pages) in lengths {
-                let parts = pages.div_ceil(most);
+            for (index, first, slabs) in lengths {
+                let parts = slabs.div_ceil(most);
                 heads[index][5] = parts;
                 heads[index][6] = 2 * shares.len() as u32;
                 let begin = |part: u32| {
-                    first + (u64::from(pages) * u64::from(part) / u64::from(parts)) as u32
+                    first + (u64::from(slabs) * u64::from(part) / u64::from(parts)) as u32
                 };
                 let block = shares.len() as u32;
                 let share = |part| [begin(part), begin(part + 1), index as u32, 2 * (block + part)];
@@ -124,13 +129,13 @@ pub fn shares(heads: &mut [[u32; HEAD_WORDS]], pages: usize, blocks: usize) -> V
             }
         }
         None => {
-            let used = blocks.min(pages.div_ceil(LEAST));
-            let begin = |block: usize| (pages as u64 * block as u64 / used as u64) as u32;
-            for (index, first, pages) in lengths {
-                // The block that owns the first page, whose share may begin within an earlier head.
+            let used = blocks.min(slabs.div_ceil(LEAST));
+            let begin = |block: usize| (slabs as u64 * block as u64 / used as u64) as u32;
+            for (index, first, slabs) in lengths {
+                // The block that owns the first slab, whose share may begin within an earlier head.
                 let next = shares.len();
                 let opening = if begin(next) > first { next - 1 } else { next };
-                while shares.len() < used && begin(shares.len()) < first + pages {
+                while shares.len() < used && begin(shares.len()) < first + slabs {
                     let block = shares.len();
                     shares.push([begin(block), begin(block + 1), index as u32, 2 * block as u32]);
                 }

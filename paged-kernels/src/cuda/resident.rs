@@ -9,6 +9,7 @@ use crate::cuda::driver::resident::{NO_SEAT, State, Step, Targets};
 use crate::cuda::driver::swap::Packed;
 use crate::cuda::fused::Projected;
 use crate::cuda::pass::MOST_TOKENS;
+use crate::cuda::plan::SLAB;
 use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut, check_type};
 use crate::error::{Error, Result};
 use crate::filled::Filled;
@@ -500,9 +501,14 @@ fn check_sizes(shape: &CacheShape, seats: Seats, blocks: usize) -> Result<()> {
         let advice = "the pages of all heads' tables must fit 32 bits; give fewer texts or tokens";
         return wrong("tokens", tokens, advice);
     }
-    let shares = shape.pages.checked_add(1).and_then(|pages| pages.checked_mul(blocks + 1));
+    let slabs = (shape.pages.saturating_add(1)).checked_mul(shape.page_size.div_ceil(SLAB));
+    let shares = slabs.and_then(|slabs| slabs.checked_mul(2 * blocks));
     if shares.is_none_or(|shares| shares > u32::MAX as usize) {
-        return wrong("pages", shape.pages, "pages times multiprocessors must fit 32 bits");
+        return wrong(
+            "pages",
+            shape.pages,
+            "16 rows each, times twice the multiprocessors, must fit 32 bits",
+        );
     }
     Ok(())
 }

@@ -3,7 +3,8 @@
 //! A surrogate is small and is asked for every token of every layer, so what it costs is launches, rounds through memory
 //! and a first GEMM; one launch does it all, from the hidden states to the bits.
 
-use crate::cuda::driver::scores::{self as launch, Call, Held, Kernels, Map};
+use crate::cuda::driver::map::Map;
+use crate::cuda::driver::scores::{self as launch, Call, Held, Kernels};
 use crate::cuda::view::{DeviceBits, DeviceBitsMut, DeviceView, DeviceViewMut, check_type};
 use crate::error::{Error, Result};
 use crate::shape::Dtype;

@@ -14,8 +14,8 @@ pub struct OnCard {
     shape: CacheShape,
     stream: Arc<CudaStream>,
     living: Vec<Sequence>,
-    /// Whose steps are planned on the card.
-    batch: Vec<Option<Sequence>>,
+    /// Whose steps are planned on the card, if anybody's.
+    batch: Option<Vec<Option<Sequence>>>,
     tokens: usize,
     pages_peak: usize,
 }
@@ -34,7 +34,7 @@ impl OnCard {
         let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
         let seats = Seats { texts: 64, tokens: 1200, pass: 60, mode: Mode::Fast };
         let cache = RefCell::new(Resident::on(stream.clone(), shape.clone(), seats)?);
-        let (living, batch) = (Vec::new(), Vec::new());
+        let (living, batch) = (Vec::new(), None);
         Ok(Self { cache, shape, stream, living, batch, tokens: 0, pages_peak: 0 })
     }
 
@@ -106,13 +106,13 @@ impl PagedAttention for OnCard {
         let cache = self.cache.get_mut();
         if step.iter().all(|text| text.1 == 1) {
             let batch = step.iter().map(|text| Some(text.0)).collect::<Vec<_>>();
-            if self.batch != batch {
+            if self.batch.as_ref() != Some(&batch) {
                 cache.batch(&batch)?;
-                self.batch = batch;
+                self.batch = Some(batch);
             }
             cache.begin_step()?;
         } else {
-            self.batch.clear();
+            self.batch = None;
             cache.begin_pass(step)?;
         }
         self.tokens = step.iter().map(|text| text.1).sum();
@@ -176,7 +176,7 @@ impl PagedAttention for OnCard {
 
     fn release(&mut self, sequence: Sequence) -> Result<()> {
         self.living.retain(|&living| living != sequence);
-        self.batch.clear();
+        self.batch = None;
         self.cache.get_mut().release(sequence)
     }
 

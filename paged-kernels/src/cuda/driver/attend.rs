@@ -1,6 +1,7 @@
 //! Attention: the fast kernels where one is made for a cache, else the plain one.
 
 use super::{Device, Grid, Part, Pool, RawPool, RawView, Room, failed, function, grid, load};
+use crate::cuda::plan::SLAB;
 use crate::cuda::view::{DeviceView, DeviceViewMut};
 use crate::error::Result;
 use crate::shape::Dtype;
@@ -16,8 +17,11 @@ const STREAM_F16: [&str; 2] = [
     concat!(include_str!("../../../kernels/stream_f16.compute_80.ptx"), "\0"),
     concat!(include_str!("../../../kernels/stream_f16.compute_90.ptx"), "\0"),
 ];
-/// Rows of a page that the fast attention is made for.
-const STREAM_PAGE: u32 = 16;
+/// Whether the fast kernels, which take 16 rows of a page at once, are made for such pages.
+pub(super) fn in_slabs(page_size: u32) -> bool {
+    page_size.is_power_of_two() && page_size >= SLAB as u32
+}
+
 /// Its kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each. The first that fits is taken.
 const STREAM_KERNELS: [Stream<&CStr>; 8] = {
     const fn kernel(
@@ -53,23 +57,23 @@ pub(super) struct Stream<K> {
     group: usize,
     /// Warps of a block.
     team: usize,
-    /// Pages that each of them has on their way.
+    /// Slabs that each of them has on their way.
     stages: usize,
 }
 
 impl<K> Stream<K> {
-    /// A block's shared memory: pages on their way, then each warp's sums.
+    /// A block's shared memory: slabs on their way, then each warp's sums.
     fn shared(&self, group: usize) -> usize {
         let pitch = self.dim.next_multiple_of(64) * 2;
-        let page = 2 * STREAM_PAGE as usize * pitch;
-        self.team * (self.stages * page + group * (self.dim + 2) * 4)
+        let slab = 2 * SLAB * pitch;
+        self.team * (self.stages * slab + group * (self.dim + 2) * 4)
     }
 }
 
 /// How heads are cut for the blocks of a fast attention, as the kernels number it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cut {
-    /// At the ends of equal shares of a layer's pages.
+    /// At the ends of equal shares of a layer's slabs.
     Fast = 0,
     /// Each head by its own length alone.
     Invariant = 1,
@@ -189,7 +193,7 @@ impl Device {
         // Queries are read two at a time.
         let even = data % 4 == 0 && head_stride % 2 == 0 && token_stride % 2 == 0;
         let code = self.dtype.code();
-        let made_for = (pool.dtype, dtype, pool.page_size) == (code, code, STREAM_PAGE);
+        let made_for = (pool.dtype, dtype) == (code, code) && in_slabs(pool.page_size);
         let fits =
             |stream: &&Stream<_>| stream.dim == pool.dim as usize && step.group <= stream.group;
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
@@ -203,6 +207,7 @@ impl Device {
 
 // Mirrors of the structs in kernels/attend.cuh.
 
+#[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct AttendCall {
     pool: RawPool,

@@ -1,8 +1,10 @@
 //! Launches of kernels/pass.cu and kernels/pass.cuh: passes of several tokens.
 
-use super::attend::{AttendCall, AttendStep, Cut, HEAD_WORDS};
+use super::attend::{AttendCall, AttendStep, Cut, HEAD_WORDS, in_slabs};
+use super::map::{Map, encode};
 use super::resident::{RawState, SHARE_WORDS, State, Targets};
 use super::{Device, Grid, RawView, Room, failed, function, load};
+use crate::cuda::plan::SLAB;
 use crate::cuda::view::{DeviceView, DeviceViewMut};
 use crate::error::Result;
 use crate::shape::Dtype;
@@ -13,10 +15,10 @@ use std::sync::Arc;
 const BOOKS: &str = concat!(include_str!("../../../kernels/pass.compute_80.ptx"), "\0");
 const ATTEND_BF16: &str = concat!(include_str!("../../../kernels/pass_bf16.compute_80.ptx"), "\0");
 const ATTEND_F16: &str = concat!(include_str!("../../../kernels/pass_f16.compute_80.ptx"), "\0");
-/// Rows of a page that the fast attention is made for.
-const PAGE: u32 = 16;
-/// Threads of its blocks, of which two fit a multiprocessor.
+const HOPPER: &str = concat!(include_str!("../../../kernels/pass_hopper.compute_90a.ptx"), "\0");
+/// Threads of the fast attention's blocks.
 const TEAM: u32 = 128;
+const HOPPER_TEAM: u32 = 384;
 /// Threads of the blocks that close holes, and of those that plan.
 const CLOSERS: u32 = 256;
 const PLANNERS: u32 = 512;
@@ -25,7 +27,7 @@ const FOLDERS: usize = 8;
 /// 32-bit words of `Tile` and `PassText` in kernels/pass.cuh.
 const TILE_WORDS: usize = 4;
 const TEXT_WORDS: usize = 8;
-/// The fast attention's kernels, as in kernels/pass.cuh.
+/// The fast attention's kernels, as in kernels/pass.cuh, the tallest tiles first.
 const KERNELS: [Tall<&CStr>; 7] = {
     const fn kernel<'a>(
         kernel: &'a CStr,
@@ -34,7 +36,7 @@ const KERNELS: [Tall<&CStr>; 7] = {
         height: usize,
         keys: usize,
     ) -> Tall<&'a CStr> {
-        Tall { kernel, fold, dim, height, keys }
+        Tall { kernel, fold, dim, height, keys, stages: 2, map: None }
     }
     [
         kernel(c"pass_attend_tall_d64", c"pass_fold_d64", 64, 128, 64),
@@ -46,6 +48,16 @@ const KERNELS: [Tall<&CStr>; 7] = {
         kernel(c"pass_attend_d256", c"pass_fold_d256", 256, 64, 32),
     ]
 };
+/// Those of kernels/pass_hopper.cu, by type: dim, stages, name.
+const HOPPER_KERNELS: [(Dtype, usize, usize, &CStr); 4] = [
+    (Dtype::Bf16, 64, 4, c"pass_hopper_bf16_d64"),
+    (Dtype::Bf16, 128, 3, c"pass_hopper_bf16_d128"),
+    (Dtype::F16, 64, 4, c"pass_hopper_f16_d64"),
+    (Dtype::F16, 128, 3, c"pass_hopper_f16_d128"),
+];
+const HOPPER_KEYS: usize = 128;
+/// What a block of theirs aligns its shared memory to.
+const ALIGNED: usize = 1024;
 
 /// A kernel of the fast attention.
 #[derive(Debug, Clone, Copy)]
@@ -58,12 +70,26 @@ struct Tall<K> {
     height: usize,
     /// Keys of a unit.
     keys: usize,
+    /// Units on their way in a block.
+    stages: usize,
+    /// The pool, for a kernel that fetches by the copy engine: a block of it fills a multiprocessor.
+    map: Option<Map>,
 }
 
 impl<K> Tall<K> {
-    /// A block's shared memory: a tile's queries, and two units on their way.
+    /// A block's shared memory: a tile's queries, and the units on their way.
     fn shared(&self) -> usize {
-        (self.height + 4 * self.keys) * self.dim.next_multiple_of(64) * 2
+        let rows = self.height + 2 * self.stages * self.keys;
+        rows * self.dim.next_multiple_of(64) * 2 + if self.map.is_some() { ALIGNED } else { 0 }
+    }
+
+    fn threads(&self) -> u32 {
+        if self.map.is_some() { HOPPER_TEAM } else { TEAM }
+    }
+
+    /// Blocks that a multiprocessor has room for.
+    fn at_once(&self) -> usize {
+        if self.map.is_some() { 1 } else { 2 }
     }
 }
 
@@ -103,16 +129,32 @@ impl Kernels {
             attend: Vec::new(),
         };
         let mut sizes = device.sizes(function(books, c"pass_sizes")?, 2)?;
-        let dim = state.pool.dim as usize;
-        let image = [Dtype::Bf16, Dtype::F16].into_iter().zip([ATTEND_BF16, ATTEND_F16]);
-        let image =
-            image.filter(|(dtype, _)| dtype.code() == state.pool.dtype).map(|image| image.1).next();
-        let fits = |tall: &Tall<&CStr>| tall.dim == dim && state.pool.page_size == PAGE;
-        if let Some(image) = image.filter(|_| KERNELS.iter().any(&fits)) {
+        let (dim, page_size) = (state.pool.dim as usize, state.pool.page_size);
+        let fits = |tall: &Tall<&CStr>| tall.dim == dim && in_slabs(page_size);
+        let images = [(Dtype::Bf16, ATTEND_BF16), (Dtype::F16, ATTEND_F16)];
+        let image = images.into_iter().find(|(dtype, _)| dtype.code() == state.pool.dtype);
+        if let Some((dtype, image)) = image.filter(|_| KERNELS.iter().any(&fits)) {
             let module = load(image)?;
             kernels.modules.push(module);
-            for tall in KERNELS.into_iter().filter(fits) {
-                let (kernel, fold) = (function(module, tall.kernel)?, function(module, tall.fold)?);
+            sizes.extend(device.sizes(function(module, c"pass_attend_sizes")?, 3)?);
+            let talls = KERNELS.into_iter().filter(fits).map(|tall| (module, tall));
+            let mut talls = talls.collect::<Vec<_>>();
+            let rows = state.pool.room.bytes() / dim / 2;
+            let name =
+                HOPPER_KERNELS.into_iter().find(|kernel| (kernel.0, kernel.1) == (dtype, dim));
+            if let Some((_, _, stages, kernel)) = name.filter(|_| device.hopper && rows < 1 << 31) {
+                let module = load(HOPPER)?;
+                kernels.modules.push(module);
+                sizes.extend(device.sizes(function(module, c"pass_hopper_sizes")?, 1)?);
+                let map = Some(encode(dtype, state.pool.room.address, [dim, rows], dim, SLAB)?);
+                talls.insert(
+                    0,
+                    (module, Tall { kernel, keys: HOPPER_KEYS, stages, map, ..talls[0].1 }),
+                );
+            }
+            let attend = talls[talls.len() - 1].0;
+            for (module, tall) in talls {
+                let (kernel, fold) = (function(module, tall.kernel)?, function(attend, tall.fold)?);
                 let which =
                     sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: the function is of a module that is loaded.
@@ -120,10 +162,9 @@ impl Kernels {
                     result::function::set_function_attribute(kernel, which, tall.shared() as i32)
                 }
                 .map_err(failed("cuFuncSetAttribute"))?;
-                let Tall { dim, height, keys, .. } = tall;
-                kernels.attend.push(Tall { kernel, fold, dim, height, keys });
+                let Tall { dim, height, keys, stages, map, .. } = tall;
+                kernels.attend.push(Tall { kernel, fold, dim, height, keys, stages, map });
             }
-            sizes.extend(device.sizes(function(module, c"pass_attend_sizes")?, 3)?);
         }
         assert_eq!(
             sizes,
@@ -139,7 +180,9 @@ impl Kernels {
             rows.clone().map(|rows| rows.next_multiple_of(tall.height)).sum::<usize>()
         };
         let [tall, rest @ ..] = &self.attend[..] else { return None };
-        let short = rest.iter().find(|short| 8 * filled(tall) > 9 * filled(short));
+        // Hopper's is twice as fast a row.
+        let (most, least) = if tall.map.is_some() { (8, 12) } else { (8, 9) };
+        let short = rest.iter().find(|short| most * filled(tall) > least * filled(short));
         Some(*short.unwrap_or(tall))
     }
 }
@@ -275,7 +318,8 @@ impl Device {
         self.upload(&words, &mut pass.texts)?;
         self.upload(&owners, &mut pass.owners)?;
         self.upload(&tile_owners, &mut pass.tile_owners)?;
-        let (heads, blocks) = (state.layers * state.kv_heads, 2 * self.blocks);
+        let heads = state.layers * state.kv_heads;
+        let blocks = pass.tall.map_or(1, |tall| tall.at_once()) * self.blocks;
         self.reserve(heads * pass.count * HEAD_WORDS * 4, &mut pass.heads)?;
         self.reserve(heads * pass.tokens * 4, &mut pass.rows)?;
         self.reserve(heads * pass.tokens * 4, &mut pass.slots)?;
@@ -348,7 +392,7 @@ impl Device {
         else {
             return self.attend(&state.pool, &step, queries, scale, out, lse);
         };
-        let (tiles, blocks) = (state.kv_heads * pass.tiles, 2 * self.blocks);
+        let (tiles, blocks) = (state.kv_heads * pass.tiles, tall.at_once() * self.blocks);
         let call = PassCall {
             attend: self.attend_call(&state.pool, &step, queries, scale, out, lse),
             shares: pass.shares.part(layer * blocks * SHARE_WORDS, blocks * SHARE_WORDS).address,
@@ -360,10 +404,16 @@ impl Device {
             height: tall.height as u32,
         };
         let blocks = if tokens == 0 { 0 } else { blocks };
-        let grid = Grid { blocks, threads: TEAM, shared: tall.shared() as u32, overlaps: false };
+        let grid =
+            Grid { blocks, threads: tall.threads(), shared: tall.shared() as u32, overlaps: false };
         // SAFETY: the views hold what their shapes say and are aligned as `fits` asks; the arrays are those that
         // `begin_pass` has written for this kernel's tiles, and `parts` holds two for each block.
-        unsafe { self.launch(tall.kernel, grid, &call) }?;
+        unsafe {
+            match tall.map {
+                Some(map) => self.launch(tall.kernel, grid, &HopperCall { map, pass: call }),
+                None => self.launch(tall.kernel, grid, &call),
+            }
+        }?;
         if pass.cut == Cut::Invariant {
             return Ok(());
         }
@@ -392,6 +442,13 @@ fn fits(state: &State, queries: &DeviceView<'_>, out: &DeviceViewMut<'_>) -> boo
 
 // Mirrors of the structs in kernels/pass.cuh and kernels/pass.cu.
 
+#[repr(C)]
+struct HopperCall {
+    map: Map,
+    pass: PassCall,
+}
+
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct PassCall {
     attend: AttendCall,
@@ -434,10 +491,11 @@ struct BeginCall {
 }
 
 /// Sizes of the structs, in the order in which the kernels give theirs.
-const MIRRORED: [u32; 5] = [
+const MIRRORED: [u32; 6] = [
     size_of::<LeaveCall>() as u32,
     size_of::<BeginCall>() as u32,
     4 * TILE_WORDS as u32,
     4 * TEXT_WORDS as u32,
     size_of::<PassCall>() as u32,
+    size_of::<HopperCall>() as u32,
 ];

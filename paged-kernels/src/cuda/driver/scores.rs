@@ -1,9 +1,11 @@
 //! The score kernels: which of them serves a call, and its launch.
 
+use super::map::{COLUMNS, Map, encode};
 use super::{check_card, check_driver, failed, function, load};
 use crate::cuda::scores::Surrogate;
 use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut};
 use crate::error::Result;
+use crate::shape::Dtype;
 use cudarc::driver::result;
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr, ValidAsZeroBits, sys,
@@ -43,8 +45,6 @@ const MANY_KERNELS: [(&CStr, usize, usize); 4] = [
     (c"scores_many_160", 160, 1),
     (c"scores_many_256", 256, 1),
 ];
-/// Columns of a tile, of 128 bytes.
-const COLUMNS: usize = 64;
 /// Shared memory of a block that the card keeps for itself.
 const KEPT: usize = 1024;
 
@@ -65,11 +65,6 @@ pub fn exchange(width: usize, heads: usize) -> (usize, usize) {
 fn many_for(width: usize) -> Option<(&'static CStr, usize, usize)> {
     MANY_KERNELS.into_iter().find(|(_, units, _)| width <= units * MANY_BLOCKS)
 }
-
-/// A matrix as the copy engine knows it: the driver's `CUtensorMap`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(128))]
-pub struct Map([u64; 16]);
 
 /// Memory on the card and its address: to ask a slice for it queues events, which a graph would capture.
 #[derive(Debug)]
@@ -225,40 +220,7 @@ impl Kernels {
         if self.hopper.is_none() || width == 0 || !dim.is_multiple_of(COLUMNS) {
             return Ok(None);
         }
-        self.map(first.address, [dim, width], dim, units).map(Some)
-    }
-
-    /// bf16 `[rows, columns]`, fetched `box_rows` of a tile's columns at once. Only writes down what it is told.
-    fn map(
-        &self,
-        address: u64,
-        [columns, rows]: [usize; 2],
-        stride: usize,
-        box_rows: usize,
-    ) -> Result<Map> {
-        let mut map = Map([0; 16]);
-        let sizes = [columns as u64, rows as u64];
-        let (strides, boxes) = ([stride as u64 * 2], [COLUMNS as u32, box_rows as u32]);
-        // SAFETY: `map` is as large and as aligned as a CUtensorMap, and the arrays are of the rank's lengths.
-        unsafe {
-            sys::cuTensorMapEncodeTiled(
-                (&raw mut map).cast(),
-                sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
-                address as *mut c_void,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                boxes.as_ptr(),
-                [1, 1].as_ptr(),
-                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        }
-        .result()
-        .map_err(failed("cuTensorMapEncodeTiled"))?;
-        Ok(map)
+        encode(Dtype::Bf16, first.address, [dim, width], dim, units).map(Some)
     }
 
     /// Queues a call of at least one token.
@@ -303,7 +265,7 @@ impl Kernels {
         } else if let Some((kernel, grid, stages, map)) = self.many(call.surrogate, tokens) {
             raw.stages = stages as u32;
             let rows = MANY_TOKENS / MANY_BLOCKS;
-            let hidden = self.map(raw.hidden, [dim, tokens], stride, rows)?;
+            let hidden = encode(Dtype::Bf16, raw.hidden, [dim, tokens], stride, rows)?;
             let arguments = [argument(&raw), argument(&hidden), argument(&map)];
             // SAFETY: as below; the maps are of the hidden states and of the first weights.
             return unsafe { self.launch(kernel, grid, &arguments) };
