@@ -137,7 +137,7 @@ mod torch {
     }
 
     #[test]
-    #[ignore = "takes some 2 GB and a minute"]
+    #[ignore = "takes 1.9 GB and ten seconds"]
     fn whole_mlps_of_the_published_sizes_run() {
         for (_, model) in ModelShape::PUBLISHED {
             runs_as_written(&model, model.layers, true);
