@@ -283,6 +283,22 @@ mod cuda {
         }
     }
 
+    /// What a pass has pushed out of the window goes also where the text comes back to a cache that has seen no pass.
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn a_text_resumed_elsewhere_after_a_pass_steps_on() {
+        let mut twins = Twins::new(wide(), SEATS, 0.7);
+        let text = twins.prompt(60);
+        twins.pass(&[(text, 90)], false);
+        let suspended = twins.resident.suspend(text.0).unwrap();
+        twins.resident = Resident::on(twins.stream.clone(), wide(), SEATS).unwrap();
+        let text = (twins.resident.resume(&suspended).unwrap(), text.1);
+        for _ in 0..3 {
+            twins.pass(&[(text, 1)], true);
+        }
+        twins.check_pages(&[text]);
+    }
+
     #[test]
     #[ignore = "needs a CUDA device"]
     fn every_head_dim_and_group_works() {

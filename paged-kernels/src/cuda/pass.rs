@@ -1,7 +1,9 @@
 //! Passes of several tokens a text over a cache on the card.
 
 use crate::book::Sequence;
+use crate::cuda::driver::Device;
 use crate::cuda::driver::pass::{Pass, PassText};
+use crate::cuda::driver::resident::State;
 use crate::cuda::resident::Resident;
 use crate::error::{Error, Result};
 use std::collections::BTreeSet;
@@ -42,11 +44,8 @@ impl Resident {
             let leaving = std::mem::replace(&mut text.recent, tokens);
             entries.push(PassText { seat: sequence.index(), tokens, leaving });
         }
-        let pass = match &mut self.pass {
-            Some(pass) => pass,
-            none => none.insert(Pass::new(&self.device, &self.state)?),
-        };
         let (group, cut) = (self.shape.group(), self.step.cut);
+        let pass = loaded(&mut self.pass, &self.device, &self.state)?;
         self.device.leave(&self.state, pass, &entries, self.forked)?;
         self.device.begin_pass(&self.state, pass, &entries, group, cut)?;
         let tokens = entries.iter().map(|text| text.tokens).sum();
@@ -67,9 +66,18 @@ impl Resident {
                 entries.push(PassText { seat: sequence.index(), tokens: 0, leaving });
             }
         }
-        match &mut self.pass {
-            Some(pass) => self.device.leave(&self.state, pass, &entries, self.forked),
-            None => Ok(()),
+        if entries.is_empty() {
+            return Ok(());
         }
+        let pass = loaded(&mut self.pass, &self.device, &self.state)?;
+        self.device.leave(&self.state, pass, &entries, self.forked)
+    }
+}
+
+/// The kernels of passes, which few caches need.
+fn loaded<'a>(pass: &'a mut Option<Pass>, device: &Device, state: &State) -> Result<&'a mut Pass> {
+    match pass {
+        Some(pass) => Ok(pass),
+        none => Ok(none.insert(Pass::new(device, state)?)),
     }
 }

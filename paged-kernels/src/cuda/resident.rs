@@ -502,12 +502,12 @@ fn check_sizes(shape: &CacheShape, seats: Seats, blocks: usize) -> Result<()> {
         return wrong("tokens", tokens, advice);
     }
     let slabs = (shape.pages.saturating_add(1)).checked_mul(shape.page_size.div_ceil(SLAB));
-    let shares = slabs.and_then(|slabs| slabs.checked_mul(2 * blocks));
+    let shares = slabs.and_then(|slabs| slabs.checked_mul(blocks + 1));
     if shares.is_none_or(|shares| shares > u32::MAX as usize) {
         return wrong(
             "pages",
             shape.pages,
-            "16 rows each, times twice the multiprocessors, must fit 32 bits",
+            "16 rows each, times multiprocessors, must fit 32 bits",
         );
     }
     Ok(())
