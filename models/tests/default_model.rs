@@ -4,8 +4,11 @@ mod common;
 
 use anyhow::Result;
 use common::golden;
-use kvzap::{Budget, Scope, StreamingLlm};
-use models::{Cpu, Dense, Hooks, KvCache, Model, Paged, Pruning, Session, WINDOW, cache_shape};
+use kvzap::{Budget, Rules, Scope, StreamingLlm};
+use models::{
+    Cpu, Dense, Hooks, KvCache, Model, Paged, Pruning, Session, Specials, WINDOW, cache_shape,
+    kvzip,
+};
 use serde_json::Value;
 use std::path::PathBuf;
 use tch::{Device, Kind, Tensor};
@@ -109,5 +112,36 @@ fn recency_loses_several_times_as_much_without_the_first_four_tokens() -> Result
     // Measured: 0.630, 0.651 and 0.761.
     assert!(with - full < 0.1, "{full:.3} {with:.3}");
     assert!(without - full > 3.0 * (with - full), "{full:.3} {with:.3} {without:.3}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs the default model: cargo xtask fetch"]
+fn the_oracle_scores_a_context_by_the_models_own_template() -> Result<()> {
+    let (model, wanted) = (load()?, wanted()?);
+    let (before, _) = model.template.as_ref().unwrap().around("")?;
+    let prefix = model.tokenizer.encode(&before, Specials::Parse)?;
+    let text = ids(&wanted["short"]["ids"]);
+    let context = [&prefix[..], &text].concat();
+    for plus in [false, true] {
+        let rules = Rules { chunk: 100, ..Rules::default() };
+        let mut passes = Vec::new();
+        let scores = kvzip(&model, &context, prefix.len(), plus, rules, &mut |done, all| {
+            passes.push((done, all));
+        })?;
+        assert_eq!(passes, [(0, 3), (1, 3), (2, 3), (3, 3)]);
+        let config = model.lm.config();
+        assert_eq!(scores.len(), config.layers);
+        let scores = Tensor::cat(&scores, 0);
+        let (kept, tokens) = (prefix.len() as i64, context.len() as i64);
+        assert_eq!(scores.size(), [config.layers as i64, config.kv_heads as i64, tokens]);
+        assert_eq!(scores.narrow(2, 0, kept).isinf().all().int64_value(&[]), 1);
+        let body = scores.narrow(2, kept, tokens - kept);
+        let (least, most) = (body.min().double_value(&[]), body.max().double_value(&[]));
+        println!("plus {plus}: {least:.1e} to {most:.3}");
+        assert!(least >= 0.0 && most.is_finite() && (plus || most <= 1.0), "{least} {most}");
+        // Most of what a repetition reads stands in the original, so its heads that copy see it whole.
+        assert!(plus || most > 0.9, "{most}");
+    }
     Ok(())
 }
