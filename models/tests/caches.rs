@@ -9,7 +9,7 @@ use models::{
     CausalLm, Cpu, Decoder, Dense, Hooks, KvCache, Paged, Pruning, Usage, Weights, cache_shape,
     open,
 };
-use paged_kernels::Reference;
+use paged_kernels::{CacheShape, Dtype, Reference};
 use repo_pos::Repositioner;
 use tch::{Device, Kind, Tensor};
 
@@ -230,6 +230,35 @@ fn recency_keeps_the_sinks() -> Result<()> {
             let wanted: Vec<bool> = (0..100).map(|i| (4..54).contains(&i)).collect();
             assert_eq!(masked, wanted);
         }
+    }
+    Ok(())
+}
+
+/// SmolLM2-135M's cache: 30 layers, 9 query heads that share 3 kv heads, head dim 64, f32.
+#[test]
+fn the_pool_holds_a_row_a_kv_head_and_only_the_window_where_all_else_goes() -> Result<()> {
+    let shape = CacheShape {
+        layers: 30,
+        kv_heads: 3,
+        query_heads: 9,
+        head_dim: 64,
+        page_size: 16,
+        window: 128,
+        pages: 30 * 3 * 300_usize.div_ceil(16),
+        dtype: Dtype::F32,
+    };
+    for (tokens, removed) in [(128, 0.0), (300, 1.0 - 128.0 / 300.0)] {
+        let mut cache = Paged::new(Cpu::new(shape.clone())?)?;
+        let zeros = |heads| Tensor::zeros([1, heads, tokens, 64], (Kind::Float, Device::Cpu));
+        let (queries, rows) = (zeros(9), zeros(3));
+        let all = Tensor::ones([1, 3, tokens], (Kind::Bool, Device::Cpu));
+        cache.begin(tokens as usize)?;
+        for layer in 0..30 {
+            let _ = cache.attend(layer, &queries, &rows, &rows, Some(&all))?;
+        }
+        let usage = cache.usage();
+        assert_eq!(usage.bytes, 5_898_240, "{tokens} tokens: 128 rows in each of 90 heads");
+        assert!((usage.removed() - removed).abs() < 1e-9, "{}", usage.removed());
     }
     Ok(())
 }

@@ -104,8 +104,8 @@ impl Allocation {
                 let safe = ((kept as f64 * safe) as i64).max(least);
                 let safe = (safe - (tokens - judged)).clamp(0, judged);
                 let goes = |rows: &Tensor| -> Result<Tensor> {
-                    let unsafe_ = lowest(rows, judged - safe)?;
-                    let rows = rows.f_where_self(&unsafe_, &rows.f_full_like(f64::INFINITY)?)?;
+                    let exposed = lowest(rows, judged - safe)?;
+                    let rows = rows.f_where_self(&exposed, &rows.f_full_like(f64::INFINITY)?)?;
                     together(&rows, &|rows| lowest(rows, share(heads)))
                 };
                 by_age.iter().map(goes).collect::<Result<_>>()?
