@@ -10,11 +10,13 @@ mod pass;
 mod plan;
 mod resident;
 mod scores;
+mod suspended;
 mod view;
 
 pub use fused::{Gate, HeadNorms, Projected};
-pub use resident::{Mode, Resident, Seats, Suspended};
+pub use resident::{Mode, Resident, Seats};
 pub use scores::{ScorePrecision, ScoreRule, Scores, Surrogate, SurrogateWeights};
+pub use suspended::Suspended;
 pub use view::{DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut};
 
 use crate::backend::PagedAttention;

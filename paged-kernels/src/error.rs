@@ -141,7 +141,7 @@ pub enum Error {
     /// A text that was taken out of a cache of another shape.
     #[cfg(feature = "cuda")]
     #[error(
-        "the text comes from a cache of another shape; resume it in one that differs in pages at most"
+        "the text comes from a cache of another shape; resume it in one that differs in pages and texts at most"
     )]
     OtherCache,
     /// No CUDA driver on this machine.

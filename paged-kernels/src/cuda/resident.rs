@@ -6,7 +6,6 @@ use crate::cuda::driver::Device;
 use crate::cuda::driver::attend::Cut;
 use crate::cuda::driver::pass::Pass;
 use crate::cuda::driver::resident::{NO_SEAT, State, Step, Targets};
-use crate::cuda::driver::swap::Packed;
 use crate::cuda::fused::Projected;
 use crate::cuda::pass::MOST_TOKENS;
 use crate::cuda::plan::SLAB;
@@ -74,23 +73,6 @@ pub struct Resident {
     tokens: Option<usize>,
     /// Which layers have the tokens of the step under way.
     appended: Option<Vec<bool>>,
-}
-
-/// A text in host memory: see [`Resident::suspend`].
-#[derive(Debug, Clone)]
-pub struct Suspended {
-    shape: CacheShape,
-    rows: Packed,
-    places: usize,
-    filled: Filled,
-    recent: usize,
-}
-
-impl Suspended {
-    /// Bytes that it takes.
-    pub fn bytes(&self) -> usize {
-        self.rows.bytes()
-    }
 }
 
 #[derive(Debug)]
@@ -402,52 +384,7 @@ impl Resident {
         self.device.release(&self.state, sequence.index())
     }
 
-    /// Takes a text out of the cache into host memory, and gives its pages and its seat back, as
-    /// [`release`](Self::release) does. Waits for the card.
-    ///
-    /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::StepUnfinished`] in the middle of a step; [`Error::DeviceMemory`], since its
-    /// pages are gathered on the card first.
-    pub fn suspend(&mut self, sequence: Sequence) -> Result<Suspended> {
-        self.check_finished()?;
-        let text = self.text(sequence)?;
-        let (filled, recent) = (text.filled.clone(), text.recent);
-        let lens = self.lens(sequence)?;
-        let rows = self.device.pack(&self.state, sequence.index(), lens)?;
-        self.release(sequence)?;
-        let places = self.state.places();
-        Ok(Suspended { shape: self.shape.clone(), rows, places, filled, recent })
-    }
-
-    /// Brings a text back, into another seat and other pages: what it gives from then on is the same, bit for bit in
-    /// [`Mode::BatchInvariant`]. Waits for the card.
-    ///
-    /// # Errors
-    /// [`Error::NoSeat`]; [`Error::OutOfPages`]; [`Error::OtherCache`] if it comes from a cache of another shape.
-    pub fn resume(&mut self, suspended: &Suspended) -> Result<Sequence> {
-        let Suspended { shape, rows, places, filled, recent } = suspended;
-        let other = (CacheShape { pages: self.shape.pages, ..shape.clone() }) != self.shape;
-        if other || *places != self.state.places() {
-            return Err(Error::OtherCache);
-        }
-        let page_size = self.shape.page_size;
-        let pages = rows.lens().iter().map(|&len| (len as usize).div_ceil(page_size));
-        let most = rows.lens().iter().max().map_or(0, |&len| len as usize);
-        let (wanted, free) = (pages.sum::<usize>(), self.free_pages()?);
-        if wanted > free {
-            return Err(Error::OutOfPages { wanted, free });
-        }
-        if most > self.state.most_rows() {
-            return Err(Error::OtherCache);
-        }
-        let sequence = self.allocate()?;
-        let text = self.text(sequence)?;
-        (text.filled, text.recent) = (filled.clone(), *recent);
-        self.device.unpack(&self.state, sequence.index(), rows)?;
-        Ok(sequence)
-    }
-
-    fn lens(&self, sequence: Sequence) -> Result<Vec<u32>> {
+    pub(super) fn lens(&self, sequence: Sequence) -> Result<Vec<u32>> {
         let lens = self.state.lens(&self.device)?;
         Ok(lens.into_iter().skip(sequence.index()).step_by(self.texts.len()).collect())
     }
