@@ -124,6 +124,24 @@ impl<'m> Session<'m> {
         Ok(Generated { tokens, stop: Stop::Length })
     }
 
+    /// Reads `tokens`, and says of each the natural logarithm of the probability that it had, of the ids under
+    /// `vocabulary`, as the next. Something must have been read before.
+    pub fn log_likelihoods(&mut self, tokens: &[u32], vocabulary: usize) -> Result<Vec<f64>> {
+        let mut found = Vec::with_capacity(tokens.len());
+        for &token in tokens {
+            let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
+            let logits = &logits[..vocabulary.min(logits.len())];
+            let Some(&own) = logits.get(token as usize) else {
+                return Err(Error::UnknownToken { id: token, vocabulary: logits.len() });
+            };
+            let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+            found.push(f64::from(own - highest) - sum.ln());
+            self.feed(&[token])?;
+        }
+        Ok(found)
+    }
+
     /// The scores of the next token, `[vocabulary]`, once something was read.
     pub fn logits(&self) -> Option<&[f32]> {
         self.logits.as_deref()

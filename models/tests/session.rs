@@ -70,3 +70,26 @@ fn a_session_goes_on_from_its_mark_as_if_nothing_had_followed() -> Result<()> {
     assert_eq!(write(&mut session, 6)?, first);
     Ok(())
 }
+
+#[test]
+fn likelihoods_are_those_of_libtorchs_log_softmax_and_leave_the_tokens_read() -> Result<()> {
+    let lm = model()?;
+    let tokens = [7, 3, 11];
+    let (mut one, mut other) = (session(&lm), session(&lm));
+    one.feed(&[1, 2])?;
+    other.feed(&[1, 2])?;
+    let found = one.log_likelihoods(&tokens, 100)?;
+    for (&token, found) in tokens.iter().zip(found) {
+        let logits = tch::Tensor::from_slice(&other.logits().unwrap()[..100]);
+        let wanted = logits
+            .to_kind(Kind::Double)
+            .log_softmax(0, Kind::Double)
+            .double_value(&[i64::from(token)]);
+        assert!((found - wanted).abs() < 1e-6, "{found}, wanted {wanted}");
+        other.feed(&[token])?;
+    }
+    assert_eq!(one.logits(), other.logits());
+    assert!(matches!(one.log_likelihoods(&[100], 100), Err(Error::UnknownToken { id: 100, .. })));
+    assert!(matches!(session(&lm).log_likelihoods(&[1], 100), Err(Error::EmptyPrompt)));
+    Ok(())
+}
