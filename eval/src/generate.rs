@@ -24,6 +24,8 @@ pub struct Answer {
     pub kv_bytes: usize,
     /// Seconds to read the context.
     pub prefill_seconds: f64,
+    /// The mean negative log-likelihood of a token of the sample's `likelihood_of`, in nats.
+    pub nll: Option<f64>,
     /// Tokens written, and the seconds that the steps between them took.
     pub decode: (usize, f64),
 }

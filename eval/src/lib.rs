@@ -4,6 +4,10 @@ mod fit;
 mod generate;
 mod haystack;
 pub mod metrics;
+mod records;
+pub mod report;
+pub mod results;
+pub mod suite;
 mod task;
 mod tasks;
 
@@ -17,8 +21,13 @@ mod runner;
 pub use generate::{Answer, Generate, run};
 pub use haystack::{Haystack, documents};
 pub use task::{Sample, Task};
+pub use tasks::aime::Aime;
+pub use tasks::longbench::LongBench;
 pub use tasks::needle::Needle;
+pub use tasks::noisy_qa::NoisyQa;
+pub use tasks::published::Published;
 pub use tasks::ruler::{Ruler, Texts, TooShort};
+pub use tasks::shared::SharedContext;
 
 #[cfg(feature = "models")]
 pub use method::{FirstToken, Method};

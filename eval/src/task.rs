@@ -17,6 +17,8 @@ pub struct Sample {
     pub answers: Vec<String>,
     /// The most tokens of an answer that the benchmark allows; 0 leaves it to the caller.
     pub max_new_tokens: usize,
+    /// A text whose likelihood as the answer is measured beside; empty for none.
+    pub likelihood_of: String,
     /// What else the data set says of the sample, for its score and for the results.
     pub facts: Map<String, Value>,
 }

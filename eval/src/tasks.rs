@@ -1,4 +1,9 @@
 //! The benchmarks, one a file.
 
+pub(crate) mod aime;
+pub(crate) mod longbench;
 pub(crate) mod needle;
+pub(crate) mod noisy_qa;
+pub(crate) mod published;
 pub(crate) mod ruler;
+pub(crate) mod shared;

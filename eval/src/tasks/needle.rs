@@ -16,6 +16,9 @@ pub struct Needle<'a> {
     count: &'a dyn Fn(&str) -> Result<usize>,
     tokens: usize,
     seed: u64,
+    /// In percent; drawn for each sample if there is none.
+    depth: Option<usize>,
+    name: String,
 }
 
 const ADJECTIVES: [&str; 16] = [
@@ -35,7 +38,19 @@ impl<'a> Needle<'a> {
         tokens: usize,
         seed: u64,
     ) -> Self {
-        Self { haystack, count, tokens, seed }
+        Self { haystack, count, tokens, seed, depth: None, name: "needle".to_owned() }
+    }
+
+    /// The same with every needle at `depth` percent of the sentences, for a map of depths and lengths.
+    pub fn at_depth(
+        haystack: &'a Haystack,
+        count: &'a dyn Fn(&str) -> Result<usize>,
+        tokens: usize,
+        seed: u64,
+        depth: usize,
+    ) -> Self {
+        let (depth, name) = (Some(depth.min(100)), format!("depth_{depth:03}"));
+        Self { depth, name, ..Self::new(haystack, count, tokens, seed) }
     }
 
     /// The sample with the needle after `sentences` sentences, at `depth` percent of them.
@@ -66,6 +81,7 @@ impl<'a> Needle<'a> {
                 " The special magic number for {key} mentioned in the provided text is"
             ),
             answers: vec![value.to_owned()],
+            facts: [("depth".to_owned(), depth.into())].into_iter().collect(),
             ..Sample::default()
         }
     }
@@ -77,7 +93,7 @@ impl<'a> Needle<'a> {
 
 impl Task for Needle<'_> {
     fn name(&self) -> &str {
-        "needle"
+        &self.name
     }
 
     fn sample(&self, index: u64) -> Result<Sample> {
@@ -87,7 +103,8 @@ impl Task for Needle<'_> {
         let key = format!("{}-{}", ADJECTIVES[pick(ADJECTIVES.len())], NOUNS[pick(NOUNS.len())]);
         let value = (1_000_000 + pick(9_000_000)).to_string();
         // RULER's depths: 40 points from 0 to 100 percent.
-        let depth = (pick(40) as f64 * 100.0 / 39.0).round() as usize;
+        let drawn = (pick(40) as f64 * 100.0 / 39.0).round() as usize;
+        let depth = self.depth.unwrap_or(drawn);
         let available = self.haystack.sentences().len();
         let start = pick(available.max(1));
 

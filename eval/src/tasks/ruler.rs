@@ -8,7 +8,7 @@
 mod cwe;
 mod fwe;
 mod niah;
-mod qa;
+pub(crate) mod qa;
 mod texts;
 mod vt;
 

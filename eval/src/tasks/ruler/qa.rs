@@ -148,17 +148,30 @@ impl Questions {
                 chosen.extend(more.choose_multiple(random, room));
             }
         }
-        let mut taken: HashSet<usize> = chosen.iter().copied().collect();
-        while chosen.len() < size && taken.len() < self.documents.len() {
-            let other = random.random_range(0..self.documents.len());
-            if taken.insert(other) {
-                chosen.push(other);
-            }
-        }
+        chosen.extend(self.strangers(random, question, size.saturating_sub(chosen.len())));
         let own = question.gold.len() + question.beside.len();
         chosen.shuffle(random);
         let documents = chosen.into_iter().map(|place| self.documents[place].as_str()).collect();
         Ok(Drawn { question, documents, dropped: own.saturating_sub(size) })
+    }
+
+    /// So many documents, or as many as there are, that have nothing to do with the question.
+    pub fn strangers(
+        &self,
+        random: &mut ChaCha8Rng,
+        question: &Question,
+        count: usize,
+    ) -> Vec<usize> {
+        let own = [&question.gold, &question.beside, &question.near].into_iter().flatten();
+        let mut taken: HashSet<usize> = own.copied().collect();
+        let mut strangers = Vec::new();
+        while strangers.len() < count && taken.len() < self.documents.len() {
+            let other = random.random_range(0..self.documents.len());
+            if taken.insert(other) {
+                strangers.push(other);
+            }
+        }
+        strangers
     }
 }
 

@@ -37,7 +37,7 @@ impl Texts {
     }
 
     /// The words of `PaulGrahamEssays.json`.
-    pub(super) fn essays(&self) -> Result<&[String]> {
+    pub(crate) fn essays(&self) -> Result<&[String]> {
         #[derive(Deserialize)]
         struct Essays {
             text: String,

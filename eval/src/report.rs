@@ -1,0 +1,354 @@
+//! From folders of results to one page: scores against the share removed, with intervals, and all settings.
+
+mod bootstrap;
+mod chart;
+mod published;
+
+#[cfg(test)]
+mod tests;
+
+use crate::metrics::percent;
+use crate::results::{Journal, Row, Settings, by_task, read_predictions};
+use crate::tasks::ruler;
+use anyhow::{Context, Result, bail, ensure};
+use bootstrap::Interval;
+use minijinja::{Environment, context};
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// One folder of results.
+#[derive(Debug)]
+pub struct Run {
+    /// The folder.
+    pub folder: PathBuf,
+    /// `ruler 4096 Qwen3-8B`: what runs of one chart have in common.
+    pub benchmark: String,
+    /// The model.
+    pub model: String,
+    /// kvpress's name of the method.
+    pub press: String,
+    /// Its threshold or share.
+    pub level: String,
+    /// What is known of how it ran.
+    pub settings: Settings,
+    /// Its samples.
+    pub rows: Vec<Row>,
+}
+
+/// A method at one of its levels, in numbers.
+#[derive(Debug, Serialize)]
+pub struct Line {
+    benchmark: String,
+    press: String,
+    level: String,
+    samples: usize,
+    /// In percent.
+    removed: f64,
+    /// The mean over tasks, in percent, and its 95 % interval.
+    score: f64,
+    interval: [f64; 2],
+    /// Less the full cache's, over the samples that both have.
+    difference: Option<Interval>,
+    tasks: BTreeMap<String, f64>,
+    prefill_seconds: f64,
+    decode_tokens_per_second: f64,
+    kv_megabytes: f64,
+    folder: String,
+    settings: Settings,
+}
+
+/// Everything that the page, the tables and the pictures show.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    benchmarks: Vec<Benchmark>,
+    /// What could not be used, and why.
+    notes: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Benchmark {
+    name: String,
+    tasks: Vec<String>,
+    lines: Vec<Line>,
+    chart: String,
+    task_charts: Vec<(String, String)>,
+    heat: Vec<(String, String)>,
+    sources: Vec<&'static str>,
+}
+
+/// The runs below a folder: journals of ours, and `predictions.csv` files of kvpress where there is no journal.
+pub fn load(folder: &Path) -> Result<(Vec<Run>, Vec<String>)> {
+    let (mut runs, mut notes) = (Vec::new(), Vec::new());
+    let mut open = vec![folder.to_owned()];
+    while let Some(folder) = open.pop() {
+        let entries = std::fs::read_dir(&folder)
+            .with_context(|| format!("cannot list {}", folder.display()))?;
+        let mut below: Vec<PathBuf> =
+            entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        below.sort();
+        below.reverse();
+        open.extend(below.iter().filter(|path| path.is_dir()).cloned());
+        let found = if !Journal::all(&folder)?.is_empty() {
+            journal(&folder)
+        } else if folder.join("predictions.csv").is_file() {
+            predictions(&folder)
+        } else {
+            continue;
+        };
+        match found {
+            Ok(run) if run.rows.is_empty() => {
+                notes.push(format!("{}: no sample is answered", folder.display()))
+            }
+            Ok(run) => runs.push(run),
+            Err(error) => notes.push(format!("{error:#}")),
+        }
+    }
+    ensure!(!runs.is_empty(), "{} holds no results; {}", folder.display(), notes.join("; "));
+    Ok((runs, notes))
+}
+
+fn journal(folder: &Path) -> Result<Run> {
+    let (settings, rows) = Journal::merged(folder)?;
+    let text = |name: &str| match settings.get(name) {
+        Some(Value::String(text)) => text.clone(),
+        Some(value) => value.to_string(),
+        None => String::new(),
+    };
+    let (_, press, level) = named(folder)?;
+    let model = text("model");
+    // Lengths of needles belong into one map.
+    let part = if text("dataset") == "needle" { String::new() } else { text("data_dir") };
+    let benchmark = [text("dataset"), part, model.clone()].join(" ").replace("  ", " ");
+    Ok(Run { folder: folder.to_owned(), benchmark, model, press, level, settings, rows })
+}
+
+/// The parts of a folder's name, in kvpress's order: what is before the method, the method, its level.
+fn named(folder: &Path) -> Result<(Vec<String>, String, String)> {
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    // kvpress puts a second run of the same settings into a numbered folder below.
+    let own = name(folder);
+    let own = match own.parse::<u32>() {
+        Ok(_) => name(folder.parent().unwrap_or(folder)),
+        Err(_) => own,
+    };
+    let parts: Vec<&str> = own.split("__").collect();
+    let level = parts.iter().rposition(|part| part.parse::<f64>().is_ok() && part.contains('.'));
+    let Some(level) = level.filter(|&level| level >= 2) else {
+        bail!("{} is not named dataset__model__press__level", folder.display());
+    };
+    let before = parts[..level - 1].iter().map(|part| (*part).to_owned()).collect();
+    Ok((before, parts[level - 1].to_owned(), parts[level].to_owned()))
+}
+
+/// A run of kvpress's: RULER's answers are scored again.
+fn predictions(folder: &Path) -> Result<Run> {
+    let (before, press, level) = named(folder)?;
+    let path = folder.join("predictions.csv");
+    ensure!(
+        before[0] == "ruler",
+        "{}: of kvpress's results RULER's are read, not {}",
+        path.display(),
+        before[0]
+    );
+    let mut rows = read_predictions(&path)?;
+    for row in &mut rows {
+        row.score = ruler::score(&row.task, &row.answers, &row.predicted_answer);
+    }
+    let model = before.last().cloned().unwrap_or_default();
+    Ok(Run {
+        folder: folder.to_owned(),
+        benchmark: before.join(" "),
+        model,
+        press,
+        level,
+        settings: Settings::new(),
+        rows,
+    })
+}
+
+/// What a chart shows of a line: a score and its interval.
+type ScoreOf<'a> = &'a dyn Fn(&Line) -> Option<(f64, [f64; 2])>;
+
+/// The numbers of all runs.
+pub fn report(runs: &[Run], mut notes: Vec<String>) -> Result<Report> {
+    let mut benchmarks: BTreeMap<&str, Vec<&Run>> = BTreeMap::new();
+    for run in runs {
+        benchmarks.entry(&run.benchmark).or_default().push(run);
+    }
+    let mut pages = Vec::new();
+    for (name, runs) in benchmarks {
+        let full = runs.iter().find(|run| run.press == "no_press");
+        if full.is_none() {
+            notes.push(format!("{name}: no run with the full cache (no_press), so no differences"));
+        }
+        let lines: Vec<Line> = runs.iter().map(|run| line(run, full.copied())).collect();
+        let tasks: BTreeSet<String> =
+            lines.iter().flat_map(|line| line.tasks.keys().cloned()).collect();
+        let published = published::of(name);
+        let series = |score: ScoreOf<'_>| -> Vec<chart::Series> {
+            let mut presses: BTreeMap<&str, Vec<chart::Point>> = BTreeMap::new();
+            for line in &lines {
+                if let Some((score, interval)) = score(line) {
+                    let label = format!("{} {}", line.press, line.level);
+                    let point = chart::Point { x: line.removed, y: score, interval, label };
+                    presses.entry(&line.press).or_default().push(point);
+                }
+            }
+            presses.into_iter().map(|(name, points)| chart::Series::new(name, points)).collect()
+        };
+        let chart =
+            chart::lines(name, &series(&|line| Some((line.score, line.interval))), &published);
+        let task_chart = |task: &String| {
+            let score = |line: &Line| line.tasks.get(task).map(|&score| (score, [score; 2]));
+            (task.clone(), chart::lines(task, &series(&score), &[]))
+        };
+        let task_charts =
+            if tasks.len() > 1 { tasks.iter().map(task_chart).collect() } else { Vec::new() };
+        pages.push(Benchmark {
+            name: name.to_owned(),
+            heat: heat(&runs),
+            sources: published
+                .iter()
+                .map(|point| point.source)
+                .collect::<BTreeSet<_>>()
+                .into_iter()
+                .collect(),
+            tasks: tasks.into_iter().collect(),
+            lines,
+            chart,
+            task_charts,
+        });
+    }
+    Ok(Report { benchmarks: pages, notes })
+}
+
+fn line(run: &Run, full: Option<&Run>) -> Line {
+    let rows = &run.rows;
+    let mean =
+        |value: &dyn Fn(&Row) -> f64| rows.iter().map(value).sum::<f64>() / rows.len() as f64;
+    let tasks = by_task(rows)
+        .into_iter()
+        .map(|(task, rows)| (task.to_owned(), percent(rows.iter().map(|row| row.score))));
+    let tasks: BTreeMap<String, f64> = tasks.collect();
+    let difference = full.filter(|full| full.folder != run.folder);
+    Line {
+        benchmark: run.benchmark.clone(),
+        press: run.press.clone(),
+        level: run.level.clone(),
+        samples: rows.len(),
+        removed: 100.0 * mean(&|row| row.compression_ratio),
+        score: tasks.values().sum::<f64>() / tasks.len() as f64,
+        interval: bootstrap::mean_of_tasks(rows),
+        difference: difference.and_then(|full| bootstrap::paired(rows, &full.rows)),
+        tasks,
+        prefill_seconds: mean(&|row| row.prefill_seconds),
+        decode_tokens_per_second: mean(&|row| row.new_tokens as f64)
+            / mean(&|row| row.decode_seconds).max(1e-9),
+        kv_megabytes: mean(&|row| row.kv_bytes as f64) / 1e6,
+        folder: run.folder.display().to_string(),
+        settings: run.settings.clone(),
+    }
+}
+
+/// A map of depth and length for each method that has both.
+fn heat(runs: &[&Run]) -> Vec<(String, String)> {
+    let mut maps: BTreeMap<String, BTreeMap<(u64, u64), Vec<f64>>> = BTreeMap::new();
+    for run in runs {
+        let Some(length) = run.settings.get("tokens").and_then(Value::as_u64) else { continue };
+        for row in run.rows.iter().filter(|row| row.task.starts_with("depth_")) {
+            let Some(depth) = row.facts.get("depth").and_then(Value::as_u64) else { continue };
+            let map = maps.entry(format!("{} {}", run.press, run.level)).or_default();
+            map.entry((length, depth)).or_default().push(row.score);
+        }
+    }
+    maps.into_iter().map(|(name, map)| (name.clone(), chart::heat(&name, &map))).collect()
+}
+
+impl Report {
+    /// One page that needs nothing from elsewhere.
+    pub fn html(&self) -> Result<String> {
+        let mut environment = Environment::new();
+        environment.add_filter("percent", |value: f64| format!("{value:.1}"));
+        environment.add_template("report.html", include_str!("report/page.html"))?;
+        let page = environment.get_template("report.html")?;
+        Ok(page.render(context! { report => self, style => chart::STYLE })?)
+    }
+
+    /// The table for a paper, in Markdown.
+    pub fn markdown(&self) -> String {
+        let mut text = String::new();
+        for benchmark in &self.benchmarks {
+            text += &format!(
+                "## {}\n\n| method | level | samples | removed | score | 95 % | less full |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+                benchmark.name
+            );
+            for line in &benchmark.lines {
+                let [low, high] = line.interval;
+                let less = line.difference.as_ref().map_or(String::new(), |d| {
+                    format!("{:+.1} ({:+.1} to {:+.1})", d.mean, d.low, d.high)
+                });
+                text += &format!(
+                    "| {} | {} | {} | {:.1} % | {:.1} | {low:.1} to {high:.1} | {less} |\n",
+                    line.press, line.level, line.samples, line.removed, line.score
+                );
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    /// The same with a column for each task, as comma-separated values.
+    pub fn csv(&self) -> Result<Vec<u8>> {
+        let mut csv = csv::Writer::from_writer(Vec::new());
+        csv.write_record([
+            "benchmark",
+            "press",
+            "level",
+            "task",
+            "samples",
+            "removed",
+            "score",
+            "low",
+            "high",
+        ])?;
+        for line in self.benchmarks.iter().flat_map(|benchmark| &benchmark.lines) {
+            let mut record = |task: &str, score: f64, [low, high]: [String; 2]| {
+                let numbers = [
+                    line.samples.to_string(),
+                    line.removed.to_string(),
+                    score.to_string(),
+                    low,
+                    high,
+                ];
+                let names = [&line.benchmark, &line.press, &line.level, task].map(str::to_owned);
+                csv.write_record(names.into_iter().chain(numbers))
+            };
+            record("mean", line.score, line.interval.map(|bound| bound.to_string()))?;
+            for (task, &score) in &line.tasks {
+                record(task, score, [String::new(), String::new()])?;
+            }
+        }
+        csv.into_inner().map_err(|error| error.into_error().into())
+    }
+
+    /// Each chart as a picture of its own: a file name without its end, and the SVG.
+    pub fn pictures(&self) -> Vec<(String, String)> {
+        let mut pictures = Vec::new();
+        for benchmark in &self.benchmarks {
+            let name =
+                |part: &str| format!("{} {part}", benchmark.name).trim().replace([' ', '/'], "_");
+            pictures.push((name(""), chart::alone(&benchmark.chart)));
+            for (part, svg) in benchmark.task_charts.iter().chain(&benchmark.heat) {
+                pictures.push((name(part), chart::alone(svg)));
+            }
+        }
+        pictures
+    }
+
+    /// What a person should know.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+}

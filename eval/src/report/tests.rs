@@ -1,0 +1,126 @@
+//! A report of a few made-up runs, ours and one of kvpress's.
+
+use super::*;
+use serde_json::json;
+use std::fs;
+
+fn run(out: &Path, press: &str, removed: f64, tokens: u64, right: &dyn Fn(u64) -> bool) {
+    let folder = out.join(format!("needle__{tokens}__a--<b>__{press}__{removed:.2}"));
+    let settings = json!({"dataset": "needle", "data_dir": tokens.to_string(), "model": "a/<b>", "tokens": tokens});
+    let mut journal =
+        Journal::open(&folder, "journal.jsonl", settings.as_object().unwrap()).unwrap();
+    for depth in [0, 50, 100] {
+        for index in 0..20 {
+            let row = Row {
+                task: format!("depth_{depth:03}"),
+                index,
+                score: f64::from(right(index)),
+                compression_ratio: removed,
+                facts: json!({"depth": depth}).as_object().unwrap().clone(),
+                ..Row::default()
+            };
+            journal.append(&row).unwrap();
+        }
+    }
+}
+
+fn made_up() -> (tempfile::TempDir, Report) {
+    let folder = tempfile::tempdir().unwrap();
+    for tokens in [512, 1024] {
+        run(folder.path(), "no_press", 0.0, tokens, &|_| true);
+        run(folder.path(), "random", 0.5, tokens, &|index| index % 2 == 0);
+    }
+    let theirs = folder.path().join("ruler__4096__Qwen--Qwen3-8B__knorm__0.50");
+    fs::create_dir(&theirs).unwrap();
+    let csv = "answer,task,predicted_answer,compression_ratio\n\"['70' '80']\",vt,it is 70,0.5\n\"['x']\",qa_1,X,0.5\n";
+    fs::write(theirs.join("predictions.csv"), csv).unwrap();
+    let (runs, notes) = load(folder.path()).unwrap();
+    assert!(notes.is_empty(), "{notes:?}");
+    let report = report(&runs, notes).unwrap();
+    (folder, report)
+}
+
+#[test]
+fn means_intervals_and_paired_differences_are_those_of_the_rows() {
+    let (_folder, report) = made_up();
+    let [needle, ruler] = &*report.benchmarks else { panic!("{report:?}") };
+    assert_eq!(
+        (needle.name.as_str(), ruler.name.as_str()),
+        ("needle a/<b>", "ruler 4096 Qwen--Qwen3-8B")
+    );
+    let lines: Vec<_> =
+        needle.lines.iter().map(|line| (line.press.as_str(), line.score, line.removed)).collect();
+    assert_eq!(lines.iter().filter(|line| **line == ("random", 50.0, 50.0)).count(), 2);
+    let random = needle.lines.iter().find(|line| line.press == "random").unwrap();
+    // The mean of 60 coins: half a percent's standard error is 6.5, so about 37 to 63.
+    let [low, high] = random.interval;
+    assert!((34.0..41.0).contains(&low) && (59.0..66.0).contains(&high), "{low} {high}");
+    let difference = random.difference.unwrap();
+    assert_eq!(difference.mean, -50.0);
+    assert!(
+        (difference.low - (low - 100.0)).abs() < 3.0
+            && (difference.high - (high - 100.0)).abs() < 3.0
+    );
+    let full = needle.lines.iter().find(|line| line.press == "no_press").unwrap();
+    assert_eq!(full.interval, [100.0, 100.0]);
+    // kvpress's rows are scored again: half of vt's answers, and any letter case.
+    assert_eq!(ruler.lines[0].tasks, [("qa_1".to_owned(), 100.0), ("vt".to_owned(), 50.0)].into());
+    assert_eq!(report.notes.len(), 1, "no full cache beside kvpress's run: {:?}", report.notes);
+}
+
+#[test]
+fn a_pair_differs_less_than_its_parts_where_the_same_samples_are_hard() {
+    let rows = |right: &dyn Fn(u64) -> bool| -> Vec<Row> {
+        let row = |index| Row {
+            task: "t".into(),
+            index,
+            score: f64::from(right(index)),
+            ..Row::default()
+        };
+        (0..100).map(row).collect()
+    };
+    let (one, other) = (rows(&|i| i < 50), rows(&|i| i < 52));
+    let [low, high] = bootstrap::mean_of_tasks(&one);
+    let paired = bootstrap::paired(&one, &other).unwrap();
+    assert!(high - low > 15.0 && paired.high - paired.low < 8.0, "{low} {high} {paired:?}");
+    assert_eq!(bootstrap::paired(&one, &[]), None);
+}
+
+#[test]
+fn the_page_is_whole_escaped_and_needs_nothing_from_elsewhere() {
+    let (_folder, report) = made_up();
+    let page = report.html().unwrap();
+    for wanted in [
+        "<svg",
+        "needle a/&lt;b&gt;",
+        "512",
+        "knorm",
+        "Grey: ",
+        "NVIDIA/kvpress pull request 143",
+        "depth_050",
+    ] {
+        assert!(page.contains(wanted), "{wanted}");
+    }
+    assert!(!page.contains("<b>") && !page.contains("src=") && !page.contains("url("));
+    assert_eq!(page.matches("http").count(), page.matches("http://www.w3.org/2000/svg").count());
+    assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
+    let markdown = report.markdown();
+    assert!(markdown.contains("| random | 0.50 | 60 | 50.0 % | 50.0 |"), "{markdown}");
+    let csv = String::from_utf8(report.csv().unwrap()).unwrap();
+    assert!(csv.contains("ruler 4096 Qwen--Qwen3-8B,knorm,0.50,vt,2,50,50,,"), "{csv}");
+    let pictures = report.pictures();
+    assert!(pictures.iter().any(|(name, svg)| name == "needle_a_<b>" && svg.contains("--paper")));
+}
+
+#[test]
+fn results_that_cannot_be_read_are_notes_and_a_folder_of_none_is_refused() {
+    let (folder, _) = made_up();
+    let bad = folder.path().join("longbench__lcc__m__knorm__0.50");
+    fs::create_dir(&bad).unwrap();
+    fs::write(bad.join("predictions.csv"), "answers,predicted_answer\nx,x\n").unwrap();
+    let (runs, notes) = load(folder.path()).unwrap();
+    assert_eq!((runs.len(), notes.len()), (5, 1));
+    assert!(notes[0].contains("not longbench"), "{notes:?}");
+    let empty = tempfile::tempdir().unwrap();
+    assert!(load(empty.path()).unwrap_err().to_string().contains("holds no results"));
+}
