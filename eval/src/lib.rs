@@ -16,6 +16,8 @@ pub mod commands;
 #[cfg(feature = "models")]
 mod method;
 #[cfg(feature = "models")]
+mod positions;
+#[cfg(feature = "models")]
 mod runner;
 
 pub use generate::{Answer, Generate, run};
@@ -31,5 +33,7 @@ pub use tasks::shared::SharedContext;
 
 #[cfg(feature = "models")]
 pub use method::{FirstToken, Method};
+#[cfg(feature = "models")]
+pub use positions::{Head, Near, Positions};
 #[cfg(feature = "models")]
 pub use runner::{Reading, Runner};

@@ -13,10 +13,13 @@ use tch::{Device, Kind, Tensor};
 pub struct Fan {
     context: Vec<Context>,
     tokens: usize,
-    /// Of each layer, `[V, kv_heads, tokens since the context, head_dim]`.
-    since: Vec<Option<(Tensor, Tensor)>>,
-    mark: Option<(usize, Vec<Option<(Tensor, Tensor)>>)>,
+    /// Of each layer.
+    since: Vec<Rows>,
+    mark: Option<(usize, Vec<Rows>)>,
 }
+
+/// Keys and values, `[V, kv_heads, tokens since the context, head_dim]`.
+type Rows = Option<(Tensor, Tensor)>;
 
 #[derive(Debug)]
 struct Context {
@@ -54,7 +57,7 @@ impl Fan {
     }
 }
 
-fn same(rows: &[Option<(Tensor, Tensor)>]) -> Vec<Option<(Tensor, Tensor)>> {
+fn same(rows: &[Rows]) -> Vec<Rows> {
     let pair = |(a, b): &(Tensor, Tensor)| (a.shallow_clone(), b.shallow_clone());
     rows.iter().map(|rows| rows.as_ref().map(pair)).collect()
 }

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use tch::{Kind, Tensor};
 
@@ -78,8 +79,11 @@ impl Overlay {
             .and_then(|views| safetensors::serialize(views, Some(metadata)))
             .map_err(|error| refused(std::io::Error::other(error)))?;
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let mut beside =
-            tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).map_err(refused)?;
+        let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
+        let mut beside = tempfile::Builder::new()
+            .permissions(readable)
+            .tempfile_in(folder.unwrap_or(Path::new(".")))
+            .map_err(refused)?;
         beside.write_all(&file).map_err(refused)?;
         beside.persist(path).map_err(|error| refused(error.error))?;
         Ok(())

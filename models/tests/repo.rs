@@ -81,8 +81,10 @@ fn every_variant_has_the_logits_of_the_paper_on_both_caches() -> Result<()> {
     Ok(())
 }
 
+type Seen = Arc<Mutex<Vec<(usize, Tensor)>>>;
+
 /// Hooks that collect the positions of each layer, `[kv_heads, tokens]` a pass.
-fn watching() -> (Hooks, Arc<Mutex<Vec<(usize, Tensor)>>>) {
+fn watching() -> (Hooks, Seen) {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&seen);
     let on_positions = move |layer, positions: &Tensor| {

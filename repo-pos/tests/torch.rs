@@ -126,6 +126,7 @@ fn a_bf16_model_may_keep_accurate_positions() {
     assert_eq!(coarse.kind(), Kind::Float);
     assert_ne!(values(&coarse), values(&found));
     assert_eq!(values(&coarse), values(&coarse.to_kind(Kind::BFloat16)));
+    assert_eq!(values(&coarse), golden_f32("layer.positions_bf16"), "those of the published code");
 }
 
 #[test]

@@ -8,6 +8,7 @@ layer.*  one layer of RePo (arXiv 2512.14391, section 3) on OLMo 2: 5 tokens, hi
          held below to numbers that github.com/SakanaAI/repo at 1508a73 gave within 1e-6 in f32. All f64:
          positions [2, 5], q and k [2, 5, 8] before rotation, rotated_q and rotated_k after it, scores and
          probabilities [2, 5, 5], attention [5, 16] after o_proj, out [5, 16]; the same with positions 0..4: rope.*
+layer.positions_bf16 f32 [2, 5]  the same with weights, input and every step in bf16
 inverse.*  transformers' inverse frequencies f32 [head_dim / 2]; the names say what they are made of; YaRN's attention
            factors beside them: scale.yarn.* f32 [1]; its cosines and sines: yarn.cos and yarn.sin f32 [4, 64]
 rotation.*  transformers' Llama rotation, head_dim 64, theta 500000: positions f32 [8], x [2, 8, 64], out f32 and
@@ -114,6 +115,12 @@ for name, module in {
     golden[f"scale.yarn.{name}"] = torch.tensor([module.attention_scaling], dtype=torch.float32)
 positions = torch.tensor([[3.5, -37.8175, 4095.0, 15000.25]])
 golden["yarn.cos"], golden["yarn.sin"] = (x[0, :, :64].contiguous() for x in yarn(128, THETA, 4.0, 4096)(positions, positions))
+
+# As the published code computes them in a bf16 model: each map's output is rounded, and so is their product.
+half = lambda *args, **scale: wave(*args, **scale).float().bfloat16()  # noqa: E731
+x, gate, content = half(1, 5, 16), half(2, 2, 16, scale=0.8), half(3, 2, 16, scale=0.8)
+gated = torch.nn.functional.silu(x @ gate.T) * (x @ content.T)
+golden["layer.positions_bf16"] = (gated @ half(4, 2, 2, scale=2.0).T).T.float().contiguous()
 
 PUBLISHED = {
     "layer.positions": [-37.817552747, 3.331321071, 0.156508951, -1.343220638, 14.013732899, -14.361358680],
