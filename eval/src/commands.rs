@@ -1,6 +1,8 @@
 //! What the `longctx` command can do, one subcommand a file.
 
 pub mod bench;
+pub mod calibrate;
+pub mod curve;
 pub mod demo;
 pub mod generate;
 pub mod train;

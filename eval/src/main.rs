@@ -1,7 +1,7 @@
 //! The `longctx` command: see `longctx --help`.
 
 use clap::{Parser, Subcommand};
-use eval::commands::{bench, demo, generate, train};
+use eval::commands::{bench, calibrate, curve, demo, generate, train};
 use std::process::ExitCode;
 
 /// Long-context inference from a pruned KV cache.
@@ -20,6 +20,10 @@ enum Command {
     Demo(demo::Args),
     /// Measure prefill and decode, beside what the memory allows
     Bench(bench::Args),
+    /// Find the threshold of a surrogate that removes a wanted share
+    Calibrate(calibrate::Args),
+    /// Ask what is still known when more and more is forgotten, by every method
+    Curve(curve::Args),
     /// Fit a KVzap surrogate for a model
     Train(train::Args),
 }
@@ -29,6 +33,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
+        Command::Curve(args) => curve::run(&args),
         Command::Train(args) => train::run(&args),
     };
     match result {

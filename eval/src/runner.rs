@@ -44,6 +44,15 @@ pub struct Reading<'a> {
     marked: bool,
 }
 
+/// The ids of a context, what the chat template puts before it included, and what the template puts after a question.
+pub(crate) fn context_ids(model: &Model, context: &str) -> Result<(Vec<u32>, String)> {
+    let (context, after) = match &model.template {
+        Some(template) => template.around(context)?,
+        None => (context.to_owned(), "\n".to_owned()),
+    };
+    Ok((model.tokenizer.encode(&context, Specials::Parse)?, after))
+}
+
 impl Runner<'_> {
     /// On a card its cache masks what the one on the CPU frees, until the paged one works there.
     fn session(&self, hooks: Hooks) -> Result<Session<'_>> {
@@ -60,12 +69,7 @@ impl Runner<'_> {
 
     /// Reads a context and prunes it.
     pub fn read(&self, context: &str) -> Result<Reading<'_>> {
-        let Model { tokenizer, template, .. } = self.model;
-        let (context, after) = match template {
-            Some(template) => template.around(context)?,
-            None => (context.to_owned(), "\n".to_owned()),
-        };
-        let context = tokenizer.encode(&context, Specials::Parse)?;
+        let (context, after) = context_ids(self.model, context)?;
         let (hooks, first_token) =
             self.method.hooks(self.model, self.surrogate, self.window, self.while_decoding)?;
         let mut session = self.session(hooks)?;

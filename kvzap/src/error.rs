@@ -29,6 +29,29 @@ pub enum Error {
         found: f64,
     },
 
+    /// A share that the window does not leave room for.
+    #[error(
+        "{remove} of {tokens} tokens is more than can go, as the newest {window} stay; \
+         give a smaller share, a longer text or a smaller window"
+    )]
+    TooMuch {
+        /// The share.
+        remove: f64,
+        /// Of the text.
+        tokens: usize,
+        /// The newest that stay.
+        window: usize,
+    },
+
+    /// A calibration that cannot be used.
+    #[error("{}: {reason}; make it anew with `longctx calibrate`", path.display())]
+    Calibration {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+
     /// A ridge penalty that is NaN, infinite or negative.
     #[error("the ridge penalty alpha is {0}; give a finite number from 0 up, KVzap has 1")]
     Alpha(f64),

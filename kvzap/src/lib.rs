@@ -2,6 +2,7 @@
 
 mod array;
 mod baselines;
+mod calibration;
 mod error;
 mod file;
 mod kvzip;
@@ -23,6 +24,7 @@ pub use array::Array;
 #[cfg(feature = "tch")]
 pub use baselines::{DuoAttention, ExpectedAttention, FastKvzip, ObservedAttention, SnapKv, Tova};
 pub use baselines::{KeyDiff, Knorm, Random, StreamingLlm};
+pub use calibration::Calibration;
 pub use error::{Error, Result};
 #[cfg(feature = "tch")]
 pub use kvzip::Kvzip;

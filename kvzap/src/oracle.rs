@@ -40,6 +40,8 @@ pub fn kvzip_plus(
         dims(input.queries, "queries", "[batch, query_heads, tokens, head_dim]")?;
     let [_, heads, ..]: [i64; 4] = dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
     let [_, _, width] = dims(input.hidden, "hidden", "[batch, tokens, hidden]")?;
+    let group = query_heads.checked_div(heads).unwrap_or(0);
+    let attention = Attention::new(input.queries, input.keys)?;
     expect(input.keys, "keys", &[batch, heads, tokens, dim])?;
     expect(input.values, "values", &[batch, heads, tokens, dim])?;
     expect(input.hidden, "hidden", &[batch, tokens, width])?;
@@ -52,11 +54,10 @@ pub fn kvzip_plus(
     {
         return Err(Error::Spans { original, repeat, tokens: tokens as usize });
     }
-    let attention = Attention::new(input.queries, input.keys)?;
     let rows = repeat.start as i64..repeat.end as i64;
     let weights = most_attended(&attention, input.hidden, spans, attention.blocks_of(rows))?;
     let values = input.values.f_narrow(2, original.start as i64, original.len() as i64)?;
-    let norms = projected_norms(&values, output_projection, query_heads / heads)?;
+    let norms = projected_norms(&values, output_projection, group)?;
     Ok(weights.f_view_as(&norms)?.f_add(&norms)?.f_amax([2], false)?)
 }
 

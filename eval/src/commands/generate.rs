@@ -1,9 +1,11 @@
 //! `longctx generate`: an answer from a pruned cache.
 
 use super::{ModelArgs, megabytes, surrogate};
+use crate::runner::context_ids;
 use crate::{Method, Runner};
 use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValuesParser;
+use kvzap::Calibration;
 use models::{Sampling, WINDOW};
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -28,6 +30,9 @@ pub struct Args {
     /// Forget tokens that score under this
     #[arg(long, requires = "surrogate", allow_negative_numbers = true, conflicts_with = "budget")]
     threshold: Option<f32>,
+    /// Forget about this share of the prompt's cache, from 0 to 1, by the threshold that `longctx calibrate` found for it
+    #[arg(long, requires = "surrogate", value_name = "SHARE", conflicts_with_all = ["threshold", "budget"])]
+    remove: Option<f64>,
     /// Forget this share of the prompt's cache, from 0 to 1: the lowest scores of each layer
     #[arg(long, value_name = "SHARE")]
     budget: Option<f64>,
@@ -67,20 +72,31 @@ pub fn run(args: &Args) -> Result<()> {
     if context.trim().is_empty() {
         bail!("the prompt is empty; give --prompt TEXT or --file FILE");
     }
-    let method = match (args.threshold, args.budget) {
+    let mut method = match (args.threshold, args.budget) {
         (Some(threshold), _) => Method::Kvzap { threshold },
         (None, Some(remove)) => match &args.method {
             Some(name) => Method::baseline(name, remove)?,
             None if args.surrogate.is_some() => Method::KvzapBudget { remove },
             None => bail!("--budget: say whose scores, by --surrogate FOLDER or --method NAME"),
         },
-        (None, None) if args.surrogate.is_some() => {
-            bail!("a surrogate alone forgets nothing: give --threshold or --budget as well")
+        (None, None) if args.surrogate.is_some() && args.remove.is_none() => {
+            bail!(
+                "a surrogate alone forgets nothing: give --remove, --threshold or --budget as well"
+            )
         }
         (None, None) => Method::Full,
     };
     let surrogate = surrogate(args.surrogate.as_deref())?;
+    let calibration = match (&args.surrogate, args.remove) {
+        (Some(folder), Some(remove)) => Some((Calibration::load(folder)?, remove)),
+        _ => None,
+    };
     let model = args.model.load()?;
+    if let Some((calibration, remove)) = calibration {
+        let tokens = context_ids(&model, &context)?.0.len();
+        let threshold = calibration.threshold(remove, tokens, args.window)?;
+        method = Method::Kvzap { threshold };
+    }
     let sampling = Sampling {
         temperature: args.temperature,
         top_k: args.top_k,

@@ -2,7 +2,7 @@
 
 mod heat;
 mod kvzap;
-mod pieces;
+pub(super) mod pieces;
 
 use anyhow::Result;
 

@@ -141,6 +141,11 @@ impl Pieces {
         (Self { texts, before, between }, others)
     }
 
+    /// Each as a context: after what the template puts before a user's text, and not repeated.
+    pub fn contexts(&self) -> impl Iterator<Item = Vec<u32>> {
+        self.texts.iter().map(|text| [&self.before, text].map(Vec::as_slice).concat())
+    }
+
     /// Those of `range` that are next to one another and of one length, to be read together.
     pub fn alike(&self, range: Range<usize>) -> impl Iterator<Item = &[Vec<u32>]> {
         self.texts[range].chunk_by(|a, b| a.len() == b.len())

@@ -1,0 +1,338 @@
+//! `longctx curve`: what is still known of a text when more and more of it is forgotten, by every method at once.
+
+mod methods;
+mod picture;
+mod probes;
+
+use super::{ModelArgs, beside, progress, table, write, write_json};
+use anyhow::{Context, Result, bail, ensure};
+use methods::{Methods, Variant};
+use models::{Dense, Fan, Hooks, KvCache, Model, WINDOW};
+use probes::{Probe, Probes, Scored};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use tch::{Kind, Tensor};
+
+/// What to ask, and what to forget before.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Surrogates of the model; each is a method called as its folder
+    #[arg(long, num_args = 1.., value_name = "FOLDER")]
+    surrogate: Vec<PathBuf>,
+    /// The folder of RULER's essays, questions and words
+    #[arg(long, value_name = "FOLDER", required_unless_present = "merge")]
+    texts: Option<PathBuf>,
+    /// Documents for `perplexity`, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    documents: Option<PathBuf>,
+    /// What to ask: RULER's tasks of one answer, `answer-nll`, `perplexity`; nothing with --merge alone
+    #[arg(long, num_args = 1.., required_unless_present = "merge")]
+    task: Vec<String>,
+    /// Tokens of a context, about
+    #[arg(long, num_args = 1.., default_values_t = [1024])]
+    tokens: Vec<usize>,
+    /// Shares of the context to forget
+    #[arg(long, num_args = 1.., default_values_t = [0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9])]
+    remove: Vec<f64>,
+    /// Thresholds of the surrogates, beside the shares
+    #[arg(long, num_args = 1.., allow_negative_numbers = true)]
+    threshold: Vec<f64>,
+    /// Methods to compare; all if left out
+    #[arg(long, num_args = 1..)]
+    method: Vec<String>,
+    /// The newest tokens, which always stay
+    #[arg(long, default_value_t = WINDOW)]
+    window: usize,
+    /// First tokens that always stay; surrogates are measured without as well
+    #[arg(long, default_value_t = 4)]
+    protect: usize,
+    /// Contexts of each task and length
+    #[arg(long, default_value_t = 100)]
+    samples: u64,
+    /// Of samples and of chance
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Rows of earlier runs, of other tasks or lengths, to put beside these
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    merge: Vec<PathBuf>,
+    /// Write the rows and all settings here
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw a picture of each task and length into this folder
+    #[arg(long, value_name = "FOLDER")]
+    svg: Option<PathBuf>,
+}
+
+/// A point of a curve.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// The task.
+    pub task: String,
+    /// Tokens of its contexts, about.
+    pub context: usize,
+    /// The method.
+    pub method: String,
+    /// The share that was asked for, or the threshold.
+    pub asked: f64,
+    /// The share of the whole context that went, the mean over samples.
+    pub removed: f64,
+    /// The share of the tokens that may go: all but the first and the newest.
+    pub removed_of_judged: f64,
+    /// The mean over samples: of 1 for right and 0 for wrong, or of nats a token.
+    pub score: f64,
+    /// The 95 % interval's ends.
+    pub low: f64,
+    /// See `low`.
+    pub high: f64,
+    /// How many samples.
+    pub n: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Report {
+    r2: BTreeMap<String, f64>,
+    settings: Vec<serde_json::Value>,
+    curve: Vec<Row>,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    if let Some(path) = &args.json {
+        beside(path)?;
+    }
+    if let Some(folder) = &args.svg {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    ensure!(args.samples > 0, "--samples 0 asks nothing; give 1 or more");
+    let mut report = Report { r2: BTreeMap::new(), settings: Vec::new(), curve: Vec::new() };
+    for path in &args.merge {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let earlier: Report = serde_json::from_str(&text)
+            .with_context(|| format!("{} is not what this command writes", path.display()))?;
+        report.r2.extend(earlier.r2);
+        report.settings.extend(earlier.settings);
+        report.curve.extend(earlier.curve);
+    }
+    if !args.task.is_empty() {
+        ask_all(args, &mut report)?;
+    }
+    if let Some(path) = &args.json {
+        write_json(path, &serde_json::to_value(&report)?)?;
+    }
+    if let Some(folder) = &args.svg {
+        for (name, svg) in picture::draw(&report.curve)? {
+            write(&folder.join(name), svg.as_bytes())?;
+        }
+    }
+    Ok(())
+}
+
+fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
+    let model = args.model.load()?;
+    let methods = Methods::load(args, &model)?;
+    report.r2.extend(methods.r2());
+    report.settings.push(settings(args));
+    let cells = args.task.iter().flat_map(|task| args.tokens.iter().map(move |&n| (task, n)));
+    for (task, tokens) in cells {
+        let probes = Probes::open(args, &model, task, tokens)?;
+        let rows = measure(args, &model, &methods, &probes)?;
+        print(&rows);
+        report.curve.retain(|row| !(row.task == *task && row.context == tokens));
+        report.curve.extend(rows);
+        if let Some(path) = &args.json {
+            write_json(path, &serde_json::to_value(&report)?)?; // what is done is not lost
+        }
+    }
+    Ok(())
+}
+
+fn settings(args: &Args) -> serde_json::Value {
+    serde_json::json!({
+        "run": args.model.json(), "tasks": args.task, "contexts": args.tokens, "samples": args.samples,
+        "window": args.window, "protect": args.protect, "seed": args.seed,
+        "surrogates": args.surrogate.iter().filter_map(|p| p.file_name()?.to_str()).collect::<Vec<_>>(),
+    })
+}
+
+/// All points of one task and length.
+fn measure(args: &Args, model: &Model, methods: &Methods, probes: &Probes) -> Result<Vec<Row>> {
+    let bar = progress(args.samples, format!("{} {}", probes.task, probes.tokens));
+    let variants = methods.variants();
+    let mut points: Vec<Vec<[f64; 3]>> = vec![Vec::new(); variants.len()];
+    for index in 0..args.samples {
+        let probe = probes.sample(index)?;
+        for (point, scored) in points.iter_mut().zip(ask(args, model, methods, variants, &probe)?) {
+            point.push(scored);
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let row = |(variant, points): (&Variant, &Vec<[f64; 3]>)| {
+        let column = |index: usize| points.iter().map(|point| point[index]).collect::<Vec<f64>>();
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+        let scores = column(2);
+        let (low, high) = match probes.scored {
+            Scored::Right => wilson(scores.iter().sum(), scores.len()),
+            Scored::Nats => normal(&scores),
+        };
+        Row {
+            task: probes.task.clone(),
+            context: probes.tokens,
+            method: variant.method.clone(),
+            asked: variant.asked,
+            removed: mean(&column(0)),
+            removed_of_judged: mean(&column(1)),
+            score: mean(&scores),
+            low,
+            high,
+            n: scores.len(),
+        }
+    };
+    Ok(variants.iter().zip(&points).map(row).collect())
+}
+
+/// Reads a context once, forgets in all ways, and asks all of them: of each variant the share removed, that of the judged
+/// tokens, and the score.
+fn ask(
+    args: &Args,
+    model: &Model,
+    methods: &Methods,
+    variants: &[Variant],
+    probe: &Probe,
+) -> Result<Vec<[f64; 3]>> {
+    tch::no_grad(|| {
+        let layers = model.lm.config().layers;
+        let mut dense = Dense::new(layers, args.window);
+        let drops = methods.drops(model, probe, &mut dense)?; // of each layer [V, kv_heads, tokens]
+        let tokens = dense.tokens();
+        let shares = removed(&drops)?;
+        let judged = tokens.saturating_sub(args.window + args.protect).max(1) as f64;
+        let texts = variants.len() as i64;
+        // The last token of the target is never read.
+        let ids = [probe.question.as_slice(), &probe.target[..probe.target.len() - 1]].concat();
+        let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+        let ids = Tensor::f_from_slice(&ids)?.f_to_device(model.device)?;
+        let length = ids.size()[0];
+        let ids = ids.f_unsqueeze(0)?.f_expand([texts, length], false)?;
+        let mut fan = Fan::new(&dense, &drops)?;
+        let hidden = model.lm.forward(&ids, &mut fan, &Hooks::default())?;
+        let count = probe.target.len() as i64;
+        let logits = model.lm.logits(&hidden.f_narrow(1, length - count, count)?)?; // [V, target, vocabulary]
+        let target: Vec<i64> = probe.target.iter().map(|&id| i64::from(id)).collect();
+        let target = Tensor::f_from_slice(&target)?.f_to_device(model.device)?;
+        let scores = match probe.scored {
+            Scored::Right => {
+                logits.f_argmax(2, false)?.f_eq_tensor(&target)?.f_all_dim(1, false)?
+            }
+            Scored::Nats => {
+                let index = target.f_view([1, count, 1])?.f_expand([texts, count, 1], false)?;
+                let found = logits.f_gather(2, &index, false)?;
+                let nats = logits.f_logsumexp([2], true)?.f_sub(&found)?;
+                nats.f_mean_dim([1i64, 2].as_slice(), false, Kind::Float)?
+            }
+        };
+        let scores = Vec::<f64>::try_from(&scores.f_to_kind(Kind::Double)?)?;
+        let of_judged = |share: f64| (share * tokens as f64 / judged).min(1.0);
+        Ok(shares.into_iter().zip(scores).map(|(share, s)| [share, of_judged(share), s]).collect())
+    })
+}
+
+/// The share of all rows that each text has forgotten.
+fn removed(drops: &[Tensor]) -> Result<Vec<f64>> {
+    let mut total: Option<Tensor> = None;
+    for layer in drops {
+        let share =
+            layer.f_to_kind(Kind::Float)?.f_mean_dim([1i64, 2].as_slice(), false, Kind::Double)?;
+        total = Some(match total {
+            Some(total) => total.f_add(&share)?,
+            None => share,
+        });
+    }
+    let Some(total) = total else { bail!("a model without layers") };
+    Ok(Vec::try_from(&total.f_div_scalar(drops.len() as i64)?)?)
+}
+
+/// Wilson's 95 % interval for `right` of `n`.
+fn wilson(right: f64, n: usize) -> (f64, f64) {
+    const Z: f64 = 1.96;
+    let n = n as f64;
+    let (p, z2) = (right / n, Z * Z / n);
+    let (middle, half) = (p + z2 / 2.0, Z * (p * (1.0 - p) / n + z2 / (4.0 * n)).sqrt());
+    ((middle - half) / (1.0 + z2), (middle + half) / (1.0 + z2))
+}
+
+/// The 95 % interval of a mean.
+fn normal(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+    let half = 1.96 * (variance / n).sqrt();
+    (mean - half, mean + half)
+}
+
+/// Methods down, shares across.
+fn print(rows: &[Row]) {
+    let Some(first) = rows.first() else { return };
+    let mut shares: Vec<f64> =
+        rows.iter().filter(|row| row.asked > 0.0).map(|row| row.asked).collect();
+    shares.sort_by(f64::total_cmp);
+    shares.dedup();
+    let names: Vec<String> = shares.iter().map(|share| format!("{:.0} %", 100.0 * share)).collect();
+    let header: Vec<&str> =
+        ["method"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    let right: Vec<usize> = (1..header.len()).collect();
+    let mut table = table(&header, &right);
+    let mut methods: Vec<&str> = Vec::new();
+    for row in rows.iter().filter(|row| row.asked > 0.0) {
+        if !methods.contains(&&*row.method) {
+            methods.push(&row.method);
+        }
+    }
+    for method in methods {
+        let cell = |share: &f64| {
+            let row = rows.iter().find(|row| row.method == method && row.asked == *share);
+            row.map_or(String::new(), |row| format!("{:.2}", row.score))
+        };
+        table.add_row([method.to_owned()].into_iter().chain(shares.iter().map(cell)));
+    }
+    println!("{} of about {} tokens, {} samples", first.task, first.context, first.n);
+    if let Some(full) = rows.iter().find(|row| row.method == "full") {
+        println!("full cache: {:.2} ({:.2} to {:.2})", full.score, full.low, full.high);
+    }
+    println!("{table}");
+    for row in rows.iter().filter(|row| row.asked < 0.0) {
+        let Row { method, asked, removed, score, .. } = row;
+        println!("{method} τ={asked}: {score:.2} at {:.0} % removed", 100.0 * removed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_are_those_of_the_textbooks() {
+        let close = |(a, b): (f64, f64), (c, d): (f64, f64)| {
+            assert!((a - c).abs() < 5e-3 && (b - d).abs() < 5e-3, "{a} {b}");
+        };
+        close(wilson(19.0, 20), (0.764, 0.991));
+        close(wilson(0.0, 100), (0.0, 0.037));
+        close(normal(&[1.0, 2.0, 3.0]), (2.0 - 1.13, 2.0 + 1.13));
+    }
+
+    #[test]
+    fn shares_are_counted_over_layers_and_heads() {
+        let layer = |rows: &[&[i64]]| {
+            let flat: Vec<i64> = rows.concat();
+            Tensor::from_slice(&flat).view([rows.len() as i64, 1, -1]).to_kind(Kind::Bool)
+        };
+        let drops =
+            [layer(&[&[1, 0, 0, 0], &[1, 1, 1, 1]]), layer(&[&[0, 0, 0, 0], &[1, 1, 0, 0]])];
+        assert_eq!(removed(&drops).unwrap(), [0.125, 0.75]);
+    }
+}
