@@ -4,7 +4,9 @@ pub mod bench;
 pub mod calibrate;
 pub mod curve;
 pub mod demo;
+pub mod eval;
 pub mod generate;
+pub mod report;
 pub mod train;
 
 use anyhow::{Context, Result, bail};

@@ -1,7 +1,7 @@
 //! The `longctx` command: see `longctx --help`.
 
 use clap::{Parser, Subcommand};
-use eval::commands::{bench, calibrate, curve, demo, generate, train};
+use eval::commands::{bench, calibrate, curve, demo, eval as benchmarks, generate, report, train};
 use std::process::ExitCode;
 
 /// Long-context inference from a pruned KV cache.
@@ -18,6 +18,10 @@ enum Command {
     Generate(generate::Args),
     /// Hide needles in a long text, and look for them with the full cache and with pruned ones
     Demo(demo::Args),
+    /// Run benchmarks with the full cache and with pruned ones
+    Eval(Box<benchmarks::Args>),
+    /// Make a page, pictures and tables of results
+    Report(report::Args),
     /// Measure prefill and decode, beside what the memory allows
     Bench(bench::Args),
     /// Find the threshold of a surrogate that removes a wanted share
@@ -32,6 +36,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Eval(args) => benchmarks::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Curve(args) => curve::run(&args),

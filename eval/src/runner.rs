@@ -111,14 +111,44 @@ impl Reading<'_> {
         answer_prefix: &str,
         each: &mut dyn FnMut(&str),
     ) -> Result<Answer> {
-        let Runner { model, limit, sampling, .. } = self.runner;
-        let tokenizer = &model.tokenizer;
+        let Runner { limit, sampling, .. } = self.runner;
+        self.pose(question, answer_prefix)?;
+        self.write(*limit, sampling, each)
+    }
+
+    /// Answers a sample of this context in at most `limit` tokens, and says how likely the answer is that it asks about.
+    pub fn answer(&mut self, sample: &Sample, limit: usize, sampling: &Sampling) -> Result<Answer> {
+        let tokenizer = &self.runner.model.tokenizer;
+        let mut nll = None;
+        if !sample.likelihood_of.is_empty() {
+            if !self.marked {
+                self.mark()?;
+            }
+            self.pose(&sample.question, &sample.answer_prefix)?;
+            let tokens = tokenizer.encode(&sample.likelihood_of, Specials::Text)?;
+            let each = self.session.log_likelihoods(&tokens, tokenizer.vocab_size())?;
+            nll = Some(-each.iter().sum::<f64>() / each.len() as f64);
+        }
+        self.pose(&sample.question, &sample.answer_prefix)?;
+        Ok(Answer { nll, ..self.write(limit, sampling, &mut |_| {})? })
+    }
+
+    fn pose(&mut self, question: &str, answer_prefix: &str) -> Result<()> {
         if self.marked {
             self.session.rewind()?;
         }
         let question = [question, &self.after, answer_prefix].concat();
-        self.session.feed(&tokenizer.encode(&question, Specials::Parse)?)?;
+        Ok(self.session.feed(&self.runner.model.tokenizer.encode(&question, Specials::Parse)?)?)
+    }
 
+    fn write(
+        &mut self,
+        limit: usize,
+        sampling: &Sampling,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<Answer> {
+        let model = self.runner.model;
+        let tokenizer = &model.tokenizer;
         let mut stream = tokenizer.stream();
         let mut text = String::new();
         let mut push = |piece: String| {
@@ -130,7 +160,7 @@ impl Reading<'_> {
             &mut Sampler::new(sampling.clone())?,
             &model.stop,
             tokenizer.vocab_size(),
-            *limit,
+            limit,
             &mut |token| {
                 stream.push(token).into_iter().for_each(&mut push);
                 ControlFlow::Continue(())
@@ -145,6 +175,7 @@ impl Reading<'_> {
 
 impl Generate for Runner<'_> {
     fn generate(&mut self, sample: &Sample) -> Result<Answer> {
-        self.read(&sample.context)?.ask(&sample.question, &sample.answer_prefix, &mut |_| {})
+        let limit = if sample.max_new_tokens > 0 { sample.max_new_tokens } else { self.limit };
+        self.read(&sample.context)?.answer(sample, limit.min(self.limit), &self.sampling)
     }
 }

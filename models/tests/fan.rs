@@ -5,7 +5,7 @@ mod common;
 use anyhow::Result;
 use common::{assert_close, golden, logits};
 use kvzap::{Random, Threshold};
-use models::{CausalLm, Dense, Error, Fan, Hooks, KvCache, Decoder, Pruning, Weights, open};
+use models::{CausalLm, Decoder, Dense, Error, Fan, Hooks, KvCache, Pruning, Weights, open};
 use tch::{Device, Kind, Tensor};
 
 const WINDOW: usize = 16;

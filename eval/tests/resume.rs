@@ -1,0 +1,234 @@
+//! `longctx eval` on a tiny model: killed again and again, sharded, resumed, refused. Needs no fetched files.
+#![cfg(feature = "models")]
+
+use eval::results::{Journal, Row, read_predictions};
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Instant;
+
+const TASKS: [&str; 3] = ["qa_1", "vt", "niah_single_1"];
+const SAMPLES: usize = 5;
+
+/// A model and its samples.
+struct Bench(tempfile::TempDir);
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden");
+        let model = folder.path().join("model");
+        fs::create_dir(&model).unwrap();
+        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+            fs::copy(golden.join("tokenizer/tiny").join(name), model.join(name)).unwrap();
+        }
+        write_model(&model);
+        let mut lines = String::new();
+        for task in TASKS {
+            for n in 0..SAMPLES {
+                let record = json!({
+                    // Of every task the last two share a context.
+                    "context": format!("The {task} of {}. ", n.min(SAMPLES - 2)).repeat(6), "question": format!("Who is {n}? "),
+                    "answer_prefix": "A:", "answer": [n.to_string()], "task": task, "max_new_tokens": 16,
+                });
+                lines += &format!("{record}\n");
+            }
+        }
+        fs::write(folder.path().join("samples.jsonl"), lines).unwrap();
+        Self(folder)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, out: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+        command
+            .args(["eval", "--threads", "1", "--window", "16", "--model"])
+            .arg(self.path("model"));
+        command.arg("--data").arg(self.path("samples.jsonl")).arg("--out").arg(self.path(out));
+        command.args(["--method", "full", "recency"]).args(more);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn run(&self, out: &str, more: &[&str]) -> Output {
+        self.command(out, more).output().unwrap()
+    }
+
+    #[track_caller]
+    fn finish(&self, out: &str, more: &[&str]) -> String {
+        let output = self.run(out, more);
+        let [text, error] = [output.stdout, output.stderr].map(|b| String::from_utf8(b).unwrap());
+        assert!(output.status.success(), "{error}");
+        text
+    }
+
+    /// The rows of both methods, without what took how long.
+    fn rows(&self, out: &str) -> [Vec<Row>; 2] {
+        ["no_press__0.00", "streaming_llm__0.50"].map(|method| {
+            let folder = self.path(out).join(format!("ruler__samples__model__{method}"));
+            let (_, mut rows) = Journal::merged(&folder).unwrap();
+            rows.sort_by(|a, b| (&a.task, a.index).cmp(&(&b.task, b.index)));
+            for row in &mut rows {
+                (row.prefill_seconds, row.decode_seconds) = (0.0, 0.0);
+            }
+            rows
+        })
+    }
+}
+
+/// A Llama of chance with the tokenizer's vocabulary.
+fn write_model(folder: &Path) {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 40, "head_dim": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 512, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": true,
+        "bos_token_id": 0, "eos_token_id": 1,
+    });
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    tch::manual_seed(3);
+    let random =
+        |shape: &[i64]| tch::Tensor::randn(shape, (tch::Kind::Float, tch::Device::Cpu)) * 0.3;
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_owned(), random(&[512, 32])),
+        ("model.norm.weight".to_owned(), random(&[32]) + 1.0),
+    ];
+    for layer in 0..2 {
+        for (name, shape) in [
+            ("input_layernorm", &[32][..]),
+            ("post_attention_layernorm", &[32]),
+            ("self_attn.q_proj", &[32, 32]),
+            ("self_attn.k_proj", &[32, 32]),
+            ("self_attn.v_proj", &[32, 32]),
+            ("self_attn.o_proj", &[32, 32]),
+            ("mlp.gate_proj", &[40, 32]),
+            ("mlp.up_proj", &[40, 32]),
+            ("mlp.down_proj", &[32, 40]),
+        ] {
+            tensors.push((format!("model.layers.{layer}.{name}.weight"), random(shape)));
+        }
+    }
+    tch::Tensor::write_safetensors(&tensors, folder.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn a_run_that_is_killed_at_any_moment_loses_no_sample_and_runs_none_twice() {
+    let bench = Bench::new();
+    let start = Instant::now();
+    bench.finish("whole", &[]);
+    let whole = start.elapsed();
+    let wanted = bench.rows("whole");
+    assert!(wanted.iter().all(|rows| rows.len() == TASKS.len() * SAMPLES));
+    assert!(wanted[0].iter().all(|row| row.compression_ratio == 0.0));
+    assert!(wanted[1].iter().all(|row| row.compression_ratio > 0.1), "{:?}", wanted[1][0]);
+
+    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(5);
+    let lines = || -> usize {
+        let journals = fs::read_dir(bench.path("killed")).into_iter().flatten();
+        let texts = journals.map(|f| fs::read_to_string(f.unwrap().path().join("journal.jsonl")));
+        texts.map(|text| text.unwrap_or_default().lines().count()).sum()
+    };
+    let mut grown = BTreeSet::new();
+    for _ in 0..10 {
+        let mut child = bench.command("killed", &[]).spawn().unwrap();
+        std::thread::sleep(whole.mul_f64(random.random_range(0.05..0.9)));
+        child.kill().unwrap(); // SIGKILL
+        child.wait().unwrap();
+        grown.insert(lines());
+    }
+    bench.finish("killed", &[]);
+    assert_eq!(bench.rows("killed"), wanted);
+    assert_eq!(
+        lines(),
+        2 * (1 + TASKS.len() * SAMPLES),
+        "a line for the settings and one a sample"
+    );
+    assert!(grown.len() > 1, "the kills came too late or too early to show anything: {grown:?}");
+    bench.finish("killed", &[]);
+    assert_eq!(lines(), 2 * (1 + TASKS.len() * SAMPLES), "nothing is left to do");
+}
+
+#[test]
+fn shards_give_what_the_whole_gives_and_the_last_one_writes_the_files() {
+    let bench = Bench::new();
+    bench.finish("whole", &[]);
+    let file = |out: &str, name: &str| {
+        bench.path(out).join("ruler__samples__model__no_press__0.00").join(name)
+    };
+    for shard in ["2/3", "1/3", "3/3"] {
+        assert!(!file("shards", "metrics.json").exists());
+        bench.finish("shards", &["--shard", shard]);
+    }
+    assert_eq!(bench.rows("shards"), bench.rows("whole"));
+    for name in ["metrics.json", "predictions.csv"] {
+        let [one, other] =
+            ["shards", "whole"].map(|out| fs::read_to_string(file(out, name)).unwrap());
+        assert_eq!(one, other);
+    }
+    let rows = read_predictions(&file("whole", "predictions.csv")).unwrap();
+    assert_eq!(rows.len(), TASKS.len() * SAMPLES);
+    for shard in ["0/3", "4/3", "1", "a/b"] {
+        let error = String::from_utf8(bench.run("shards", &["--shard", shard]).stderr).unwrap();
+        assert!(error.contains("is no shard"), "{error}");
+    }
+}
+
+#[test]
+fn another_setting_in_the_same_folder_is_refused_by_name() {
+    let bench = Bench::new();
+    bench.finish("out", &["--samples", "2"]);
+    bench.finish("out", &["--samples", "3"]); // more of the same
+    assert!(bench.rows("out").iter().all(|rows| rows.len() == 9));
+    let refused = |more: &[&str], wanted: &str| {
+        let output = bench.run("out", more);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && error.contains(wanted), "{wanted}: {error}");
+    };
+    refused(&["--seed", "1"], "its seed is 42, now it is 1");
+    refused(&["--max-tokens", "3"], "its max_tokens is null, now it is 3");
+    refused(&["--dtype", "bf16"], "its dtype is");
+    refused(&["--prune-while-decoding"], "its prune_while_decoding is false, now it is true");
+    refused(&["--temperature", "1"], "its temperature is");
+    let samples = fs::read_to_string(bench.path("samples.jsonl")).unwrap();
+    fs::write(bench.path("samples.jsonl"), samples.replace("Who is 2", "Who was 2")).unwrap();
+    refused(&[], "its data_files is");
+    fs::write(bench.path("samples.jsonl"), samples).unwrap();
+    let mut model = fs::read(bench.path("model/model.safetensors")).unwrap();
+    *model.last_mut().unwrap() ^= 1;
+    fs::write(bench.path("model/model.safetensors"), model).unwrap();
+    refused(&[], "its model_files is");
+}
+
+#[test]
+fn bad_data_and_contexts_past_the_model_are_errors_that_say_what_to_do() {
+    let bench = Bench::new();
+    let samples = fs::read_to_string(bench.path("samples.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(samples.lines().next().unwrap()).unwrap();
+    let refused = |text: &str, more: &[&str], wanted: &[&str]| {
+        fs::write(bench.path("samples.jsonl"), text).unwrap();
+        let output = bench.run("bad", more);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{wanted:?}");
+        assert!(wanted.iter().all(|wanted| error.contains(wanted)), "{wanted:?}: {error}");
+    };
+    refused(&samples[..samples.len() - 20], &[], &["samples.jsonl line 15", "cut off"]);
+    let mut without = first.clone();
+    without.as_object_mut().unwrap().remove("answer");
+    refused(&without.to_string(), &[], &["sample 1", "field answer is missing"]);
+    refused(&samples, &["--only", "cwe"], &["no task is named cwe"]);
+    refused(&samples, &["--task", "longbench"], &["LongBench has no data set samples"]);
+    let mut long = first;
+    long["context"] = "word ".repeat(700).into();
+    refused(&long.to_string(), &[], &["qa_1 sample 0", "has room for", "--cut end"]);
+    for cut in ["end", "middle"] {
+        bench.finish(cut, &["--cut", cut]);
+        let [rows, _] = bench.rows(cut);
+        assert_eq!(rows[0].facts["cut"], cut);
+        assert!((300..512).contains(&rows[0].context_tokens), "{}", rows[0].context_tokens);
+    }
+}
