@@ -63,6 +63,8 @@ pub struct Line {
 #[derive(Debug, Serialize)]
 pub struct Report {
     benchmarks: Vec<Benchmark>,
+    /// Needles found by depth and length, a map for each method of each model.
+    maps: Vec<(String, String)>,
     /// What could not be used, and why.
     notes: Vec<String>,
 }
@@ -74,7 +76,6 @@ struct Benchmark {
     lines: Vec<Line>,
     chart: String,
     task_charts: Vec<(String, String)>,
-    heat: Vec<(String, String)>,
     sources: Vec<&'static str>,
 }
 
@@ -118,9 +119,7 @@ fn journal(folder: &Path) -> Result<Run> {
     };
     let (_, press, level) = named(folder)?;
     let model = text("model");
-    // Lengths of needles belong into one map.
-    let part = if text("dataset") == "needle" { String::new() } else { text("data_dir") };
-    let benchmark = [text("dataset"), part, model.clone()].join(" ").replace("  ", " ");
+    let benchmark = [text("dataset"), text("data_dir"), model.clone()].join(" ").replace("  ", " ");
     Ok(Run { folder: folder.to_owned(), benchmark, model, press, level, settings, rows })
 }
 
@@ -183,7 +182,11 @@ pub fn report(runs: &[Run], mut notes: Vec<String>) -> Result<Report> {
         if full.is_none() {
             notes.push(format!("{name}: no run with the full cache (no_press), so no differences"));
         }
-        let lines: Vec<Line> = runs.iter().map(|run| line(run, full.copied())).collect();
+        let mut lines: Vec<Line> = runs.iter().map(|run| line(run, full.copied())).collect();
+        lines.sort_by(|a, b| {
+            let key = |line: &Line| (line.press != "no_press", line.press.clone());
+            key(a).cmp(&key(b)).then(a.removed.total_cmp(&b.removed))
+        });
         let tasks: BTreeSet<String> =
             lines.iter().flat_map(|line| line.tasks.keys().cloned()).collect();
         let published = published::of(name);
@@ -204,11 +207,14 @@ pub fn report(runs: &[Run], mut notes: Vec<String>) -> Result<Report> {
             let score = |line: &Line| line.tasks.get(task).map(|&score| (score, [score; 2]));
             (task.clone(), chart::lines(task, &series(&score), &[]))
         };
-        let task_charts =
-            if tasks.len() > 1 { tasks.iter().map(task_chart).collect() } else { Vec::new() };
+        let task_charts = if tasks.len() > 1 && !tasks.iter().all(|task| task.starts_with("depth_"))
+        {
+            tasks.iter().map(task_chart).collect()
+        } else {
+            Vec::new()
+        };
         pages.push(Benchmark {
             name: name.to_owned(),
-            heat: heat(&runs),
             sources: published
                 .iter()
                 .map(|point| point.source)
@@ -221,7 +227,7 @@ pub fn report(runs: &[Run], mut notes: Vec<String>) -> Result<Report> {
             task_charts,
         });
     }
-    Ok(Report { benchmarks: pages, notes })
+    Ok(Report { benchmarks: pages, maps: maps(runs), notes })
 }
 
 fn line(run: &Run, full: Option<&Run>) -> Line {
@@ -252,14 +258,13 @@ fn line(run: &Run, full: Option<&Run>) -> Line {
     }
 }
 
-/// A map of depth and length for each method that has both.
-fn heat(runs: &[&Run]) -> Vec<(String, String)> {
+fn maps(runs: &[Run]) -> Vec<(String, String)> {
     let mut maps: BTreeMap<String, BTreeMap<(u64, u64), Vec<f64>>> = BTreeMap::new();
     for run in runs {
         let Some(length) = run.settings.get("tokens").and_then(Value::as_u64) else { continue };
         for row in run.rows.iter().filter(|row| row.task.starts_with("depth_")) {
             let Some(depth) = row.facts.get("depth").and_then(Value::as_u64) else { continue };
-            let map = maps.entry(format!("{} {}", run.press, run.level)).or_default();
+            let map = maps.entry(format!("{} {} {}", run.model, run.press, run.level)).or_default();
             map.entry((length, depth)).or_default().push(row.score);
         }
     }
@@ -340,9 +345,12 @@ impl Report {
             let name =
                 |part: &str| format!("{} {part}", benchmark.name).trim().replace([' ', '/'], "_");
             pictures.push((name(""), chart::alone(&benchmark.chart)));
-            for (part, svg) in benchmark.task_charts.iter().chain(&benchmark.heat) {
+            for (part, svg) in &benchmark.task_charts {
                 pictures.push((name(part), chart::alone(svg)));
             }
+        }
+        for (name, svg) in &self.maps {
+            pictures.push((format!("needles {name}").replace([' ', '/'], "_"), chart::alone(svg)));
         }
         pictures
     }

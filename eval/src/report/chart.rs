@@ -31,15 +31,15 @@ pub const STYLE: &str = "\
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#b0468a;--c4:#8f6d00;--c5:#3a86c8;--c6:#7a5195;--c7:#555f6b}\
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaed;--paper:#15181c;--faint:#8b95a1;--grid:#2d333b;\
 --c0:#56b4e9;--c1:#ff9f5a;--c2:#3fd0a4;--c3:#e38ac0;--c4:#f0e442;--c5:#9cc9ff;--c6:#c5a3e0;--c7:#b4bcc6}}\
-svg{max-width:100%;height:auto;font:13px system-ui,sans-serif}svg text{fill:var(--ink)}\
+svg{max-width:100%;height:auto;font:14px system-ui,sans-serif}svg text{fill:var(--ink)}\
 .grid{stroke:var(--grid)}.faint{fill:var(--faint)!important}.bar{stroke-width:1.5;opacity:.6}\
 .line{fill:none;stroke-width:2}";
 
-const WIDTH: f64 = 640.0;
-const LEFT: f64 = 48.0;
+const WIDTH: f64 = 440.0;
+const LEFT: f64 = 36.0;
 const RIGHT: f64 = 12.0;
 const TOP: f64 = 14.0;
-const PLOT: f64 = 300.0;
+const PLOT: f64 = 220.0;
 
 /// Scores against the share removed.
 pub fn lines(title: &str, series: &[Series], published: &[Published]) -> String {
@@ -118,7 +118,7 @@ pub fn heat(title: &str, map: &BTreeMap<(u64, u64), Vec<f64>>) -> String {
     let lengths: BTreeSet<u64> = map.keys().map(|(length, _)| *length).collect();
     let depths: BTreeSet<u64> = map.keys().map(|(_, depth)| *depth).collect();
     let (cell, line) = ((WIDTH - 90.0) / lengths.len() as f64, 34.0);
-    let cell = cell.min(110.0);
+    let cell = cell.min(90.0);
     let height = TOP + line * depths.len() as f64 + 44.0;
     let mut svg = open(height, &format!("{title}: needles found by length and depth"));
     for (row, depth) in depths.iter().enumerate() {

@@ -43,14 +43,13 @@ fn made_up() -> (tempfile::TempDir, Report) {
 #[test]
 fn means_intervals_and_paired_differences_are_those_of_the_rows() {
     let (_folder, report) = made_up();
-    let [needle, ruler] = &*report.benchmarks else { panic!("{report:?}") };
-    assert_eq!(
-        (needle.name.as_str(), ruler.name.as_str()),
-        ("needle a/<b>", "ruler 4096 Qwen--Qwen3-8B")
-    );
+    let [long, needle, ruler] = &*report.benchmarks else { panic!("{report:?}") };
+    let names = [long, needle, ruler].map(|benchmark| benchmark.name.as_str());
+    assert_eq!(names, ["needle 1024 a/<b>", "needle 512 a/<b>", "ruler 4096 Qwen--Qwen3-8B"]);
+    assert_eq!(report.maps.len(), 2, "a map a method, of both lengths");
     let lines: Vec<_> =
         needle.lines.iter().map(|line| (line.press.as_str(), line.score, line.removed)).collect();
-    assert_eq!(lines.iter().filter(|line| **line == ("random", 50.0, 50.0)).count(), 2);
+    assert_eq!(lines, [("no_press", 100.0, 0.0), ("random", 50.0, 50.0)]);
     let random = needle.lines.iter().find(|line| line.press == "random").unwrap();
     // The mean of 60 coins: half a percent's standard error is 6.5, so about 37 to 63.
     let [low, high] = random.interval;
@@ -92,7 +91,7 @@ fn the_page_is_whole_escaped_and_needs_nothing_from_elsewhere() {
     let page = report.html().unwrap();
     for wanted in [
         "<svg",
-        "needle a/&lt;b&gt;",
+        "needle 512 a/&lt;b&gt;",
         "512",
         "knorm",
         "Grey: ",
@@ -109,7 +108,9 @@ fn the_page_is_whole_escaped_and_needs_nothing_from_elsewhere() {
     let csv = String::from_utf8(report.csv().unwrap()).unwrap();
     assert!(csv.contains("ruler 4096 Qwen--Qwen3-8B,knorm,0.50,vt,2,50,50,,"), "{csv}");
     let pictures = report.pictures();
-    assert!(pictures.iter().any(|(name, svg)| name == "needle_a_<b>" && svg.contains("--paper")));
+    assert!(
+        pictures.iter().any(|(name, svg)| name == "needle_512_a_<b>" && svg.contains("--paper"))
+    );
 }
 
 #[test]
