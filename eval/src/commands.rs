@@ -6,6 +6,8 @@ pub mod curve;
 pub mod demo;
 pub mod eval;
 pub mod generate;
+pub mod positions;
+mod prompt;
 pub mod report;
 pub mod train;
 
@@ -26,6 +28,9 @@ pub struct ModelArgs {
     /// A GGUF file or a Hugging Face folder
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
+    /// RePo's positions for this model: an overlay that was made for it
+    #[arg(long, value_name = "FILE")]
+    repo: Option<PathBuf>,
     /// Where it runs
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceName,
@@ -69,7 +74,7 @@ impl ModelArgs {
             DeviceName::Cuda => models::cuda()?,
         };
         let bar = spinner("loading the model");
-        let model = Model::load(&self.model, kind, device)?;
+        let model = Model::load_overlaid(&self.model, self.repo.as_deref(), kind, device)?;
         bar.finish_and_clear();
         for note in &model.notes {
             eprintln!("note: {note}");
@@ -77,10 +82,22 @@ impl ModelArgs {
         Ok(model)
     }
 
+    /// The model's file or folder, with the overlay's, for a title.
+    fn name(&self) -> String {
+        let last = |path: &Path| {
+            path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+        };
+        match &self.repo {
+            Some(repo) => format!("{} with {}", last(&self.model), last(repo)),
+            None => last(&self.model),
+        }
+    }
+
     /// These settings, for a report.
     fn json(&self) -> serde_json::Value {
         serde_json::json!({
             "model": self.model.display().to_string(),
+            "repo": self.repo.as_ref().map(|path| path.display().to_string()),
             "device": format!("{:?}", self.device).to_lowercase(),
             "dtype": format!("{:?}", self.dtype).to_lowercase(),
             "threads": tch::get_num_threads(),

@@ -1,7 +1,9 @@
 //! The `longctx` command: see `longctx --help`.
 
 use clap::{Parser, Subcommand};
-use eval::commands::{bench, calibrate, curve, demo, eval as benchmarks, generate, report, train};
+use eval::commands::{
+    bench, calibrate, curve, demo, eval as benchmarks, generate, positions, report, train,
+};
 use std::process::ExitCode;
 
 /// Long-context inference from a pruned KV cache.
@@ -28,6 +30,8 @@ enum Command {
     Calibrate(calibrate::Args),
     /// Ask what is still known when more and more is forgotten, by every method
     Curve(curve::Args),
+    /// Show where a model with learned positions puts the tokens of a text, as a page
+    Positions(positions::Args),
     /// Fit a KVzap surrogate for a model
     Train(train::Args),
 }
@@ -41,6 +45,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Curve(args) => curve::run(&args),
+        Command::Positions(args) => positions::run(&args),
         Command::Train(args) => train::run(&args),
     };
     match result {

@@ -1,13 +1,14 @@
 //! `longctx generate`: an answer from a pruned cache.
 
+use super::prompt::PromptArgs;
 use super::{ModelArgs, megabytes, surrogate};
 use crate::runner::context_ids;
 use crate::{Method, Runner};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::builder::PossibleValuesParser;
 use kvzap::Calibration;
 use models::{Sampling, WINDOW};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 /// What to answer, and what to forget on the way.
@@ -15,12 +16,8 @@ use std::path::PathBuf;
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// The prompt
-    #[arg(long, conflicts_with = "file")]
-    prompt: Option<String>,
-    /// A file that holds the prompt; `-` reads standard input
-    #[arg(long, value_name = "FILE")]
-    file: Option<PathBuf>,
+    #[command(flatten)]
+    prompt: PromptArgs,
     /// A question about the prompt, asked after the prompt was read and pruned; give it again to ask another
     #[arg(long)]
     question: Vec<String>,
@@ -68,10 +65,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let context = prompt(args)?;
-    if context.trim().is_empty() {
-        bail!("the prompt is empty; give --prompt TEXT or --file FILE");
-    }
+    let context = args.prompt.read()?;
     let mut method = match (args.threshold, args.budget) {
         (Some(threshold), _) => Method::Kvzap { threshold },
         (None, Some(remove)) => match &args.method {
@@ -173,21 +167,4 @@ pub fn run(args: &Args) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn prompt(args: &Args) -> Result<String> {
-    match (&args.prompt, &args.file) {
-        (Some(text), _) => Ok(text.clone()),
-        (None, Some(path)) if path.as_os_str() == "-" => {
-            let mut text = String::new();
-            std::io::stdin()
-                .read_to_string(&mut text)
-                .context("cannot read standard input as UTF-8")?;
-            Ok(text)
-        }
-        (None, Some(path)) => {
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-        }
-        (None, None) => bail!("nothing to answer: give --prompt TEXT or --file FILE"),
-    }
 }

@@ -1,0 +1,39 @@
+//! The text that a command reads.
+
+use anyhow::{Context, Result, bail};
+use std::io::Read;
+use std::path::PathBuf;
+
+/// Where it comes from.
+#[derive(clap::Args, Debug)]
+pub struct PromptArgs {
+    /// The prompt
+    #[arg(long, conflicts_with = "file")]
+    prompt: Option<String>,
+    /// A file that holds the prompt; `-` reads standard input
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+impl PromptArgs {
+    /// The text; an error where there is none.
+    pub fn read(&self) -> Result<String> {
+        let text = match (&self.prompt, &self.file) {
+            (Some(text), _) => text.clone(),
+            (None, Some(path)) if path.as_os_str() == "-" => {
+                let mut text = String::new();
+                std::io::stdin()
+                    .read_to_string(&mut text)
+                    .context("cannot read standard input as UTF-8")?;
+                text
+            }
+            (None, Some(path)) => std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read {}", path.display()))?,
+            (None, None) => bail!("nothing to read: give --prompt TEXT or --file FILE"),
+        };
+        if text.trim().is_empty() {
+            bail!("the prompt is empty; give --prompt TEXT or --file FILE");
+        }
+        Ok(text)
+    }
+}
