@@ -124,8 +124,13 @@ fn speed() -> Result<Option<Speed>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let args =
-        ModelArgs { model: path, device: DeviceName::Cpu, dtype: DtypeName::F32, threads: None };
+    let args = ModelArgs {
+        model: path,
+        repo: None,
+        device: DeviceName::Cpu,
+        dtype: DtypeName::F32,
+        threads: None,
+    };
     let model = args.load()?;
     let runner = Runner {
         model: &model,
