@@ -94,7 +94,7 @@ const SMALL: MlpSettings =
 #[test]
 fn an_mlp_learns_what_no_line_can() {
     tch::manual_seed(2);
-    let rows: Rows = vec![curved(4000)];
+    let rows: Rows = vec![curved(2000)];
     let surrogate = Surrogate::mlp(fit(SMALL, &rows).modules().unwrap()).unwrap();
     let scorer = TorchSurrogate::new(&surrogate, Kind::Float, Device::Cpu).unwrap();
     let (x, y) = curved(1000);

@@ -18,7 +18,7 @@ fn without_cuda_the_error_says_what_to_do() {
 
 #[test]
 #[ignore = "needs a CUDA device"]
-fn a_card_gives_the_logits_of_the_cpu() -> anyhow::Result<()> {
+fn cuda_gives_the_logits_of_the_cpu() -> anyhow::Result<()> {
     let ids = get(&tensors("kvzap/runs.safetensors")?, "ids")?.narrow(0, 0, 200);
     let run = |device| -> anyhow::Result<_> {
         let lm = Decoder::load(&Weights::new(open(&golden("kvzap/model"))?, Kind::Float, device)?)?;

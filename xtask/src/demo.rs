@@ -14,7 +14,7 @@ pub fn demo(arguments: &[String]) -> Result<()> {
     let Data { model, haystack } = fetch()?;
     let mut run = sh::cargo();
     run.args("run --release --package eval --bin longctx -- demo".split(' '));
-    let surrogate = sh::root().join("kvzap/surrogates/smollm2-135m-instruct-linear");
+    let surrogate = sh::root().join("kvzap/surrogates/smollm2-135m-instruct-mlp");
     let defaults = [("--model", model), ("--haystack", haystack), ("--surrogate", surrogate)];
     for (flag, default) in defaults {
         if !names(arguments, flag) {

@@ -35,7 +35,7 @@ pub struct Args {
     #[arg(long, value_name = "FOLDER")]
     surrogate: Option<PathBuf>,
     /// KVzap's thresholds, each a run
-    #[arg(long, num_args = 1.., allow_negative_numbers = true, default_values_t = [-2.5])]
+    #[arg(long, num_args = 1.., allow_negative_numbers = true, default_values_t = [-3.0])]
     threshold: Vec<f32>,
     /// Shares to remove, for the methods with a budget, each a run
     #[arg(long, num_args = 1.., value_name = "SHARE", default_values_t = [0.5])]
