@@ -43,6 +43,3 @@ pub use train::Ridge;
 #[cfg(feature = "tch")]
 pub use train::{Collector, MlpFit, MlpSettings, Rows, Samples, r2};
 pub use window::{WINDOW, judged};
-
-#[cfg(feature = "tch")]
-use baselines::random;

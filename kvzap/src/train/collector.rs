@@ -1,5 +1,5 @@
 use super::samples::Rows;
-use crate::random::mix;
+use crate::baselines::random::mix;
 use crate::torch::dims;
 use crate::{Error, LayerInput, Result, Scorer, Spans, kvzip_plus};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,7 +1,7 @@
 //! The surrogate with one hidden layer: gradient descent on several layers at once.
 
 use super::samples::Rows;
-use crate::random::mix;
+use crate::baselines::random::mix;
 use crate::torch::{dims, expect};
 use crate::{Affine, Error, Result};
 use std::path::Path;
