@@ -37,7 +37,7 @@ svg{max-width:100%;height:auto;font:14px system-ui,sans-serif}svg text{fill:var(
 
 const WIDTH: f64 = 440.0;
 const LEFT: f64 = 36.0;
-const RIGHT: f64 = 12.0;
+const RIGHT: f64 = 18.0;
 const TOP: f64 = 14.0;
 const PLOT: f64 = 220.0;
 
