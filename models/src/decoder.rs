@@ -2,6 +2,7 @@
 //!
 //! They differ in where a block's two norms stand, and in whether queries and keys have norms of their own.
 
+use crate::bridge;
 use crate::cache::KvCache;
 use crate::causal_lm::CausalLm;
 use crate::config::{Architecture, Config};
@@ -11,7 +12,7 @@ use crate::layers::{self, GatedMlp, Linear, RmsNorm};
 use crate::positions::{self, LayerPositions};
 use crate::weights::Weights;
 use kvzap::LayerInput;
-use repo_pos::{Precision, Repositioner, Rotary, RoundZ, TorchRepo, rotate};
+use repo_pos::{Frequencies, Precision, Rotary, RoundZ, rotate};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -19,8 +20,10 @@ use tch::{Device, Kind, Tensor};
 #[derive(Debug)]
 pub struct Decoder {
     config: Config,
+    frequencies: Frequencies,
     rotary: Rotary,
-    repo: TorchRepo,
+    /// Of each layer, the module that reads positions off hidden states, in its own dtype.
+    repo: Vec<Option<GatedMlp>>,
     embedding: Tensor, // [vocabulary, hidden]
     blocks: Vec<Block>,
     norm: RmsNorm,
@@ -65,11 +68,10 @@ impl Decoder {
         } else {
             weights.tensor("lm_head.weight", &[vocab, hidden])?
         };
+        let frequencies = config.frequencies()?.with_precision(precision);
         Ok(Self {
-            rotary: Rotary::new(
-                &config.frequencies()?.with_precision(precision),
-                weights.device(),
-            )?,
+            rotary: Rotary::new(&frequencies, weights.device())?,
+            frequencies,
             repo: positions::load(weights, round)?,
             norm: norm(weights, "model.norm.weight", hidden)?,
             embedding,
@@ -92,17 +94,22 @@ impl Decoder {
         let positions = match (&hooks.repositioner, self.config.positions[layer]) {
             (Some(hook), _) => hook.positions(layer, hidden)?,
             (None, LayerPositions::Nope) => return Ok(None),
-            (None, _) => self.repo.positions(layer, hidden)?,
+            (None, _) => self.learned(layer, hidden)?,
         };
         let Some(mut positions) = positions else { return Ok(plain()) };
         let (heads, kv_heads) = (positions.size()[1] as usize, self.config.kv_heads);
         if heads != 1 && heads != kv_heads {
             return Err(Error::PositionHeads { layer, heads, kv_heads });
         }
-        // A sum in f64 is finite where every f32 is; a card would have to be waited for.
-        if positions.device() == Device::Cpu
-            && !positions.f_sum(Kind::Double)?.f_double_value(&[])?.is_finite()
-        {
+        let finite = match bridge::floats(&positions) {
+            Some(positions) => positions.iter().all(|position| position.is_finite()),
+            // A sum in f64 is finite where every f32 is; a card would have to be waited for.
+            None if positions.device() == Device::Cpu => {
+                positions.f_sum(Kind::Double)?.f_double_value(&[])?.is_finite()
+            }
+            None => true,
+        };
+        if !finite {
             return Err(Error::PositionNotFinite { layer });
         }
         if hooks.toward_index != 0.0 {
@@ -112,7 +119,29 @@ impl Decoder {
         if let Some(sink) = &hooks.on_positions {
             sink(layer, &positions);
         }
-        Ok(Some(self.rotary.angles(&positions)?))
+        Ok(Some(self.turned(&positions)?))
+    }
+
+    /// The positions that a layer's own module reads off `hidden`, f32 `[batch, kv_heads, tokens]`.
+    fn learned(&self, layer: usize, hidden: &Tensor) -> Result<Option<Tensor>> {
+        let Some(module) = &self.repo[layer] else { return Ok(None) };
+        let positions = module.forward(&hidden.f_to_kind(module.down.weight.f_kind()?)?)?;
+        Ok(Some(positions.f_to_kind(Kind::Float)?.f_transpose(1, 2)?))
+    }
+
+    /// Cosines and sines of positions; of a token's few on the CPU without a dozen calls into libtorch.
+    fn turned(&self, positions: &Tensor) -> Result<Angles> {
+        let [.., heads, 1] = positions.size()[..] else {
+            return Ok(self.rotary.angles(positions)?);
+        };
+        let Some(row) = bridge::floats(positions) else {
+            return Ok(self.rotary.angles(positions)?);
+        };
+        let (cos, sin) = self.frequencies.angles(row);
+        let tensor = |x: Vec<f32>| -> Result<Tensor> {
+            Ok(Tensor::f_from_slice(&x)?.f_view([-1, heads, 1, self.config.head_dim as i64 / 2])?)
+        };
+        Ok((tensor(cos)?, tensor(sin)?))
     }
 
     /// Adds what `branch` makes of `x` to it, normed before or after.
@@ -189,7 +218,7 @@ impl CausalLm for Decoder {
             (Kind::Float, tokens.device()),
         )?;
         let index = index.f_view([1, 1, count])?;
-        let index = Index { angles: self.rotary.angles(&index)?, positions: index };
+        let index = Index { angles: self.turned(&index)?, positions: index };
 
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
         for (layer, block) in self.blocks.iter().enumerate() {

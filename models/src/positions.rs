@@ -2,8 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::folder::Fields;
+use crate::layers::{GatedMlp, Linear};
 use crate::weights::Weights;
-use repo_pos::{RoundZ, TorchModule, TorchRepo};
+use repo_pos::RoundZ;
 use std::path::Path;
 
 /// By what a layer turns its queries and keys.
@@ -85,25 +86,33 @@ pub(crate) fn reconcile(
     Ok(())
 }
 
-/// The position modules of the layers that have one. Their width is that of the tensors: `hidden / 8` in the published
-/// models.
-pub(crate) fn load(weights: &Weights, round: RoundZ) -> Result<TorchRepo> {
+/// The position modules of the layers that have one: `final(silu(gate(h)) * content(h))`, as [`repo_pos::Module`] says, which
+/// is a gated MLP. As one of ours it has a decode step's fast path. Its width is that of the tensors: `hidden / 8` in the
+/// published models.
+pub(crate) fn load(weights: &Weights, round: RoundZ) -> Result<Vec<Option<GatedMlp>>> {
     let config = weights.config();
     let [hidden, heads] = [config.hidden_size, config.kv_heads].map(|n| n as i64);
     let kind = round.kind(weights.kind());
-    let module = |layer: usize| -> Result<TorchModule> {
+    let module = |layer: usize| -> Result<GatedMlp> {
         let [gate, content, last] = MAPS.map(|map| name(layer, map));
         let width = weights.shape(&gate)?.first().map_or(0, |&rows| rows as i64).max(1);
-        Ok(TorchModule::new(
-            &weights.tensor_as(&gate, &[width, hidden], kind)?,
-            &weights.tensor_as(&content, &[width, hidden], kind)?,
-            &weights.tensor_as(&last, &[heads, width], kind)?,
-        )?)
+        let map = |name: &str, shape: [i64; 2]| -> Result<Linear> {
+            Ok(Linear { weight: weights.tensor_as(name, &shape, kind)?, bias: None })
+        };
+        Ok(GatedMlp {
+            gate_up: Linear::joined(vec![
+                map(&gate, [width, hidden])?,
+                map(&content, [width, hidden])?,
+            ])?,
+            down: map(&last, [heads, width])?,
+        })
     };
-    let layers = config.positions.iter().enumerate().map(|(layer, &positions)| {
-        (positions == LayerPositions::Repo).then(|| module(layer)).transpose()
-    });
-    Ok(TorchRepo::from_layers(layers.collect::<Result<_>>()?)?)
+    let layers = config.positions.iter().enumerate();
+    layers
+        .map(|(layer, &positions)| {
+            (positions == LayerPositions::Repo).then(|| module(layer)).transpose()
+        })
+        .collect()
 }
 
 /// Whether some layer's map is called so.

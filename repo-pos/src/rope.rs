@@ -52,6 +52,14 @@ impl Frequencies {
         Ok(())
     }
 
+    /// Cosines and sines of `positions`, each `[positions, head_dim / 2]`, as [`rotate`](Self::rotate) multiplies by them.
+    pub fn angles(&self, positions: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let angles = positions.iter().flat_map(|&position| {
+            self.inverse().iter().map(move |&inverse| self.sin_cos(position, inverse))
+        });
+        angles.map(|(sin, cos)| (cos, sin)).unzip()
+    }
+
     /// Sine and cosine of the angle of a position, times the [`scale`](Self::scale).
     fn sin_cos(&self, position: f32, inverse: f32) -> (f32, f32) {
         let (sin, cos) = match self.precision() {

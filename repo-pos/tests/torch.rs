@@ -83,6 +83,9 @@ fn yarn_and_wide_angles_are_those_of_the_plain_side() {
         };
         assert_close("cosine", &values(&cos), &plain(0), 1e-6);
         assert_close("sine", &values(&sin), &plain(64), 1e-6);
+        let (cos, sin) = frequencies.angles(&positions);
+        assert_close("cosine alone", &cos, &plain(0), 0.0);
+        assert_close("sine alone", &sin, &plain(64), 0.0);
     }
 }
 
