@@ -49,12 +49,11 @@ impl Calibration {
     /// Reads `calibration.json` in the folder of a surrogate.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
         let path = folder.as_ref().join(FILE);
-        let read: Self = serde_json::from_slice(&file::read(&path)?).map_err(|source| {
-            Error::Calibration { path: path.clone(), reason: source.to_string() }
-        })?;
+        let wrong = |reason| Error::Calibration { path: path.clone(), reason };
+        let text = std::fs::read(&path).map_err(|cause| wrong(cause.to_string()))?;
+        let read: Self = serde_json::from_slice(&text).map_err(|cause| wrong(cause.to_string()))?;
         if read.quantiles.len() < 2 || !read.quantiles.is_sorted() {
-            let reason = "its quantiles do not rise".to_owned();
-            return Err(Error::Calibration { path, reason });
+            return Err(wrong("its quantiles do not rise".to_owned()));
         }
         Ok(read)
     }
@@ -136,6 +135,7 @@ mod tests {
     fn files_come_back_and_foreign_ones_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(FILE);
+        assert!(matches!(Calibration::load(folder.path()), Err(Error::Calibration { .. })));
         even().save(folder.path()).unwrap();
         assert_eq!(Calibration::load(folder.path()).unwrap(), even());
         for text in
