@@ -8,7 +8,7 @@ use kvzap::{
 };
 use models::{Dense, Hooks, Model, Pruning, kvzip};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Kind, Tensor};
 
 type TorchScorer = Box<dyn Scorer<Tensor> + Send>;
@@ -222,34 +222,38 @@ fn none(keys: &Tensor) -> Result<Tensor> {
 
 /// Lets several scorers look at one pass, and keeps what each says. Clones share it.
 #[derive(Clone, Default)]
-struct Recorder(Arc<Mutex<(Vec<TorchScorer>, Vec<Vec<Tensor>>)>>);
+struct Recorder(Arc<Mutex<Vec<Recorded>>>);
+
+/// A scorer, and its scores layer by layer.
+struct Recorded {
+    scorer: TorchScorer,
+    scores: Vec<Tensor>,
+}
 
 impl Recorder {
     fn add(&self, scorer: TorchScorer) -> Source {
-        let (scorers, scores) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        scorers.push(scorer);
-        scores.push(Vec::new());
-        Source::Pass(scorers.len() - 1)
+        let mut recorded = self.recorded();
+        recorded.push(Recorded { scorer, scores: Vec::new() });
+        Source::Pass(recorded.len() - 1)
     }
 
-    /// The scores of each scorer, layer by layer, since the last call.
+    /// The scores of each scorer since the last call.
     fn take(&self) -> Vec<Vec<Tensor>> {
-        let (_, scores) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        scores.iter_mut().map(std::mem::take).collect()
+        self.recorded().iter_mut().map(|one| std::mem::take(&mut one.scores)).collect()
+    }
+
+    fn recorded(&self) -> MutexGuard<'_, Vec<Recorded>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Scorer<Tensor> for Recorder {
     fn score(&self, input: LayerInput<'_, Tensor>) -> kvzap::Result<Tensor> {
-        let (scorers, scores) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for (scorer, scores) in scorers.iter().zip(scores) {
-            scores.push(scorer.score(input)?);
+        for one in self.recorded().iter_mut() {
+            one.scores.push(one.scorer.score(input)?);
         }
         let (batch, heads, tokens, _) = input.keys.size4()?;
-        Ok(Tensor::f_full(
-            [batch, heads, tokens],
-            f64::INFINITY,
-            (Kind::Float, input.keys.device()),
-        )?)
+        let float = (Kind::Float, input.keys.device());
+        Ok(Tensor::f_full([batch, heads, tokens], f64::INFINITY, float)?)
     }
 }

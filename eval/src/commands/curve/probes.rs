@@ -43,7 +43,7 @@ pub struct Probes<'a> {
 
 enum Source {
     /// One of RULER's tasks.
-    Ruler(Texts, &'static str),
+    Ruler(Box<Texts>, &'static str),
     /// The token ids of documents, in a row.
     Documents(Vec<Vec<u32>>),
 }
@@ -55,7 +55,7 @@ impl<'a> Probes<'a> {
     /// The task called `task`, with contexts of about `tokens` tokens.
     pub fn open(args: &Args, model: &'a Model, task: &str, tokens: usize) -> Result<Self> {
         let folder = args.texts.as_deref().context("RULER's tasks need --texts")?;
-        let ruler = |name| Source::Ruler(Texts::new(folder), name);
+        let ruler = |name| Source::Ruler(Box::new(Texts::new(folder)), name);
         let (scored, source) = match task {
             "perplexity" => {
                 let path = args.documents.as_ref().context("perplexity needs --documents")?;

@@ -1,0 +1,65 @@
+//! `longctx curve` on the default model: what it measures, draws, merges and refuses.
+#![cfg(feature = "models")]
+
+use serde_json::Value;
+use std::process::{Command, Output};
+
+fn longctx(arguments: &[&str]) -> Output {
+    let model = std::env::var("LONGCTX_MODEL").expect("`cargo xtask ci` names the default model");
+    let data = std::env::var("LONGCTX_DATA").expect("and the folder of texts");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+    command.args(["curve", "--model", &model, "--texts", &data]).args(arguments).output().unwrap()
+}
+
+#[test]
+#[ignore = "needs the default model: cargo xtask fetch"]
+fn every_method_is_asked_at_every_share_of_one_prefill() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (one, both, svg) = (path("one.json"), path("both.json"), path("svg"));
+    let mlp = concat!(env!("CARGO_MANIFEST_DIR"), "/../kvzap/surrogates/smollm2-135m-instruct-mlp");
+    let sizes = ["--tokens", "400", "--samples", "1", "--remove", "0.25", "0.5"];
+    let methods = ["--method", "smollm2-135m-instruct-mlp", "KVzip+", "StreamingLLM"];
+    let common = [&["--surrogate", mlp, "--threshold", "-3"][..], &sizes, &methods].concat();
+    let needle = longctx(&[&common[..], &["--task", "niah_single_1", "--json", &one]].concat());
+    assert!(needle.status.success(), "{}", String::from_utf8_lossy(&needle.stderr));
+    let question = longctx(
+        &[&common[..], &["--task", "answer-nll", "--merge", &one, "--json", &both, "--svg", &svg]]
+            .concat(),
+    );
+    assert!(question.status.success(), "{}", String::from_utf8_lossy(&question.stderr));
+
+    let report: Value = serde_json::from_slice(&std::fs::read(&both).unwrap()).unwrap();
+    assert!(report["r2"]["smollm2-135m-instruct-mlp"].as_f64().is_some());
+    let rows = report["curve"].as_array().unwrap();
+    // The full cache; the surrogate with its first tokens protected and free, and its threshold; two more.
+    assert_eq!(rows.len(), 2 * (1 + 2 + 2 + 1 + 2 + 2), "{rows:?}");
+    for row in rows {
+        let number = |name: &str| row[name].as_f64().unwrap();
+        let (asked, removed) = (number("asked"), number("removed"));
+        assert!(asked < 0.0 || (removed - asked).abs() < 0.01, "{row}");
+        assert!(number("low") <= number("score") && number("score") <= number("high"), "{row}");
+    }
+    let full = rows.iter().find(|row| row["task"] == "niah_single_1" && row["method"] == "full");
+    assert_eq!(full.unwrap()["score"], 1.0, "a needle in 400 tokens of noise is found");
+    for name in ["niah_single_1-400.svg", "answer-nll-400.svg"] {
+        let picture = std::fs::read_to_string(folder.path().join("svg").join(name)).unwrap();
+        assert!(picture.contains("StreamingLLM"), "{name}");
+    }
+}
+
+#[test]
+#[ignore = "needs the default model: cargo xtask fetch"]
+fn unknown_names_are_refused_with_the_known_ones() {
+    for (arguments, wanted) in [
+        (&["--task", "niah"][..], "niah_multikey_1"),
+        (&["--task", "niah_single_1", "--method", "h20"], "StreamingLLM"),
+        (&["--task", "perplexity"], "--documents"),
+        (&["--task", "niah_single_1", "--remove", "1.5"], "from 0 to 1"),
+        (&["--merge", "/no/such/file"], "cannot read"),
+    ] {
+        let refused = longctx(arguments);
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert!(!refused.status.success() && said.contains(wanted), "{said}");
+    }
+}
