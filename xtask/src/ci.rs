@@ -94,12 +94,12 @@ fn tests() -> Result<()> {
     cargo("test --workspace --all-features")
 }
 
-/// The tests marked `#[ignore = "needs the default model: cargo xtask fetch"]`. Those marked so for want of a GPU
-/// have `cuda` in their path.
+/// The tests marked `#[ignore = "needs the default model: cargo xtask fetch"]`. Those that want a GPU have `cuda` in
+/// their path, those that want chromium `browser`.
 fn model_tests() -> Result<()> {
     let mut test = sh::cargo();
     test.args("test --workspace --all-features --lib --bins --tests".split(' '));
-    sh::run(test.envs(fetch()?.variables()).args(["--", "--ignored", "--skip=cuda"]))
+    sh::run(test.envs(fetch()?.variables()).args(["--", "--ignored", "--skip=cuda", "--skip=browser"]))
 }
 
 fn docs() -> Result<()> {

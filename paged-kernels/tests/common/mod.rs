@@ -64,7 +64,7 @@ pub(crate) use on_every_backend;
 macro_rules! on_resident {
     ($($name:ident => $body:path;)*) => {
         #[cfg(feature = "cuda")]
-        mod resident {
+        mod cuda_resident {
             use super::*;
 
             $(
