@@ -99,7 +99,8 @@ fn tests() -> Result<()> {
 fn model_tests() -> Result<()> {
     let mut test = sh::cargo();
     test.args("test --workspace --all-features --lib --bins --tests".split(' '));
-    sh::run(test.envs(fetch()?.variables()).args(["--", "--ignored", "--skip=cuda", "--skip=browser"]))
+    let chosen = ["--", "--ignored", "--skip=cuda", "--skip=browser"];
+    sh::run(test.envs(fetch()?.variables()).args(chosen))
 }
 
 fn docs() -> Result<()> {

@@ -60,7 +60,7 @@ macro_rules! on_every_backend {
 }
 pub(crate) use on_every_backend;
 
-/// Runs the same bodies for `Resident`, in a module of that name.
+/// Runs the same bodies for `Resident`, in a module whose name says that they want a card.
 macro_rules! on_resident {
     ($($name:ident => $body:path;)*) => {
         #[cfg(feature = "cuda")]
