@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::error::Error as _;
 use std::mem::ManuallyDrop;
 use std::sync::OnceLock;
 use tch::{Cuda, Device};
@@ -33,6 +34,9 @@ fn load() -> Option<String> {
             let _kept = ManuallyDrop::new(library);
             None
         }
-        Err(error) => Some(error.to_string()),
+        Err(error) => {
+            let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            Some(format!("libtorch's CUDA half cannot be loaded ({cause})"))
+        }
     }
 }
