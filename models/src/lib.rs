@@ -7,6 +7,7 @@ mod chat;
 mod config;
 mod decoder;
 mod device;
+pub mod engine;
 mod error;
 mod fan;
 mod folder;
