@@ -276,6 +276,89 @@ pub enum Error {
         vocabulary: usize,
     },
 
+    /// A request that asks for no token.
+    #[error("a request for 0 tokens; ask for at least 1")]
+    NothingToWrite,
+
+    /// A question that its machine does not read in one pass.
+    #[error(
+        "a question of {found} tokens, at most {most} are read at once after a context; put the rest into the context"
+    )]
+    QuestionTooLong {
+        /// Tokens of the question.
+        found: usize,
+        /// Tokens of a pass.
+        most: usize,
+    },
+
+    /// A request that would not fit the pages if nothing of it were forgotten.
+    #[error(
+        "a text of {tokens} tokens takes up to {wanted} pages, of {pages} of which {free} are free; shorten it, build the \
+         engine with more pages, or admit it in the hope that enough is forgotten (Admission::Hopeful)"
+    )]
+    NeverFits {
+        /// Tokens that it reads and may write.
+        tokens: usize,
+        /// Pages of as many tokens if none is dropped.
+        wanted: usize,
+        /// Pages that are free at present.
+        free: usize,
+        /// All pages.
+        pages: usize,
+    },
+
+    /// A text that outgrew the pages when it had them for itself.
+    #[error(
+        "a text of {tokens} tokens holds {held} of {pages} pages and needs more than the {free} that are free, with nobody \
+         left to make room; shorten it, forget more, or build the engine with more pages"
+    )]
+    TextOutOfPages {
+        /// Tokens that it has read and written.
+        tokens: usize,
+        /// Pages that it holds.
+        held: usize,
+        /// Pages that are free.
+        free: usize,
+        /// All pages.
+        pages: usize,
+    },
+
+    /// A text that its machine has let go, or never had.
+    #[error("text {text} is not on this machine; do not name a text after its release")]
+    UnknownText {
+        /// Its number.
+        text: u64,
+    },
+
+    /// A call that does not follow from what was done with the text before.
+    #[error("text {text} cannot {call} now: {state}; see the life of a text at Executor")]
+    TextState {
+        /// Its number.
+        text: u64,
+        /// What was asked.
+        call: &'static str,
+        /// What it is doing.
+        state: &'static str,
+    },
+
+    /// Weights and pages do not fit the memory.
+    #[error(
+        "the model takes {weights} bytes and the smallest cache for one text {cache}, of memory {free} bytes are free; use \
+         a smaller model or dtype, a shorter context, or a machine with more memory"
+    )]
+    Memory {
+        /// Bytes of the weights.
+        weights: u64,
+        /// Bytes of the cache.
+        cache: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
+
+    /// The thread of an engine has ended.
+    #[error("the engine has stopped; start another, and report this if it did not end by itself")]
+    EngineStopped,
+
     /// A repositioner gave positions for a number of heads that does not fit the model.
     #[error(
         "layer {layer}: positions for {heads} heads, wanted 1 or {kv_heads}; check the repositioner"

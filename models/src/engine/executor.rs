@@ -5,7 +5,7 @@ use crate::sampling::Sampling;
 
 /// A machine that reads and writes texts: weights, pages, and a sampler for each text.
 ///
-/// The scheduler never sees a tensor and the machine never sees a queue. A text's life:
+/// The [`Scheduler`](super::Scheduler) never sees a tensor and the machine never sees a queue. A text's life:
 ///
 /// ```text
 /// begin ─ read, advance … ─┬─ draw ─ step, step, … ─ release
@@ -15,14 +15,15 @@ use crate::sampling::Sampling;
 /// Between any two calls a text may be [suspended](Self::suspend) and, before the next call that names it, resumed.
 ///
 /// **What a text gets does not depend on its neighbours.** A machine that promises this bit for bit gives each text
-/// exactly the tokens that it would get alone; one that does not (a fast mode on a card) says so in its own documentation.
+/// exactly the tokens that it would get alone; one that does not (a fast mode on a card) says so in its own
+/// documentation.
 ///
 /// **Nothing waits in a step.** [`step`](Self::step) may return before its tokens are known: they come out of
 /// [`drawn`](Self::drawn), one step late at most, so at most one step is under way when the next is asked for. So the
 /// scheduler may step a text once more after it has drawn its stop token, and throws that token away.
 ///
-/// **Nothing runs out of pages.** Before [`advance`](Self::advance), [`step`](Self::step) and [`resume`](Self::resume) the
-/// scheduler holds what they can take at most against [`free_pages`](Self::free_pages). These bounds must be true and
+/// **Nothing runs out of pages.** Before [`advance`](Self::advance), [`step`](Self::step) and [`resume`](Self::resume)
+/// the scheduler holds what they can take at most against [`free_pages`](Self::free_pages). These bounds must be true and
 /// should be tight; what falls short of them costs nothing but a text that is suspended too early.
 ///
 /// # Errors
@@ -37,7 +38,8 @@ pub trait Executor {
     /// most is taken off. Does not wait.
     fn free_pages(&self) -> usize;
 
-    /// The most pages that a text alone can hold once it has `tokens` tokens, read and written: those of a text that drops nothing.
+    /// The most pages that a text alone can hold once it has `tokens` tokens, read and written: those of a text that
+    /// drops nothing.
     fn most_pages(&self, tokens: usize) -> usize;
 
     /// The most pages that [`advance`](Self::advance) can still take until all that `text` was given to read is read,
@@ -47,42 +49,43 @@ pub trait Executor {
     /// The most pages that the next [`step`](Self::step) can take for `text`, copies of shared pages included.
     fn pages_to_step(&self, text: TextId) -> usize;
 
-    /// Pages that `text` holds, shared ones in full; if it is suspended, those that [`resume`](Self::resume) takes. Does not
-    /// wait: may be more than the truth.
+    /// Pages that `text` holds, shared ones in full; if it is suspended, those that [`resume`](Self::resume) takes. Does
+    /// not wait: may be more than the truth.
     fn pages(&self, text: TextId) -> usize;
 
     /// A new, empty text. Takes a seat and no page.
     fn begin(&mut self) -> Result<TextId>;
 
-    /// Hands `text` tokens to read, of which there is at least one; [`advance`](Self::advance) then reads them. Nothing of an
-    /// earlier `read` is left to do.
+    /// Hands `text` tokens to read, of which there is at least one; [`advance`](Self::advance) then reads them. Nothing
+    /// of an earlier `read` is left to do.
     ///
     /// The first tokens are the context: each of its tokens attends to all before it, as in
     /// [`KvCache`](crate::KvCache), after which it is pruned. Later ones are a question: a pass over what was kept.
     fn read(&mut self, text: TextId, tokens: &[u32]) -> Result<()>;
 
-    /// Reads on, by about as much work as `budget` tokens through the whole model, and by something at least; says whether all
-    /// is read. The machine chooses where to cut: a pruned context between layers, since each token sees all before it.
+    /// Reads on, by about as much work as `budget` tokens through the whole model, and by something at least; says
+    /// whether all is read. The machine chooses where to cut: a pruned context between layers, since each token sees all
+    /// before it.
     fn advance(&mut self, text: TextId, budget: usize) -> Result<bool>;
 
-    /// Draws the first token of a text that is all read, and was not drawn from. `sampling` and its random state stay with
-    /// the text, whatever its row in a batch, and are suspended with it.
+    /// Draws the first token of a text that is all read, and was not drawn from. `sampling` and its random state stay
+    /// with the text, whatever its row in a batch, and are suspended with it.
     fn draw(&mut self, text: TextId, sampling: &Sampling) -> Result<()>;
 
-    /// One step: each text of `batch` reads the token that it has drawn last, and draws the next. No text stands twice; there
-    /// is at least one, and at most [`Limits::batch`]. Texts that go on keep their order from step to step.
+    /// One step: each text of `batch` reads the token that it has drawn last, and draws the next. No text stands twice;
+    /// there is at least one, and at most [`Limits::batch`]. Texts that go on keep their order from step to step.
     fn step(&mut self, batch: &[TextId]) -> Result<()>;
 
-    /// The tokens that have become known since the last call, each text's in the order in which they were drawn. With `wait` all that were
-    /// drawn until now. Those of a released text do not come; those of a suspended one do.
+    /// The tokens that have become known since the last call, each text's in the order in which they were drawn. With
+    /// `wait` all that were drawn until now. Those of a released text do not come; those of a suspended one do.
     fn drawn(&mut self, wait: bool) -> Result<Vec<Drawn>>;
 
-    /// A second text that goes on from where `text` is, in the same pages. `text` is all read and was never drawn from; both may
-    /// read on or be drawn from. Takes a seat and no page.
+    /// A second text that goes on from where `text` is, in the same pages. `text` is all read and was never drawn from;
+    /// both may read on or be drawn from. Takes a seat and no page.
     fn fork(&mut self, text: TextId) -> Result<TextId>;
 
-    /// Moves a text that is all read to host memory, and gives its seat and pages back; says how many bytes it takes there. May wait
-    /// for the machine.
+    /// Moves a text that is all read to host memory, and gives its seat and pages back; says how many bytes it takes
+    /// there. May wait for the machine.
     fn suspend(&mut self, text: TextId) -> Result<usize>;
 
     /// Brings a suspended text back. What it writes from then on is what it would have written, bit for bit.
@@ -91,7 +94,8 @@ pub trait Executor {
     /// Forgets a text, whatever it is doing, suspended or not.
     fn release(&mut self, text: TextId) -> Result<()>;
 
-    /// What a text that is not suspended holds. May wait for the machine, so it is asked once, before the text is released.
+    /// What a text that is not suspended holds. May wait for the machine, so it is asked once, before the text is
+    /// released.
     fn held(&mut self, text: TextId) -> Result<Held>;
 }
 

@@ -1,0 +1,4 @@
+//! Many texts at once.
+
+mod fake;
+mod scheduler;
