@@ -3,8 +3,7 @@
 //! They differ in where a block's two norms stand, and in whether queries and keys have norms of their own.
 
 use crate::bridge;
-use crate::cache::KvCache;
-use crate::causal_lm::CausalLm;
+use crate::causal_lm::{Attend, CausalLm, Pass, Whose};
 use crate::config::{Architecture, Config};
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
@@ -44,12 +43,6 @@ struct Block {
 /// Cosines and sines, `[batch, 1 or kv_heads, tokens, head_dim / 2]`.
 type Angles = (Tensor, Tensor);
 
-/// The new tokens' indices in the text, f32 `[1, 1, tokens]`, and their angles.
-struct Index {
-    positions: Tensor,
-    angles: Angles,
-}
-
 impl Decoder {
     /// Reads the weights from `weights`, one tensor at a time, into its dtype and device.
     pub fn load(weights: &Weights) -> Result<Self> {
@@ -81,16 +74,16 @@ impl Decoder {
         })
     }
 
-    /// Cosines and sines for the heads of `layer`: one row for all, or one for each kv head, whose queries share it. `None`
-    /// turns nothing.
+    /// Cosines and sines for the heads of `layer`: one row for all, or one for each kv head, whose queries share it.
+    /// `None` turns nothing.
     fn angles(
         &self,
         layer: usize,
         hidden: &Tensor,
-        index: &Index,
+        pass: &Pass,
         hooks: &Hooks,
     ) -> Result<Option<Angles>> {
-        let plain = || Some((index.angles.0.shallow_clone(), index.angles.1.shallow_clone()));
+        let plain = || Some((pass.angles.0.shallow_clone(), pass.angles.1.shallow_clone()));
         let positions = match (&hooks.repositioner, self.config.positions[layer]) {
             (Some(hook), _) => hook.positions(layer, hidden)?,
             (None, LayerPositions::Nope) => return Ok(None),
@@ -109,11 +102,11 @@ impl Decoder {
             }
             None => true,
         };
-        if !finite {
+        if !finite && pass.whose != Whose::Several {
             return Err(Error::PositionNotFinite { layer });
         }
         if hooks.toward_index != 0.0 {
-            let towards = index.positions.f_mul_scalar(hooks.toward_index)?;
+            let towards = pass.index.f_mul_scalar(hooks.toward_index)?;
             positions = positions.f_mul_scalar(1.0 - hooks.toward_index)?.f_add(&towards)?;
         }
         if let Some(sink) = &hooks.on_positions {
@@ -126,20 +119,26 @@ impl Decoder {
     fn learned(&self, layer: usize, hidden: &Tensor) -> Result<Option<Tensor>> {
         let Some(module) = &self.repo[layer] else { return Ok(None) };
         let positions = module.forward(&hidden.f_to_kind(module.down.weight.f_kind()?)?)?;
-        Ok(Some(positions.f_to_kind(Kind::Float)?.f_transpose(1, 2)?))
+        Ok(Some(positions.f_to_kind(Kind::Float)?.f_transpose(1, 2)?.f_contiguous()?))
     }
 
-    /// Cosines and sines of positions; of a token's few on the CPU without a dozen calls into libtorch.
+    /// Cosines and sines of positions; of few tokens' on the CPU without a dozen calls into libtorch.
     fn turned(&self, positions: &Tensor) -> Result<Angles> {
-        let [.., heads, 1] = positions.size()[..] else {
+        let (heads, tokens) = (positions.size()[1], positions.size()[2]);
+        if tokens > layers::FEW as i64 {
             return Ok(self.rotary.angles(positions)?);
-        };
+        }
         let Some(row) = bridge::floats(positions) else {
             return Ok(self.rotary.angles(positions)?);
         };
         let (cos, sin) = self.frequencies.angles(row);
         let tensor = |x: Vec<f32>| -> Result<Tensor> {
-            Ok(Tensor::f_from_slice(&x)?.f_view([-1, heads, 1, self.config.head_dim as i64 / 2])?)
+            Ok(Tensor::f_from_slice(&x)?.f_view([
+                -1,
+                heads,
+                tokens,
+                self.config.head_dim as i64 / 2,
+            ])?)
         };
         Ok((tensor(cos)?, tensor(sin)?))
     }
@@ -147,14 +146,14 @@ impl Decoder {
     /// Adds what `branch` makes of `x` to it, normed before or after.
     fn add(
         &self,
-        x: Tensor,
+        x: &Tensor,
         norm: &RmsNorm,
         branch: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let added = if self.config.architecture.norms_outputs() {
-            norm.forward(&branch(&x)?)?
+            norm.forward(&branch(x)?)?
         } else {
-            branch(&norm.forward(&x)?)?
+            branch(&norm.forward(x)?)?
         };
         Ok(x.f_add(&added)?)
     }
@@ -163,23 +162,23 @@ impl Decoder {
         &self,
         layer: usize,
         hidden: &Tensor,
-        index: &Index,
-        cache: &mut dyn KvCache,
+        pass: &Pass,
         hooks: &Hooks,
-        prefill: bool,
+        window: usize,
+        attend: &mut Attend<'_>,
     ) -> Result<Tensor> {
         let (batch, tokens) = (hidden.size()[0], hidden.size()[1]);
         let [query_heads, kv_heads, head_dim] =
             [self.config.query_heads, self.config.kv_heads, self.config.head_dim].map(|n| n as i64);
         let mut projected = self.blocks[layer]
             .project(hidden, [query_heads, kv_heads].map(|heads| heads * head_dim))?;
-        let angles = self.angles(layer, hidden, index, hooks)?;
+        let angles = self.angles(layer, hidden, pass, hooks)?;
         let spans = [0..query_heads, query_heads..query_heads + kv_heads];
         let mut turned = angles.is_none();
         if let Some(angles) = &angles {
             // All or none of them: what suits keys suits the queries that share their positions.
             turned = spans.clone().into_iter().all(|heads| {
-                layers::rotate_token(&mut projected, heads, self.config.head_dim, angles)
+                layers::rotate_few(&mut projected, heads, self.config.head_dim, angles)
             });
         }
         let heads = projected
@@ -197,8 +196,8 @@ impl Decoder {
         let values = heads.f_narrow(1, query_heads + kv_heads, kv_heads)?;
 
         let input = LayerInput { layer, hidden, queries: &queries, keys: &keys, values: &values };
-        let drops = hooks.drops(input, prefill, cache.window())?;
-        let mixed = cache.attend(layer, &queries, &keys, &values, drops.as_ref())?;
+        let drops = hooks.drops(input, pass.whose, window)?;
+        let mixed = attend(&queries, &keys, &values, drops.as_ref())?;
         let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, tokens, -1])?;
         self.blocks[layer].output.forward(&mixed)
     }
@@ -209,25 +208,32 @@ impl CausalLm for Decoder {
         &self.config
     }
 
-    fn forward(&self, tokens: &Tensor, cache: &mut dyn KvCache, hooks: &Hooks) -> Result<Tensor> {
-        let (first, count) = (cache.tokens(), tokens.size()[1]);
-        cache.begin(count as usize)?;
-        let index = Tensor::f_arange_start(
-            first as i64,
-            first as i64 + count,
-            (Kind::Float, tokens.device()),
-        )?;
-        let index = index.f_view([1, 1, count])?;
-        let index = Index { angles: self.turned(&index)?, positions: index };
+    fn enter(&self, tokens: &Tensor, indices: &[usize], whose: Whose) -> Result<Pass> {
+        let indices: Vec<_> = indices.iter().map(|&index| index as f32).collect();
+        let index = Tensor::f_from_slice(&indices)?.f_to_device(tokens.device())?;
+        let index = index.f_view([1, 1, -1])?;
+        let hidden = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
+        Ok(Pass { hidden, angles: self.turned(&index)?, index, whose })
+    }
 
-        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            x = self.add(x, &block.attention_norm, |hidden| {
-                self.attention(layer, hidden, &index, cache, hooks, first == 0)
-            })?;
-            x = self.add(x, &block.mlp_norm, |hidden| block.mlp.forward(hidden))?;
-        }
-        self.norm.forward(&x)
+    fn layer(
+        &self,
+        layer: usize,
+        pass: &mut Pass,
+        hooks: &Hooks,
+        window: usize,
+        attend: &mut Attend<'_>,
+    ) -> Result<()> {
+        let block = &self.blocks[layer];
+        let x = self.add(&pass.hidden, &block.attention_norm, |hidden| {
+            self.attention(layer, hidden, pass, hooks, window, attend)
+        })?;
+        pass.hidden = self.add(&x, &block.mlp_norm, |hidden| block.mlp.forward(hidden))?;
+        Ok(())
+    }
+
+    fn leave(&self, pass: Pass) -> Result<Tensor> {
+        self.norm.forward(&pass.hidden)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -341,6 +341,17 @@ pub enum Error {
         state: &'static str,
     },
 
+    /// A setting of a machine that no machine can have.
+    #[error("an executor's {field} is {found}; {advice}")]
+    Room {
+        /// The setting.
+        field: &'static str,
+        /// Its value.
+        found: usize,
+        /// What it must be.
+        advice: &'static str,
+    },
+
     /// Weights and pages do not fit the memory.
     #[error(
         "the model takes {weights} bytes and the smallest cache for one text {cache}, of memory {free} bytes are free; use \

@@ -1,5 +1,6 @@
 //! What one run adds to a plain model: which tokens may be forgotten, and where tokens stand.
 
+use crate::causal_lm::Whose;
 use crate::error::Result;
 use kvzap::{LayerInput, Policy, Scorer};
 use repo_pos::Repositioner;
@@ -10,13 +11,14 @@ use tch::Tensor;
 pub struct Hooks {
     /// Decides which tokens leave the cache; `None` keeps all.
     pub pruning: Option<Pruning>,
-    /// Real-valued positions in place of the model's own; layers for which it returns `None` use the token's index. Without
-    /// it each layer stands as its config says.
+    /// Real-valued positions in place of the model's own; layers for which it returns `None` use the token's index.
+    /// Without it each layer stands as its config says.
     pub repositioner: Option<Box<dyn Repositioner<Tensor> + Send>>,
-    /// How far real-valued positions are moved to the token's index: not at all at 0, and at 1 they are the index, exactly
-    /// plain rotary embedding (`dynamic_pe_pdrop` of the published code).
+    /// How far real-valued positions are moved to the token's index: not at all at 0, and at 1 they are the index,
+    /// exactly plain rotary embedding (`dynamic_pe_pdrop` of the published code).
     pub toward_index: f64,
-    /// Sees the positions of each layer that has real-valued ones, f32 `[batch, kv_heads, tokens]`, as they turn the keys.
+    /// Sees the positions of each layer that has real-valued ones, f32 `[batch, kv_heads, tokens]`, as they turn the
+    /// keys.
     pub on_positions: Option<PositionSink>,
 }
 
@@ -44,26 +46,41 @@ impl Hooks {
     pub(crate) fn drops(
         &self,
         input: LayerInput<'_, Tensor>,
-        prefill: bool,
+        whose: Whose,
         window: usize,
     ) -> Result<Option<Tensor>> {
         let Some(pruning) = &self.pruning else { return Ok(None) };
         let tokens = input.hidden.size()[1];
-        let judged = if pruning.while_decoding {
-            tokens
-        } else if prefill {
-            tokens - window as i64
-        } else {
-            0
+        let judged = match whose {
+            _ if pruning.while_decoding => tokens,
+            Whose::Context => tokens - window as i64,
+            Whose::Later | Whose::Several => 0,
         };
         if judged <= 0 {
             return Ok(None);
         }
-        let drops = pruning.policy.drops(&pruning.scorer.score(input)?)?;
+        if whose == Whose::Several {
+            // Each by itself: a scorer may compare the tokens of a pass, and sum them in another order.
+            let LayerInput { layer, hidden, queries, keys, values } = input;
+            let drops = (0..tokens).map(|token| {
+                let hidden = &hidden.f_narrow(1, token, 1)?;
+                let own = |x: &Tensor| x.f_narrow(2, token, 1);
+                let (queries, keys, values) = (&own(queries)?, &own(keys)?, &own(values)?);
+                pruning.drops(LayerInput { layer, hidden, queries, keys, values })
+            });
+            return Ok(Some(Tensor::f_cat(&drops.collect::<Result<Vec<_>>>()?, 2)?));
+        }
+        let drops = pruning.drops(input)?;
         if judged < tokens {
             let _ = drops.f_narrow(2, judged, tokens - judged)?.f_zero_()?;
         }
         Ok(Some(drops))
+    }
+}
+
+impl Pruning {
+    fn drops(&self, input: LayerInput<'_, Tensor>) -> Result<Tensor> {
+        Ok(self.policy.drops(&self.scorer.score(input)?)?)
     }
 }
 

@@ -6,6 +6,10 @@ use crate::gemv::gemv;
 use std::ops::Range;
 use tch::Tensor;
 
+/// Rows (tokens of a batch or of a short pass) that are few: in f32 on the CPU they go through this crate's own loops, in
+/// which no row's bits depend on the others. So a text's steps give the same in every batch of at most so many.
+pub(crate) const FEW: usize = 64;
+
 /// `x · weightᵀ + bias`; `weight` is `[out, in]`.
 #[derive(Debug)]
 pub(crate) struct Linear {
@@ -30,8 +34,10 @@ impl Linear {
 /// `x · weightᵀ + bias`, `[…, out]`, for `x` `[…, in]` and `weight` `[out, in]`.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let plain = bias.is_none_or(|bias| bridge::floats(bias).is_some());
+    let vectors = x.size().iter().rev().skip(1).product::<i64>() as usize;
     if plain
-        && x.numel() as i64 == weight.size()[1]
+        && (1..=FEW).contains(&vectors)
+        && let x = &x.f_contiguous()?
         && let (Some(rows), Some(input)) = (bridge::floats(weight), bridge::floats(x))
     {
         let mut size = x.size();
@@ -39,44 +45,50 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
         size.push(weight.size()[0]);
         let mut out = Tensor::f_empty(&size, (x.kind(), x.device()))?;
         if let Some(output) = bridge::floats_mut(&mut out) {
-            gemv(rows, input, bias.and_then(bridge::floats), output);
+            gemv(rows, input, vectors, bias.and_then(bridge::floats), output);
             return Ok(out);
         }
     }
     Ok(x.f_linear(weight, bias)?)
 }
 
-/// Rotates some heads of one token in place, as [`repo_pos::rotate`] does, and says whether it could: `x`,
-/// `[1, 1, all heads * head_dim]`, is f32 on the CPU. For a decode step, whose work is less than calls into libtorch.
-pub(crate) fn rotate_token(
+/// Rotates some heads of few tokens in place, as [`repo_pos::rotate`] does, and says whether it could: `x`, `[1, tokens,
+/// all heads * head_dim]`, is f32 on the CPU. For a decode step, whose work is less than calls into libtorch.
+pub(crate) fn rotate_few(
     x: &mut Tensor,
     heads: Range<i64>,
     head_dim: usize,
-    (cos, sin): &(Tensor, Tensor),
+    (cos, sin): &(Tensor, Tensor), // [1, 1 or kv_heads, tokens, head_dim / 2]
 ) -> bool {
     let (Some(cos), Some(sin)) = (bridge::floats(cos), bridge::floats(sin)) else { return false };
     let heads = heads.start as usize..heads.end as usize;
     let pairs = head_dim / 2;
-    let rows = cos.len() / pairs; // one for each run of heads
-    let one = x.size().iter().rev().skip(1).all(|&n| n == 1);
-    if !one || sin.len() != cos.len() || rows == 0 || !heads.len().is_multiple_of(rows) {
+    let [1, tokens, width] = x.size()[..] else { return false };
+    let (tokens, width) = (tokens as usize, width as usize);
+    let rows = cos.len() / (pairs * tokens); // one for each run of heads
+    let fits = (1..=FEW).contains(&tokens) && cos.len() == rows * pairs * tokens;
+    if !fits || sin.len() != cos.len() || rows == 0 || !heads.len().is_multiple_of(rows) {
         return false;
     }
     let group = heads.len() / rows;
-    let Some(row) = bridge::floats_mut(x) else { return false };
-    let row = &mut row[heads.start * head_dim..heads.end * head_dim];
-    for (head, x) in row.chunks_exact_mut(head_dim).enumerate() {
-        let angles = head / group * pairs..(head / group + 1) * pairs;
-        let (first, second) = x.split_at_mut(pairs);
-        let turns = cos[angles.clone()].iter().zip(&sin[angles]);
-        for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(turns) {
-            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    let Some(x) = bridge::floats_mut(x) else { return false };
+    for (token, row) in x.chunks_exact_mut(width).enumerate() {
+        let row = &mut row[heads.start * head_dim..heads.end * head_dim];
+        for (head, x) in row.chunks_exact_mut(head_dim).enumerate() {
+            let start = (head / group * tokens + token) * pairs;
+            let angles = start..start + pairs;
+            let (first, second) = x.split_at_mut(pairs);
+            let turns = cos[angles.clone()].iter().zip(&sin[angles]);
+            for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(turns) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
         }
     }
     true
 }
 
-/// Root-mean-square normalisation of `x`, `[batch, tokens, …, width]`, computed in f32 whatever the dtype of `x`, as transformers does.
+/// Root-mean-square normalisation of `x`, `[batch, tokens, …, width]`, computed in f32 whatever the dtype of `x`, as
+/// transformers does.
 #[derive(Debug)]
 pub(crate) struct RmsNorm {
     pub weight: Tensor,
@@ -97,15 +109,17 @@ impl RmsNorm {
         Ok(wide.f_mul(&scale)?.f_to_kind(kind)?.f_mul(&self.weight)?)
     }
 
-    /// The same for a token's few rows in f32 on the CPU: eight calls into libtorch cost more than a decode step's work here.
+    /// The same for few tokens' rows in f32 on the CPU: eight calls into libtorch cost more than a decode step's work
+    /// here.
     fn rows(&self, x: &Tensor) -> Result<Option<Tensor>> {
         let tokens: i64 = x.size().iter().take(2).product();
-        if tokens != 1 {
+        if !(1..=FEW as i64).contains(&tokens) {
             return Ok(None);
         }
+        let x = x.f_contiguous()?;
         let mut out = x.f_empty_like()?;
         let (Some(rows), Some(weight), Some(normed)) =
-            (bridge::floats(x), bridge::floats(&self.weight), bridge::floats_mut(&mut out))
+            (bridge::floats(&x), bridge::floats(&self.weight), bridge::floats_mut(&mut out))
         else {
             return Ok(None);
         };
@@ -131,14 +145,25 @@ pub(crate) struct GatedMlp {
 
 impl GatedMlp {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut both = self.gate_up.forward(x)?; // [batch, tokens, 2 * intermediate]
+        let both = self.gate_up.forward(x)?; // [batch, tokens, 2 * intermediate]
         let width = both.size()[2] / 2;
-        if both.numel() as i64 == 2 * width
-            && let Some(row) = bridge::floats_mut(&mut both)
+        let rows = both.size()[0] * both.size()[1];
+        if (1..=FEW as i64).contains(&rows)
+            && let Some(both) = bridge::floats(&both)
         {
-            let (gate, up) = row.split_at_mut(width as usize);
-            gate.iter_mut().zip(up).for_each(|(gate, up)| *gate *= *up / (1.0 + (-*gate).exp()));
-            return self.down.forward(&both.f_narrow(2, 0, width)?);
+            let mut gated = Tensor::f_empty([1, rows, width], (x.kind(), x.device()))?;
+            if let Some(gated) = bridge::floats_mut(&mut gated) {
+                let width = width as usize;
+                for (both, gated) in both.chunks_exact(2 * width).zip(gated.chunks_exact_mut(width))
+                {
+                    let (gate, up) = both.split_at(width);
+                    for ((gated, gate), up) in gated.iter_mut().zip(gate).zip(up) {
+                        *gated = gate * (up / (1.0 + (-gate).exp()));
+                    }
+                }
+            }
+            let gated = gated.f_view([x.size()[0], x.size()[1], width])?;
+            return self.down.forward(&gated);
         }
         let gate = both.f_narrow(2, 0, width)?.f_silu()?;
         self.down.forward(&gate.f_mul(&both.f_narrow(2, width, width)?)?)

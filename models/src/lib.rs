@@ -26,7 +26,7 @@ mod tokenizer;
 mod weights;
 
 pub use cache::{Dense, KvCache, Usage};
-pub use causal_lm::CausalLm;
+pub use causal_lm::{Attend, CausalLm, Pass, Whose};
 pub use chat::{ChatTemplate, Message, RenderOptions};
 pub use config::{Architecture, Config, RopeScaling};
 pub use decoder::Decoder;

@@ -15,8 +15,8 @@ pub struct Paged<B: PagedAttention> {
     backend: B,
     sequence: Sequence,
     tokens: usize,
-    /// Tokens of the pass that is under way, and whether it is the first.
-    pass: (usize, bool),
+    /// Whether the pass that is under way is the first.
+    pass_is_first: bool,
     /// The text and its tokens when it was marked: a fork, whose pages are shared.
     mark: Option<(Sequence, usize)>,
 }
@@ -46,11 +46,39 @@ pub fn cache_shape(
     })
 }
 
+/// Stores a layer's keys and values in pages and attends: of the `first` pass of a text densely, of later passes, or a
+/// step of several texts, over the pages.
+pub(crate) fn attend<B: PagedAttention>(
+    backend: &mut B,
+    first: Option<Sequence>,
+    layer: usize,
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    drops: Option<&Tensor>,
+) -> Result<Tensor> {
+    let drops = match drops {
+        Some(drops) => Vec::<bool>::try_from(&drops.f_reshape([-1])?)?,
+        None => vec![false; (keys.size()[1] * keys.size()[2]) as usize],
+    };
+    let (keys_view, values_view) = (bridge::view(keys)?, bridge::view(values)?);
+    if let Some(sequence) = first {
+        backend.fill(sequence, layer, keys_view, values_view, &drops)?;
+        return causal(queries, keys, values);
+    }
+    backend.append(layer, keys_view, values_view, &drops)?;
+    let scale = 1.0 / (backend.shape().head_dim as f32).sqrt();
+    let mut out = Tensor::f_empty(queries.size(), (queries.kind(), queries.device()))?;
+    let (queries, view) = (bridge::view(queries)?, bridge::view_mut(&mut out)?);
+    backend.attend(layer, queries, scale, view, None)?;
+    Ok(out)
+}
+
 impl<B: PagedAttention> Paged<B> {
     /// An empty cache in the pool of `backend`.
     pub fn new(mut backend: B) -> Result<Self> {
         let sequence = backend.allocate()?;
-        Ok(Self { backend, sequence, tokens: 0, pass: (0, true), mark: None })
+        Ok(Self { backend, sequence, tokens: 0, pass_is_first: true, mark: None })
     }
 
     /// The backend, for its statistics.
@@ -78,7 +106,7 @@ impl<B: PagedAttention> KvCache for Paged<B> {
         if !first {
             self.backend.begin_step(&[(self.sequence, tokens)])?;
         }
-        self.pass = (tokens, first);
+        self.pass_is_first = first;
         self.tokens += tokens;
         Ok(())
     }
@@ -91,22 +119,8 @@ impl<B: PagedAttention> KvCache for Paged<B> {
         values: &Tensor,
         drops: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let (tokens, first) = self.pass;
-        let drops = match drops {
-            Some(drops) => Vec::<bool>::try_from(&drops.f_reshape([-1])?)?,
-            None => vec![false; self.backend.shape().kv_heads * tokens],
-        };
-        let (keys_view, values_view) = (bridge::view(keys)?, bridge::view(values)?);
-        if first {
-            self.backend.fill(self.sequence, layer, keys_view, values_view, &drops)?;
-            return causal(queries, keys, values);
-        }
-        self.backend.append(layer, keys_view, values_view, &drops)?;
-        let scale = 1.0 / (self.backend.shape().head_dim as f32).sqrt();
-        let mut out = Tensor::f_empty(queries.size(), (queries.kind(), queries.device()))?;
-        let (queries, view) = (bridge::view(queries)?, bridge::view_mut(&mut out)?);
-        self.backend.attend(layer, queries, scale, view, None)?;
-        Ok(out)
+        let first = self.pass_is_first.then_some(self.sequence);
+        attend(&mut self.backend, first, layer, queries, keys, values, drops)
     }
 
     fn usage(&self) -> Usage {

@@ -164,7 +164,7 @@ impl std::fmt::Debug for Session<'_> {
 
 /// Runs `work` while rayon's threads look for its tasks without falling asleep: a decode step has some 200 of them, each
 /// shorter than the waking of a thread.
-fn awake<R>(work: impl FnOnce() -> R) -> R {
+pub(crate) fn awake<R>(work: impl FnOnce() -> R) -> R {
     struct Done<'a>(&'a AtomicBool);
     impl Drop for Done<'_> {
         fn drop(&mut self) {

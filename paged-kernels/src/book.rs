@@ -36,6 +36,19 @@ struct Text {
     filled: Filled,
 }
 
+/// A text without its pages: its tables name those that it had.
+#[derive(Debug, Clone)]
+pub struct Shelved {
+    tables: Vec<PageTable>,
+    filled: Filled,
+}
+
+impl Shelved {
+    pub fn pages(&self) -> usize {
+        self.tables.iter().map(|table| table.pages().len()).sum()
+    }
+}
+
 #[derive(Debug)]
 struct Step {
     /// Each sequence and its tokens' range in `0..tokens`.
@@ -122,6 +135,32 @@ impl Book {
         Ok(&self.text(sequence)?.tables)
     }
 
+    /// The same, if no step is under way.
+    pub fn finished(&self, sequence: Sequence) -> Result<&[PageTable]> {
+        self.check_finished()?;
+        self.tables(sequence)
+    }
+
+    /// Gives a text's pages back and keeps the rest of it.
+    pub fn shelve(&mut self, sequence: Sequence) -> Result<Shelved> {
+        let text = self.text(sequence)?;
+        let shelved = Shelved { tables: text.tables.clone(), filled: text.filled.clone() };
+        self.release(sequence)?;
+        Ok(shelved)
+    }
+
+    /// Gives it as many pages again, in the same order.
+    pub fn unshelve(&mut self, shelved: &Shelved) -> Result<Sequence> {
+        self.pool.admit(shelved.pages())?;
+        let mut tables = shelved.tables.clone();
+        tables.iter_mut().try_for_each(|table| table.replace(&mut self.pool))?;
+        let sequence = self.allocate();
+        if let Some(text) = &mut self.places[sequence.index] {
+            (text.tables, text.filled) = (tables, shelved.filled.clone());
+        }
+        Ok(sequence)
+    }
+
     /// The tables of one layer, `[H]`.
     pub fn layer(&self, sequence: Sequence, layer: usize) -> Result<&[PageTable]> {
         self.check_layer(layer)?;
@@ -181,9 +220,8 @@ impl Book {
         Ok(())
     }
 
-    /// Plans a step of all layers. The moves must be carried out before anything is written.
-    pub fn begin_step(&mut self, step: &[(Sequence, usize)]) -> Result<Vec<Move>> {
-        let CacheShape { layers, kv_heads, window, .. } = self.shape;
+    /// Pages that a step takes beyond those held.
+    pub fn wanted(&self, step: &[(Sequence, usize)]) -> Result<usize> {
         self.check_finished()?;
         let mut seen = BTreeSet::new();
         let mut wanted = 0usize;
@@ -193,9 +231,17 @@ impl Book {
                 return Err(Error::SequenceTwice);
             }
             text.filled.check_step()?;
+            let window = self.shape.window;
             let pages = text.tables.iter().map(|table| table.wanted(&self.pool, window, tokens));
             wanted = pages.fold(wanted, usize::saturating_add);
         }
+        Ok(wanted)
+    }
+
+    /// Plans a step of all layers. The moves must be carried out before anything is written.
+    pub fn begin_step(&mut self, step: &[(Sequence, usize)]) -> Result<Vec<Move>> {
+        let CacheShape { layers, kv_heads, window, .. } = self.shape;
+        let wanted = self.wanted(step)?;
         self.pool.admit(wanted)?;
 
         let mut total = 0;

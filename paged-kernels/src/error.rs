@@ -116,6 +116,11 @@ pub enum Error {
         /// The layer.
         layer: usize,
     },
+    /// A text that was taken out of a cache of another shape.
+    #[error(
+        "the text comes from a cache of another shape; resume it in one that differs in pages at most"
+    )]
+    OtherShape,
     /// Every seat of a cache is taken.
     #[cfg(feature = "cuda")]
     #[error("all {seats} seats are taken; release a sequence or build the cache with more seats")]

@@ -1,5 +1,9 @@
 //! A cache in host memory: all but the arithmetic of attention, which is a parameter.
 
+mod suspended;
+
+pub use suspended::HostSuspended;
+
 use crate::backend::PagedAttention;
 use crate::book::{Book, Sequence, StepHead};
 use crate::error::Result;

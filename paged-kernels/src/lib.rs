@@ -29,7 +29,7 @@ pub use cuda::{
 #[cfg(feature = "cuda")]
 pub use cudarc;
 pub use error::{Error, Result};
-pub use host::Host;
+pub use host::{Host, HostSuspended};
 pub use page::{Move, PageId, Place, Slot};
 pub use pool::PagePool;
 pub use reference::Reference;

@@ -147,6 +147,26 @@ impl<E: Element> Storage<E> {
         value.iter_mut().zip(slots).for_each(|(to, x)| *to = x.widen());
     }
 
+    /// The elements of pages in use, one after the other.
+    fn pack(&self, pages: impl Iterator<Item = PageId>) -> Vec<E> {
+        let mut packed = Vec::new();
+        for page in pages {
+            let (keys, values) = self.page(page);
+            packed.extend_from_slice(keys);
+            packed.extend_from_slice(values);
+        }
+        packed
+    }
+
+    fn unpack(&mut self, packed: &[E], pages: impl Iterator<Item = PageId>) {
+        for (page, packed) in pages.zip(packed.chunks_exact(self.page_len())) {
+            let (keys, values) = self.page_mut(page);
+            let (old_keys, old_values) = packed.split_at(keys.len());
+            keys.copy_from_slice(old_keys);
+            values.copy_from_slice(old_values);
+        }
+    }
+
     fn trim(&mut self, pool: &PagePool) {
         let span = self.span;
         for (i, chunk) in self.chunks.iter_mut().enumerate().filter(|(_, chunk)| !chunk.is_empty())
@@ -169,6 +189,24 @@ pub enum Memory {
     F32(Storage<f32>),
     Bf16(Storage<bf16>),
     F16(Storage<f16>),
+}
+
+/// Pages that were copied out of a [`Memory`].
+#[derive(Debug, Clone)]
+pub enum Packed {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+impl Packed {
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::F32(packed) => size_of_val(&packed[..]),
+            Self::Bf16(packed) => size_of_val(&packed[..]),
+            Self::F16(packed) => size_of_val(&packed[..]),
+        }
+    }
 }
 
 impl Memory {
@@ -205,6 +243,25 @@ impl Memory {
         let (mut key, mut value) = (vec![0.0; dim], vec![0.0; dim]);
         self.read(step.from, &mut key, &mut value);
         self.write(step.to, &key, &value);
+    }
+
+    /// Copies pages in use out.
+    pub fn pack(&self, pages: impl Iterator<Item = PageId>) -> Packed {
+        match self {
+            Self::F32(storage) => Packed::F32(storage.pack(pages)),
+            Self::Bf16(storage) => Packed::Bf16(storage.pack(pages)),
+            Self::F16(storage) => Packed::F16(storage.pack(pages)),
+        }
+    }
+
+    /// Copies them back into as many pages of a memory of the same dtype.
+    pub fn unpack(&mut self, packed: &Packed, pages: impl Iterator<Item = PageId>) {
+        match (self, packed) {
+            (Self::F32(storage), Packed::F32(packed)) => storage.unpack(packed, pages),
+            (Self::Bf16(storage), Packed::Bf16(packed)) => storage.unpack(packed, pages),
+            (Self::F16(storage), Packed::F16(packed)) => storage.unpack(packed, pages),
+            _ => {}
+        }
     }
 
     /// Gives memory back of which no page is in use.

@@ -107,6 +107,12 @@ impl PageTable {
         self.pages.iter().try_for_each(|&page| pool.share(page))
     }
 
+    /// Takes a new page in the place of each, for the clone of a table that has given its pages back.
+    pub(crate) fn replace(&mut self, pool: &mut PagePool) -> Result<()> {
+        pool.admit(self.pages.len())?;
+        self.pages.iter_mut().try_for_each(|page| pool.take().map(|new| *page = new))
+    }
+
     /// Puts a page of the table's own in the place of one that others hold too, with its rows but for those of the `free`
     /// slots.
     fn own(

@@ -53,9 +53,9 @@ pub struct RequestId(pub u64);
 #[derive(Clone, Debug)]
 pub enum Event {
     /// It wrote a token.
-    Token(RequestId, u32),
+    Token(u32),
     /// There is no more.
-    End(RequestId, End),
+    End(End),
 }
 
 /// How a request ended.

@@ -89,7 +89,7 @@ pub struct Scheduler<E> {
     preempted: bool,
     /// Things done; a tick in which it stands still does nothing.
     done: usize,
-    events: Vec<Event>,
+    events: Vec<(RequestId, Event)>,
     totals: Totals,
 }
 
@@ -226,7 +226,7 @@ impl<E: Executor> Scheduler<E> {
     }
 
     /// One step of all who write, and a slice of what is to be read. Says what happened since the last tick.
-    pub fn tick(&mut self, now: Duration) -> Vec<Event> {
+    pub fn tick(&mut self, now: Duration) -> Vec<(RequestId, Event)> {
         self.now = now;
         self.preempted = false;
         let before = self.done;
@@ -524,7 +524,7 @@ impl<E: Executor> Scheduler<E> {
             }
             job.usage.written += 1;
             let last = job.usage.written == job.request.limit;
-            self.events.push(Event::Token(rank.id, token));
+            self.events.push((rank.id, Event::Token(token)));
             if last {
                 self.end(rank, Ok(Stop::Length));
             }
@@ -560,7 +560,7 @@ impl<E: Executor> Scheduler<E> {
         if job.usage.written > 0 {
             job.usage.wrote = self.now.saturating_sub(job.first);
         }
-        self.events.push(Event::End(rank.id, End { stop, usage: job.usage }));
+        self.events.push((rank.id, Event::End(End { stop, usage: job.usage })));
     }
 
     /// A machine that cannot let a text go has no use for it either.

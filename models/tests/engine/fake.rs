@@ -3,10 +3,11 @@
 
 use models::engine::{Drawn, Executor, Held, Limits, TextId};
 use models::{Error, Result, Sampling};
-use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
+use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Pages of a token's first page in all heads.
 pub const UNIT: usize = 3;
@@ -24,6 +25,8 @@ pub struct Fake {
     pub keep: usize,
     /// Tokens come one step late, and bounds are loose.
     pub late: bool,
+    /// How long a step takes.
+    pause: Duration,
     /// Everything fails from now on.
     pub lost: bool,
     pub steps: usize,
@@ -35,7 +38,8 @@ pub struct Fake {
     under_way: Vec<Drawn>,
     /// What the last step could have taken and did not.
     unsettled: usize,
-    _alone: Cell<()>, // a machine need not be `Sync`
+    /// Dropped with the machine.
+    alive: Option<Box<dyn Debug>>,
 }
 
 #[derive(Debug, Default)]
@@ -112,6 +116,7 @@ impl Fake {
             limits,
             keep: 100,
             late: false,
+            pause: Duration::ZERO,
             lost: false,
             steps: 0,
             texts: BTreeMap::new(),
@@ -119,8 +124,16 @@ impl Fake {
             known: Vec::new(),
             under_way: Vec::new(),
             unsettled: 0,
-            _alone: Cell::new(()),
+            alive: None,
         }
+    }
+
+    /// One whose steps take `pause`, and that holds `alive`.
+    pub fn slow(pause: Duration, alive: impl Debug + 'static) -> Self {
+        let mut fake = Self::new(1000);
+        fake.pause = pause;
+        fake.alive = Some(Box::new(alive));
+        fake
     }
 
     pub fn texts(&self) -> usize {
@@ -267,6 +280,7 @@ impl Executor for Fake {
         assert!((1..=self.limits.batch).contains(&batch.len()));
         assert_eq!(batch.iter().collect::<HashSet<_>>().len(), batch.len(), "a text stands twice");
         self.known.append(&mut self.under_way);
+        std::thread::sleep(self.pause);
         self.steps += 1;
         let promised = batch.iter().map(|&text| self.pages_to_step(text)).sum::<usize>();
         let before = self.used();

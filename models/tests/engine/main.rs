@@ -1,4 +1,6 @@
 //! Many texts at once.
 
+mod cpu;
 mod fake;
 mod scheduler;
+mod threads;

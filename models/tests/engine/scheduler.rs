@@ -47,13 +47,13 @@ impl Log {
     fn tick(&mut self, scheduler: &mut Scheduler<Fake>) {
         let (steps, moved) = (scheduler.machine().steps, scheduler.totals().preemptions);
         self.ticks += 1;
-        for event in scheduler.tick(at(self.ticks)) {
+        for (id, event) in scheduler.tick(at(self.ticks)) {
             match event {
-                Event::Token(id, token) => {
+                Event::Token(token) => {
                     assert!(!self.ends.contains_key(&id), "a token after the end");
                     self.tokens.entry(id).or_default().push(token);
                 }
-                Event::End(id, end) => {
+                Event::End(end) => {
                     assert!(self.ends.insert(id, (self.ticks, end)).is_none(), "two ends");
                 }
             }
