@@ -47,9 +47,10 @@ fn main() -> Result<()> {
     let floor = read.unwrap_or(copy);
     let mut json = Vec::new();
     for case in cases(&std::fs::read_to_string(lengths)?)? {
-        let rows = run(&case, &stream, Mode::Fast, 16)?;
-        let invariant = run(&case, &stream, Mode::BatchInvariant, 16)?;
-        let large = run(&case, &stream, Mode::Fast, 64)?;
+        let rows = run(&case, &stream, Mode::Fast, 16, Dtype::Bf16)?;
+        let invariant = run(&case, &stream, Mode::BatchInvariant, 16, Dtype::Bf16)?;
+        let large = run(&case, &stream, Mode::Fast, 64, Dtype::Bf16)?;
+        let eight = run(&case, &stream, Mode::Fast, 16, Dtype::F8)?;
         let bytes = case.lengths.iter().flatten().sum::<usize>() as f64 / case.lengths.len() as f64
             * (DIM * 2 * 2) as f64;
         let (best, best_us) = best_peer(&peers, &case);
@@ -58,10 +59,13 @@ fn main() -> Result<()> {
             ("attend", rows.attend, bytes),
             ("attend, batch-invariant", invariant.attend, bytes),
             ("attend, pages of 64", large.attend, bytes),
+            ("attend, fp8", eight.attend, bytes * (DIM + 4) as f64 / (DIM * 2) as f64),
             ("append", rows.append, rows.append_bytes),
             ("append, fused", rows.fused, rows.fused_bytes),
             ("plan", rows.plan, 0.0),
             ("fill", rows.fill, rows.fill_bytes),
+            ("fill, fp8", eight.fill, eight.fill_bytes),
+            ("append, fused, fp8", eight.fused, eight.fused_bytes),
         ] {
             let floor_us = bytes / floor / 1e3;
             write!(line, "  {op} {us:.2} µs (floor {floor_us:.2})")?;
@@ -76,7 +80,7 @@ fn main() -> Result<()> {
         }
         println!(
             "{line}  best peer {best:?} {best_us:?}  error {:.1e}",
-            rows.error.max(invariant.error).max(large.error)
+            rows.error.max(invariant.error).max(large.error).max(eight.error)
         );
     }
     let lines = json.iter().map(|row| format!("  {row}")).collect::<Vec<_>>();
@@ -167,6 +171,7 @@ fn filled(
     stream: &Arc<CudaStream>,
     mode: Mode,
     page_size: usize,
+    dtype: Dtype,
 ) -> Result<(Resident, f64)> {
     let pages =
         case.lengths.iter().flatten().map(|len| (len.max(&129) + GROWTH).div_ceil(page_size)).sum();
@@ -178,7 +183,7 @@ fn filled(
         page_size,
         window: 128,
         pages,
-        dtype: Dtype::Bf16,
+        dtype,
     };
     let tokens = case.lengths.iter().flatten().max().unwrap_or(&1) + GROWTH;
     let seats = Seats { texts: case.sequences, tokens, pass: 1, mode };
@@ -235,17 +240,25 @@ fn filled(
     Ok((cache, us))
 }
 
-fn run(case: &Case, stream: &Arc<CudaStream>, mode: Mode, page_size: usize) -> Result<Rows> {
+fn run(
+    case: &Case,
+    stream: &Arc<CudaStream>,
+    mode: Mode,
+    page_size: usize,
+    dtype: Dtype,
+) -> Result<Rows> {
     let (layers, n) = (case.lengths.len(), case.sequences);
     let mut fills = Vec::new();
     for _ in 0..2 {
-        fills.push(filled(case, stream, mode, page_size)?.1);
+        fills.push(filled(case, stream, mode, page_size, dtype)?.1);
     }
-    let (mut cache, fill) = filled(case, stream, mode, page_size)?;
+    let (mut cache, fill) = filled(case, stream, mode, page_size, dtype)?;
     fills.push(fill);
     fills.sort_by(f64::total_cmp);
     let kept = case.lengths.iter().flatten().map(|len| len.max(&129) - 1).sum::<usize>();
-    let fill_bytes = (kept * DIM * 2 * 2 * 2) as f64 / (layers * n) as f64;
+    // Rows of a key and a value: in as bf16, out as they are stored.
+    let stored = if dtype == Dtype::F8 { DIM + 4 } else { DIM * dtype.bytes() };
+    let fill_bytes = (kept * 2 * (DIM * 2 + stored)) as f64 / (layers * n) as f64;
     cache.begin_step()?;
 
     let new = stream.clone_htod(&noise(HEADS * n * DIM, 2))?;

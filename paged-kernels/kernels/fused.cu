@@ -159,9 +159,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
         }
     }
     if (row == NO_ROW) return;
-    const int64_t key = pool.key(row);
-    const int64_t at = is_query ? call.queries.at(head, text)
-                       : is_value ? key + int64_t(pool.page_size) * pool.dim : key;
+    const int64_t at = is_query ? call.queries.at(head, text) : pool.key_or_value(row, is_value);
+    if (!is_query && pool.type == F8) {
+        float most = 0.0f, odd = 0.0f;
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) {
+            most = fmaxf(most, fmaxf(fabsf(x[k]), fabsf(y[k])));
+            odd += (x[k] - x[k]) + (y[k] - y[k]);
+        }
+        const float scale = row_scale(most, odd);
+        if (threadIdx.x % LANES == 0) *pool.scale(row, is_value) = scale;
+        const float inverse = 1.0f / scale;
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) x[k] *= inverse, y[k] *= inverse;
+    }
     void *to = is_query ? call.queries.data : pool.data;
     const uint32_t type = is_query ? call.queries.type : pool.type;
 #pragma unroll

@@ -13,22 +13,6 @@ constexpr int CLOSERS = 256;   // threads of the block that closes a head's hole
 constexpr int PLANNERS = 512;  // threads of the block that plans a layer
 constexpr uint32_t LEAST = 3;  // units that are worth a block of their own
 
-// A row's elements to another row, by a warp.
-__device__ void move_row(const Pool &pool, int64_t from, int64_t to) {
-    const uint32_t bytes = pool.type == F32 ? 4 : 2, lane = threadIdx.x % LANES;
-    if (pool.dim * bytes % 16 == 0) {
-        auto *data = static_cast<int4 *>(pool.data);
-        const uint32_t chunks = pool.dim * bytes / 16;
-        from = from * bytes / 16, to = to * bytes / 16;
-        for (uint32_t i = lane; i < chunks; i += LANES) data[to + i] = data[from + i];
-    } else {
-        auto *data = static_cast<uint16_t *>(pool.data);
-        const uint32_t halves = pool.dim * bytes / 2;
-        from = from * bytes / 2, to = to * bytes / 2;
-        for (uint32_t i = lane; i < halves; i += LANES) data[to + i] = data[from + i];
-    }
-}
-
 }  // namespace pass
 
 using namespace pass;
@@ -154,14 +138,12 @@ extern "C" __global__ void __launch_bounds__(CLOSERS) pass_leave(Leave call) {
     };
     const uint32_t page_size = state.pool.page_size;
     auto place = [&](uint32_t slot) {
-        return state.pool.key(leaving.table[slot / page_size] * page_size + slot % page_size);
+        return leaving.table[slot / page_size] * page_size + slot % page_size;
     };
     for (uint32_t slot = kept + threadIdx.x / LANES; slot < len; slot += CLOSERS / LANES) {
         const uint32_t other = to(slot);
         if (other == slot) continue;
-        const int64_t from = place(slot), at = place(other), value = int64_t(page_size) * state.pool.dim;
-        move_row(state.pool, from, at);
-        move_row(state.pool, from + value, at + value);
+        copy_row(state.pool, place(slot), place(other));
     }
     for (uint32_t token = end + threadIdx.x; token < leaving.age; token += CLOSERS) {
         uint32_t &entry = leaving.entry(token);

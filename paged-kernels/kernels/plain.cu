@@ -31,13 +31,7 @@ extern "C" __global__ void plain_store(Store call) {
         uint32_t row = call.rows[i];
         if (row == NO_ROW) continue;
         int64_t head = i / call.tokens, token = i % call.tokens;
-        int64_t key = call.pool.key(row), value = key + int64_t(call.pool.page_size) * call.pool.dim;
-        for (uint32_t d = threadIdx.x % LANES; d < call.pool.dim; d += LANES) {
-            float k = load(call.keys.data, call.keys.type, call.keys.at(head, token) + d);
-            float v = load(call.values.data, call.values.type, call.values.at(head, token) + d);
-            save(call.pool.data, call.pool.type, key + d, k);
-            save(call.pool.data, call.pool.type, value + d, v);
-        }
+        store_row(call.pool, call.keys, call.values, head, token, row);
     }
 }
 
@@ -51,13 +45,7 @@ struct Move {
 extern "C" __global__ void plain_move(Move call) {
     int64_t warps = int64_t(gridDim.x) * WARPS;
     for (int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / LANES; i < int64_t(call.count); i += warps) {
-        int64_t from = call.pool.key(call.rows[2 * i]), to = call.pool.key(call.rows[2 * i + 1]);
-        int64_t value = int64_t(call.pool.page_size) * call.pool.dim;
-        for (uint32_t d = threadIdx.x % LANES; d < call.pool.dim; d += LANES) {
-            save(call.pool.data, call.pool.type, to + d, load(call.pool.data, call.pool.type, from + d));
-            save(call.pool.data, call.pool.type, to + value + d,
-                 load(call.pool.data, call.pool.type, from + value + d));
-        }
+        copy_row(call.pool, call.rows[2 * i], call.rows[2 * i + 1]);
     }
 }
 
@@ -94,13 +82,15 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) plain_attend(Attend c
         query[i] = d < dim ? load(call.queries.data, call.queries.type, call.queries.at(query_head, token) + d) : 0.0f;
         sum[i] = 0.0f;
     }
+    const int64_t page_elements = call.pool.page();
+    const bool eight = call.pool.type == F8;
     float most = -INFINITY, total = 0.0f;
     for (uint32_t slot = warp; slot < len; slot += WARPS) {
         bool later = false;
         for (uint32_t i = token + 1; i < end && !appended; i++) later |= slots[i] == slot;
         if (later) continue;
-        int64_t page = call.tables[head.table + slot / page_size];
-        int64_t key = (page * 2 * page_size + slot % page_size) * dim, value = key + int64_t(page_size) * dim;
+        const int64_t page = call.tables[head.table + slot / page_size] * page_elements;
+        const int64_t key = page + slot % page_size * dim, value = key + page_size * dim;
         float score = 0.0f;
 #pragma unroll
         for (int i = 0; i < MOST_PER_LANE; i++) {
@@ -108,13 +98,16 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) plain_attend(Attend c
             if (d < dim) score += query[i] * load(call.pool.data, call.pool.type, key + d);
         }
         for (int i = LANES / 2; i > 0; i /= 2) score += __shfl_xor_sync(~0u, score, i);
-        score *= call.scale;
+        const float *scales = reinterpret_cast<const float *>(static_cast<const char *>(call.pool.data) + page + page_elements) -
+                              2 * page_size + slot % page_size;
+        score *= eight ? call.scale * scales[0] : call.scale;
         float raised = fmaxf(most, score);
         // Of minus infinity from itself there is no difference; a NaN goes through to the sums.
         float fade = most == -INFINITY ? 0.0f : expf(most - raised);
         float weight = score == -INFINITY ? 0.0f : expf(score - raised);
         most = raised;
         total = total * fade + weight;
+        if (eight) weight *= scales[page_size];
 #pragma unroll
         for (int i = 0; i < MOST_PER_LANE; i++) {
             uint32_t d = lane + i * LANES;

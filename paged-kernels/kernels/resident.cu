@@ -12,6 +12,8 @@ constexpr int PLANNERS = 512;   // threads of the block that plans a layer
 constexpr int ADMITTERS = 1024;  // threads of the block that makes room for a prompt in a head
 constexpr int STRETCH = 32;     // words of drop bits whose kept tokens are counted together
 constexpr int COPIES = 8;       // rows on their way in a warp
+constexpr int NARROWED = 4;     // the same, of rows that become eight-bit floats
+constexpr int QUADS = 2;        // four elements, that a lane holds of such a row at most
 constexpr uint32_t LEAST = 12;       // as in src/cuda/plan.rs
 constexpr uint32_t SECOND_HEAD = 8;  // as in src/cuda/plan.rs
 constexpr uint32_t NO_SEAT = 0xffffffffu;
@@ -20,14 +22,50 @@ constexpr uint32_t NO_SEAT = 0xffffffffu;
 
 using namespace resident;
 
-// A token's key and value into a row, by a warp.
-__device__ void store_row(const State &state, const View &keys, const View &values, int64_t head, int64_t token,
-                          uint32_t row) {
-    const Pool &pool = state.pool;
-    const int64_t key = pool.key(row), value = key + int64_t(pool.page_size) * pool.dim;
-    for (uint32_t d = threadIdx.x % LANES; d < pool.dim; d += LANES) {
-        save(pool.data, pool.type, key + d, load(keys.data, keys.type, keys.at(head, token) + d));
-        save(pool.data, pool.type, value + d, load(values.data, values.type, values.at(head, token) + d));
+// Some of a head's tokens, a bit each, into the rows of their lanes, by a warp: bf16 that becomes eight-bit floats. Rows
+// are multiples of four, up to 256 elements.
+__device__ void narrow_rows(const Pool &pool, const View &view, bool value, int64_t head, int64_t first, uint32_t keep,
+                            uint32_t row) {
+    const uint32_t lane = threadIdx.x % LANES, quads = pool.dim / 4;
+    for (uint32_t left = keep; left;) {
+        uint2 x[NARROWED][QUADS];
+        int tokens[NARROWED];
+#pragma unroll
+        for (int k = 0; k < NARROWED; k++) {
+            tokens[k] = left ? __ffs(left) - 1 : -1;
+            left &= left - 1;
+            const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(head, first + max(tokens[k], 0));
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                const uint32_t quad = lane + i * LANES;
+                x[k][i] = quad < quads && tokens[k] >= 0 ? __ldcs(reinterpret_cast<const uint2 *>(from) + quad) : uint2{};
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < NARROWED; k++) {
+            const uint32_t to = tokens[k] >= 0 ? __shfl_sync(~0u, row, tokens[k]) : NO_ROW;
+            if (to == NO_ROW) continue;
+            float wide[QUADS][4], most = 0.0f, odd = 0.0f;
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                const float2 low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 &>(x[k][i].x));
+                const float2 high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 &>(x[k][i].y));
+                wide[i][0] = low.x, wide[i][1] = low.y, wide[i][2] = high.x, wide[i][3] = high.y;
+#pragma unroll
+                for (float y : wide[i]) most = fmaxf(most, fabsf(y)), odd += y - y;
+            }
+            const float scale = row_scale(most, odd), inverse = 1.0f / scale;
+            if (lane == 0) *pool.scale(to, value) = scale;
+            auto *at = reinterpret_cast<uchar4 *>(static_cast<uint8_t *>(pool.data) + pool.key_or_value(to, value));
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                uchar4 quad;
+                auto *bytes = reinterpret_cast<uint8_t *>(&quad);
+#pragma unroll
+                for (int j = 0; j < 4; j++) save(bytes, F8, j, wide[i][j] * inverse);
+                if (lane + i * LANES < quads) at[lane + i * LANES] = quad;
+            }
+        }
     }
 }
 
@@ -40,7 +78,7 @@ struct Admit {
     uint32_t layer;
     uint32_t seat;
     uint32_t tokens;
-    uint32_t wide;  // rows may be copied 16 bytes at a time
+    uint32_t wide;  // rows may be copied 16 bytes at a time, or are bf16 that may be read 8 bytes at a time
 
     __device__ uint32_t words() const { return (tokens + LANES - 1) / LANES; }
     __device__ uint32_t stretches() const { return (words() + STRETCH - 1) / STRETCH; }
@@ -119,9 +157,14 @@ extern "C" __global__ void resident_fill(Admit call) {
         for (uint32_t left = keep; left; left &= left - 1) {
             const int token = __ffs(left) - 1;
             const uint32_t to = __shfl_sync(~0u, row, token);
-            if (to != NO_ROW) store_row(state, call.keys, call.values, kv_head, first + token, to);
+            if (to != NO_ROW) store_row(pool, call.keys, call.values, kv_head, first + token, to);
         }
         return;
+    }
+    if (pool.type == F8) {
+        const uint32_t row = find();
+        narrow_rows(pool, call.keys, false, kv_head, first, keep, row);
+        return narrow_rows(pool, call.values, true, kv_head, first, keep, row);
     }
     const uint32_t chunks = pool.dim * 2 / 16;  // of a key, or of a value
     auto *data = static_cast<int4 *>(pool.data);
@@ -355,7 +398,7 @@ extern "C" __global__ void resident_append(Append call) {
         const uint32_t drop = call.drops[uint64_t(kv_head) * words + text / LANES] >> text % LANES & 1;
         if (drop) state.rings[call.marks[i]] |= 1;
     }
-    if (!call.wide) return store_row(state, call.keys, call.values, kv_head, text, row);
+    if (!call.wide) return store_row(pool, call.keys, call.values, kv_head, text, row);
     const uint32_t chunks = pool.dim * 2 / 16;
     auto *data = static_cast<int4 *>(pool.data) + pool.key(row) / 8;
     for (uint32_t c = lane; c < 2 * chunks; c += LANES) {
@@ -428,7 +471,7 @@ extern "C" __global__ void resident_swap(Swap call) {
     const uint32_t head = blockIdx.x, layer = head / state.kv_heads;
     const uint64_t row = state.row(layer, head % state.kv_heads, call.seat);
     const uint32_t pages = state.pages(call.lens[head]), places = state.places;
-    const uint32_t words = 2 * state.pool.page_size * state.pool.dim * (state.pool.type == F32 ? 4 : 2) / 4;
+    const uint32_t words = state.pool.page() * state.pool.element() / 4;
     uint32_t *table = state.tables + row * state.most_pages;
     uint32_t *age = state.ages + uint64_t(layer) * state.seats + call.seat;
     const bool first = head % state.kv_heads == 0;

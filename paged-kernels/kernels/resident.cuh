@@ -59,7 +59,7 @@ inline __device__ bool part_with(const State &state, uint32_t page) {
 
 // The rows of a page into another, by a warp.
 inline __device__ void copy_page(const Pool &pool, uint32_t from, uint32_t to) {
-    const uint32_t words = 2 * pool.page_size * pool.dim * (pool.type == F32 ? 4 : 2) / 4;
+    const uint32_t words = pool.page() * pool.element() / 4;
     const uint32_t *source = static_cast<const uint32_t *>(pool.data) + uint64_t(from) * words;
     uint32_t *target = static_cast<uint32_t *>(pool.data) + uint64_t(to) * words;
 #pragma unroll 4

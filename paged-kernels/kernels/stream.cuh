@@ -1,4 +1,4 @@
-// Decode attention at the speed of memory: bf16 or fp16, pages of 16 rows or 16 times a power of two, one new token a sequence,
+// Decode attention at the speed of memory: bf16, fp16 or fp8, pages of 16 rows or 16 times a power of two, one new token a sequence,
 // up to 16 query heads a kv head. Computes what plain_attend computes, with sums in f32 and probabilities rounded to the type of the values.
 //
 // The slabs of a layer, 16 rows of a page each, lie in one order, head after head, and each block takes a share of it
@@ -100,15 +100,17 @@ __device__ uint32_t past(const Head &head) { return head.slabs + (head.len + SLA
 // `TEAM` warps have `STAGES` slabs each on their way.
 template <class T, int D, int TEAM, int STAGES, bool WIDE>
 __device__ void attend_share(const Stream &call) {
-    constexpr int CHUNKS = D / 8;
-    constexpr int HALF = SLAB * PITCH<D>;  // bytes of a slab's keys in shared memory
+    constexpr bool SCALED = T::BYTES == 1;
+    constexpr int CHUNKS = D * T::BYTES / 16;
+    constexpr int HALF = SLAB * PITCH<D, T::BYTES>;  // bytes of a slab's keys in shared memory
+    constexpr int STAGE = 2 * HALF + (SCALED ? 2 * SLAB * int(sizeof(float)) : 0);  // scales come last
     constexpr int STEPS = D / 16;
     constexpr int HALVES = WIDE ? 2 : 1;
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ uint32_t arrived;
     const Attend &attend = call.attend;
     const uint32_t group = attend.group;
-    float *merged = reinterpret_cast<float *>(shared + TEAM * STAGES * 2 * HALF);     // [TEAM][group][D]
+    float *merged = reinterpret_cast<float *>(shared + TEAM * STAGES * STAGE);        // [TEAM][group][D]
     float2 *totals = reinterpret_cast<float2 *>(merged + TEAM * group * D);           // [TEAM][group]: best, sum
 
     start_next();
@@ -116,7 +118,7 @@ __device__ void attend_share(const Stream &call) {
     const uint32_t begin = share.begin, end = share.end;
     if (begin == end) return;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const uint32_t stage0 = shared_address(shared) + warp * STAGES * 2 * HALF;
+    const uint32_t stage0 = shared_address(shared) + warp * STAGES * STAGE;
     const auto *pool = static_cast<const unsigned char *>(attend.pool.data);
 
     // Where the block's part of a head ends that begins at a slab.
@@ -133,7 +135,7 @@ __device__ void attend_share(const Stream &call) {
     uint32_t source_index = index, source_stop = part_end(head, begin);
     Head source = head;
     const uint32_t shift = slabs_log2(attend.pool);
-    const int64_t to_values = int64_t(attend.pool.page_size) * D * 2;  // bytes from a key to its value
+    const int64_t to_values = int64_t(attend.pool.page_size) * D * T::BYTES;  // bytes from a key to its value
     auto next_page = [&]() -> uint32_t {
         while (ahead >= source_stop) {
             if (source_stop == end) return 0;
@@ -147,14 +149,20 @@ __device__ void attend_share(const Stream &call) {
     settle();
     auto fetch = [&]() {
         if (ahead < end) {
-            const uint64_t slab = (uint64_t(id) << shift + 1) + (ahead - source.slabs & (1u << shift) - 1);
-            const unsigned char *from = pool + slab * (SLAB * D * 2) + lane * 16;
-            const uint32_t to = stage0 + filled * 2 * HALF;
+            const uint32_t inside = ahead - source.slabs & (1u << shift) - 1;  // the page, in slabs
+            const uint64_t page_of_16 = uint64_t(id) << shift;
+            const unsigned char *page = pool + page_of_16 * (2 * SLAB * (D * T::BYTES + (SCALED ? sizeof(float) : 0)));
+            const unsigned char *from = page + inside * (SLAB * D * T::BYTES) + lane * 16;
+            const uint32_t to = stage0 + filled * STAGE;
+            if (SCALED && lane < 8) {
+                const unsigned char *scales = page + 2 * to_values + (lane < 4 ? 0 : attend.pool.page_size * sizeof(float));
+                copy16(to + 2 * HALF + lane * 16, scales + inside * SLAB * sizeof(float) + lane % 4 * 16);
+            }
 #pragma unroll
             for (int i = 0; i < 2 * CHUNKS * SLAB / LANES; i++) {
                 constexpr int KEYS = CHUNKS * SLAB / LANES;
                 const uint32_t chunk = i * LANES + lane, row = chunk / CHUNKS;  // keys, then values: 32 rows
-                copy16(to + swizzled<D>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16);
+                copy16(to + swizzled<D, T::BYTES>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16);
             }
         }
         commit();
@@ -166,6 +174,7 @@ __device__ void attend_share(const Stream &call) {
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
     const float scale = attend.scale * LOG2E;
+    constexpr int QUERIES = SCALED ? 4 : 2;  // of a row of 16, that lie together in a lane
     uint32_t done = 0, number = share.part;  // parts of the head, and the one under way
     for (uint32_t at = begin;;) {
         const uint32_t first = head.slabs, stop = part_end(head, at);
@@ -175,13 +184,19 @@ __device__ void attend_share(const Stream &call) {
         for (int half = 0; half < 2; half++) {
             const uint32_t row = lane / 4 + 8 * half;
             const auto *from = static_cast<const __nv_bfloat16 *>(attend.queries.data) +
-                               attend.queries.at(head.kv_head * group + row, head.first) + lane % 4 * 2;
+                               attend.queries.at(head.kv_head * group + row, head.first) + lane % 4 * QUERIES;
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
                 query[k][half] = query[k][half + 2] = 0;
                 if (half < HALVES && row < group) {
                     query[k][half] = *reinterpret_cast<const uint32_t *>(from + k * 16);
-                    query[k][half + 2] = *reinterpret_cast<const uint32_t *>(from + k * 16 + 8);
+                    query[k][half + 2] = *reinterpret_cast<const uint32_t *>(from + k * 16 + (SCALED ? 2 : 8));
+                    if constexpr (SCALED) {
+                        for (uint32_t *pair : {&query[k][half], &query[k][half + 2]}) {
+                            const float2 x = T::unpack(*pair);
+                            *pair = T::pack(x.x * T::UP, x.y * T::UP);
+                        }
+                    }
                 }
             }
         }
@@ -195,27 +210,46 @@ __device__ void attend_share(const Stream &call) {
             wait<STAGES - 2>();
             __syncwarp();
             fetch();
-            const uint32_t keys = stage0 + used * 2 * HALF, values = keys + HALF;
+            const uint32_t keys = stage0 + used * STAGE, values = keys + HALF;
             used = used + 1 == STAGES ? 0 : used + 1;
             float score[2][4] = {};
             const uint32_t key_row = lane / 16 * 8 + lane % 8, key_chunk = lane / 8 & 1;
+            if constexpr (SCALED) {
+                // A chunk is 16 elements of a row, of which a lane gets four that lie together: the queries lie alike.
 #pragma unroll
-            for (int k = 0; k < STEPS; k++) {
-                uint32_t b[4];
-                load_matrices(b, keys + swizzled<D>(key_row, 2 * k + key_chunk));
-                T::template multiply<WIDE>(score[0], query[k], b[0], b[1]);
-                T::template multiply<WIDE>(score[1], query[k], b[2], b[3]);
+                for (int k = 0; k < STEPS; k += 2) {
+                    uint32_t b[4];
+                    load_matrices(b, keys + swizzled<D, 1>(key_row, k + key_chunk));
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const uint32_t low = T::widen(__byte_perm(b[j], 0, 0x1404)), high = T::widen(__byte_perm(b[j], 0, 0x3424));
+                        T::template multiply<WIDE>(score[j / 2], query[k + j % 2], low, high);
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int k = 0; k < STEPS; k++) {
+                    uint32_t b[4];
+                    load_matrices(b, keys + swizzled<D>(key_row, 2 * k + key_chunk));
+                    T::template multiply<WIDE>(score[0], query[k], b[0], b[1]);
+                    T::template multiply<WIDE>(score[1], query[k], b[2], b[3]);
+                }
             }
             const uint32_t live = head.len - (slab - first) * SLAB;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
+                const uint32_t row = i * 8 + lane % 4 * 2;
+                float2 scales = make_float2(scale, scale);
+                if constexpr (SCALED) {
+                    scales = load_pair(values + HALF + row * 4);
+                    scales.x *= scale * T::UP, scales.y *= scale * T::UP;
+                }
 #pragma unroll
                 for (int j = 0; j < 2 * HALVES; j++) {
-                    uint32_t row = i * 8 + lane % 4 * 2 + (j & 1);
-                    score[i][j] = row < live ? score[i][j] * scale : -INFINITY;
+                    score[i][j] = row + j % 2 < live ? score[i][j] * (j % 2 ? scales.y : scales.x) : -INFINITY;
                 }
             }
-            if (live < SLAB) {
+            if (!SCALED && live < SLAB) {
                 // What lies past the end may be NaN, which a weight of 0 does not silence.
 #pragma unroll 1
                 for (uint32_t i = live * CHUNKS + lane; i < SLAB * CHUNKS; i += LANES) {
@@ -224,6 +258,20 @@ __device__ void attend_share(const Stream &call) {
                 }
                 __syncwarp();
             }
+            // The weights of a pair of rows, each times its value's scale. What lies past the end may be NaN.
+            auto pack = [&](uint32_t row, float low, float high) {
+                if constexpr (SCALED) {
+                    row += lane % 4 * 2;
+                    const float2 scales = load_pair(values + HALF + (SLAB + row) * 4);
+                    low *= row < live ? T::UP * scales.x : 0.0f, high *= row + 1 < live ? T::UP * scales.y : 0.0f;
+                }
+                return T::pack(low, high);
+            };
+            auto add = [](float (&o)[4], const uint32_t (&weights)[4], uint32_t b0, uint32_t b1, const float (&fade)[HALVES]) {
+#pragma unroll
+                for (int half = 0; half < HALVES; half++) o[2 * half] *= fade[half], o[2 * half + 1] *= fade[half];
+                T::template multiply<WIDE>(o, weights, b0, b1);
+            };
             uint32_t weights[4] = {};
             float fade[HALVES];
 #pragma unroll
@@ -236,20 +284,25 @@ __device__ void attend_share(const Stream &call) {
                 best[half] = raised;
                 s0 = exp2_of(s0 - base), s1 = exp2_of(s1 - base), s2 = exp2_of(s2 - base), s3 = exp2_of(s3 - base);
                 sum[half] = sum[half] * fade[half] + (s0 + s1) + (s2 + s3);
-                weights[half] = T::pack(s0, s1);
-                weights[half + 2] = T::pack(s2, s3);
+                weights[half] = pack(0, s0, s1);
+                weights[half + 2] = pack(8, s2, s3);
             }
             const uint32_t value_row = (lane / 8 & 1) * 8 + lane % 8, value_chunk = lane / 16;
 #pragma unroll
-            for (int i = 0; i < D / 16; i++) {
+            for (int i = 0; i < CHUNKS / 2; i++) {
                 uint32_t b[4];
-                load_transposed(b, values + swizzled<D>(value_row, 2 * i + value_chunk));
+                load_transposed(b, values + swizzled<D, T::BYTES>(value_row, 2 * i + value_chunk));
+                if constexpr (SCALED) {
+                    // Of two rows each, a pair of elements: the even ones of a chunk, then the odd ones.
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float(&o)[4] = out[2 * i + j];
+                    for (int j = 0; j < 4; j++) {
+                        const int shift = j % 2 ? 0 : 8;
+                        const uint32_t low = T::widen(b[j / 2 * 2] << shift), high = T::widen(b[j / 2 * 2 + 1] << shift);
+                        add(out[4 * i + j], weights, low, high, fade);
+                    }
+                } else {
 #pragma unroll
-                    for (int half = 0; half < HALVES; half++) o[2 * half] *= fade[half], o[2 * half + 1] *= fade[half];
-                    T::template multiply<WIDE>(o, weights, b[2 * j], b[2 * j + 1]);
+                    for (int j = 0; j < 2; j++) add(out[2 * i + j], weights, b[2 * j], b[2 * j + 1], fade);
                 }
             }
         }
@@ -260,10 +313,16 @@ __device__ void attend_share(const Stream &call) {
             const uint32_t row = lane / 4 + 8 * half;
             const float total = quad_sum(sum[half]);
             if (row < group) {
-                float *to = merged + (warp * group + row) * D + lane % 4 * 2;
+                float *to = merged + (warp * group + row) * D + lane % 4 * QUERIES;
 #pragma unroll
                 for (int i = 0; i < D / 8; i++) {
-                    *reinterpret_cast<float2 *>(to + i * 8) = make_float2(out[i][2 * half], out[i][2 * half + 1]);
+                    if constexpr (!SCALED) {
+                        *reinterpret_cast<float2 *>(to + i * 8) = make_float2(out[i][2 * half], out[i][2 * half + 1]);
+                    } else if (i % 2 == 0) {
+                        const float *even = out[i] + 2 * half, *odd = out[i + 1] + 2 * half;
+                        *reinterpret_cast<float4 *>(to + i * 8) =
+                            make_float4(even[0] * T::UP, odd[0] * T::UP, even[1] * T::UP, odd[1] * T::UP);
+                    }
                 }
                 if (lane % 4 == 0) totals[warp * group + row] = make_float2(best[half], total);
             }
@@ -326,7 +385,7 @@ __device__ void attend_share(const Stream &call) {
 }  // namespace stream
 
 // Kernels of a type, one a head dim and one more for over 8 query heads a kv head. Slabs on their way get what the warps'
-// sums leave, which is less the more query heads there are. Mirrored in src/cuda/driver.rs.
+// sums leave, which is less the more query heads there are. Mirrored in src/cuda/driver/attend.rs.
 #define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE)                                                       \
     extern "C" __global__ void __launch_bounds__(TEAM *LANES, 1) stream_attend_##NAME(Stream call) {        \
         stream::attend_share<stream::T, D, TEAM, STAGES, WIDE>(call);                                       \
@@ -340,8 +399,20 @@ __device__ void attend_share(const Stream &call) {
     STREAM_ATTEND(wide_d128, T, 128, 8, 2, true)   \
     STREAM_ATTEND(d256, T, 256, 4, 3, false)       \
     STREAM_ATTEND(wide_d256, T, 256, 4, 2, true)   \
-                                                   \
+    STREAM_SIZES
+
+// Twice the slabs, of half the bytes. Rows of 256 would want more registers than there are.
+#define STREAM_SCALED_KERNELS(T)                   \
+    STREAM_ATTEND(d64, T, 64, 8, 6, false)         \
+    STREAM_ATTEND(wide_d64, T, 64, 8, 5, true)     \
+    STREAM_ATTEND(d96, T, 96, 8, 5, false)         \
+    STREAM_ATTEND(wide_d96, T, 96, 8, 4, true)     \
+    STREAM_ATTEND(d128, T, 128, 8, 5, false)       \
+    STREAM_ATTEND(wide_d128, T, 128, 8, 4, true)   \
+    STREAM_SIZES
+
+#define STREAM_SIZES                                           \
     extern "C" __global__ void stream_sizes(uint32_t *sizes) { \
-        sizes[0] = sizeof(Share);                  \
-        sizes[1] = sizeof(Stream);                 \
+        sizes[0] = sizeof(Share);                              \
+        sizes[1] = sizeof(Stream);                             \
     }

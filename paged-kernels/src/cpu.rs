@@ -78,6 +78,8 @@ impl Kernel for Fast {
             (Memory::Bf16(pages), false) => self.run::<_, 1>(pages, &call, out, lse),
             (Memory::F16(pages), true) => self.run::<_, { tile::LANES }>(pages, &call, out, lse),
             (Memory::F16(pages), false) => self.run::<_, 1>(pages, &call, out, lse),
+            (Memory::F8(pages), true) => self.run::<_, { tile::LANES }>(pages, &call, out, lse),
+            (Memory::F8(pages), false) => self.run::<_, 1>(pages, &call, out, lse),
         }
     }
 }

@@ -214,6 +214,15 @@ pub enum Error {
         /// The type of the elements.
         dtype: Dtype,
     },
+    /// A view of a type that only caches store.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "tensors on the card have no type {dtype:?}, only caches do; hand over F32, Bf16 or F16"
+    )]
+    StoredOnly {
+        /// The type.
+        dtype: Dtype,
+    },
     /// A slice that belongs to another stream than the cache works on.
     #[cfg(feature = "cuda")]
     #[error("the slice belongs to another stream; allocate it on the stream of the cache")]

@@ -5,6 +5,7 @@ mod book;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod e4m3;
 mod error;
 mod filled;
 mod host;

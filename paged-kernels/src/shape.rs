@@ -1,6 +1,8 @@
 //! How large a cache is, and how much of it is in use.
 
+use crate::e4m3::{self, E4m3};
 use crate::error::{Error, Result};
+use half::{bf16, f16};
 
 /// The type in which keys and values are stored. Arithmetic is in f32 or wider.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +14,9 @@ pub enum Dtype {
     /// IEEE half precision: three more bits of precision than bfloat16, without its range. What lies beyond ±65504 is
     /// stored as an infinity.
     F16,
+    /// 8-bit floats (OCP E4M3) with an f32 scale for each row of a head: half the bytes of bfloat16 at a sixteenth of an
+    /// element's size, at most. A row with an element that is not finite is NaN. Only caches store it: views have none.
+    F8,
 }
 
 impl Dtype {
@@ -20,6 +25,21 @@ impl Dtype {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
+            Self::F8 => 1,
+        }
+    }
+
+    /// Makes of `row`, a key or a value of one head, what is read after it was stored.
+    pub fn round(self, row: &mut [f32]) {
+        match self {
+            Self::F32 => {}
+            Self::Bf16 => row.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
+            Self::F16 => row.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
+            Self::F8 => {
+                let scale = e4m3::scale(row);
+                let inverse = scale.recip();
+                row.iter_mut().for_each(|x| *x = E4m3::narrow(*x * inverse).widen() * scale);
+            }
         }
     }
 }
@@ -86,9 +106,14 @@ impl CacheShape {
         2 * self.page_size * self.head_dim
     }
 
-    /// Bytes of a page.
+    /// Bytes of a page, the scales of its rows among them.
     pub fn page_bytes(&self) -> usize {
-        self.page_elements() * self.dtype.bytes()
+        let elements = self.page_elements() * self.dtype.bytes();
+        if self.dtype == Dtype::F8 {
+            elements.next_multiple_of(size_of::<f32>()) + 2 * self.page_size * size_of::<f32>()
+        } else {
+            elements
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Memory of pages on the host, grown as pages come into use and given back when they leave it.
 
+use crate::e4m3::{self, E4m3};
 use crate::page::{Move, PageId, Place};
 use crate::pool::PagePool;
 use crate::shape::{CacheShape, Dtype};
@@ -10,6 +11,9 @@ const CHUNK: usize = 1 << 20;
 
 /// What can be stored.
 pub trait Element: Copy + Default + Send + Sync {
+    /// Whether each row of keys or values has a scale, by which its elements are multiplied.
+    const SCALED: bool = false;
+
     fn widen(self) -> f32;
     fn narrow(x: f32) -> Self;
     /// For whoever wants it out of memory, whatever it is.
@@ -78,6 +82,61 @@ impl Element for f16 {
     }
 }
 
+impl Element for E4m3 {
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.widen()
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        Self::narrow(x)
+    }
+
+    #[inline(always)]
+    fn bits(self) -> u32 {
+        u32::from(self.0)
+    }
+}
+
+/// A page in use.
+#[derive(Debug, Clone, Copy)]
+pub struct Page<'a, E> {
+    pub keys: &'a [E],
+    pub values: &'a [E],
+    /// Of the keys' rows, then of the values'; empty where elements have none.
+    scales: &'a [f32],
+}
+
+impl<'a, E: Element> Page<'a, E> {
+    /// Of the rows of its keys.
+    #[inline(always)]
+    pub fn key_scales(self) -> &'a [f32] {
+        &self.scales[..self.scales.len() / 2]
+    }
+
+    /// Of the rows of its values.
+    #[inline(always)]
+    pub fn value_scales(self) -> &'a [f32] {
+        &self.scales[self.scales.len() / 2..]
+    }
+}
+
+/// Some pages, whose memory is taken and given back together, or a copy of some, one after the other.
+#[derive(Debug, Clone)]
+pub struct Chunk<E> {
+    elements: Vec<E>,
+    scales: Vec<f32>,
+}
+
+impl<E> Chunk<E> {
+    fn bytes(&self) -> usize {
+        size_of_val(&*self.elements) + size_of_val(&*self.scales)
+    }
+}
+
 /// Pages of one element type: keys, then values, each `page_size` rows of `dim`.
 ///
 /// `lanes` keys are interleaved, `[page_size / lanes, dim, lanes]`, so that a dot product can run over several keys at
@@ -89,8 +148,8 @@ pub struct Storage<E> {
     lanes: usize,
     /// Pages of a chunk.
     span: usize,
-    /// Empty where no page is in use.
-    chunks: Vec<Vec<E>>,
+    /// `None` where no page is in use.
+    chunks: Vec<Option<Chunk<E>>>,
 }
 
 impl<E: Element> Storage<E> {
@@ -104,25 +163,33 @@ impl<E: Element> Storage<E> {
         2 * self.page_size * self.dim
     }
 
-    /// Keys and values of a page in use.
-    #[inline(always)]
-    pub fn page(&self, page: PageId) -> (&[E], &[E]) {
-        let (chunk, page) = (page.index() / self.span, page.index() % self.span);
-        let len = self.page_len();
-        self.chunks[chunk][page * len..][..len].split_at(len / 2)
+    /// Scales of a page.
+    fn scales(&self) -> usize {
+        if E::SCALED { 2 * self.page_size } else { 0 }
     }
 
-    fn page_mut(&mut self, page: PageId) -> (&mut [E], &mut [E]) {
+    /// Keys and values of a page in use.
+    #[inline(always)]
+    pub fn page(&self, page: PageId) -> Page<'_, E> {
         let (chunk, page) = (page.index() / self.span, page.index() % self.span);
-        let len = self.page_len();
+        let (len, scales) = (self.page_len(), self.scales());
+        let chunk = self.chunks[chunk].as_ref().expect("the page is in use");
+        let (keys, values) = chunk.elements[page * len..][..len].split_at(len / 2);
+        Page { keys, values, scales: &chunk.scales[page * scales..][..scales] }
+    }
+
+    /// Its elements and its scales.
+    fn page_mut(&mut self, page: PageId) -> (&mut [E], &mut [f32]) {
+        let (chunk, page) = (page.index() / self.span, page.index() % self.span);
+        let (len, scales, span) = (self.page_len(), self.scales(), self.span);
         if self.chunks.len() <= chunk {
-            self.chunks.resize_with(chunk + 1, Vec::new);
+            self.chunks.resize_with(chunk + 1, || None);
         }
-        let chunk = &mut self.chunks[chunk];
-        if chunk.is_empty() {
-            *chunk = vec![E::default(); self.span * len];
-        }
-        chunk[page * len..][..len].split_at_mut(len / 2)
+        let chunk = self.chunks[chunk].get_or_insert_with(|| Chunk {
+            elements: vec![E::default(); span * len],
+            scales: vec![0.0; span * scales],
+        });
+        (&mut chunk.elements[page * len..][..len], &mut chunk.scales[page * scales..][..scales])
     }
 
     /// Where element 0 of a key lies in its page; the next ones are `lanes` apart.
@@ -130,56 +197,93 @@ impl<E: Element> Storage<E> {
         row / self.lanes * self.lanes * self.dim + row % self.lanes
     }
 
+    /// Where element 0 of a value lies in its page; the next ones follow.
+    fn value_start(&self, row: usize) -> usize {
+        (self.page_size + row) * self.dim
+    }
+
     fn write(&mut self, place: Place, key: &[f32], value: &[f32]) {
-        let (start, lanes, dim) = (self.key_start(place.row), self.lanes, self.dim);
-        let (keys, values) = self.page_mut(place.page);
-        let slots = keys[start..].iter_mut().step_by(lanes);
-        slots.zip(key).for_each(|(to, &x)| *to = E::narrow(x));
-        let slots = values[place.row * dim..].iter_mut();
-        slots.zip(value).for_each(|(to, &x)| *to = E::narrow(x));
+        let starts = [self.key_start(place.row), self.value_start(place.row)];
+        let (steps, page_size) = ([self.lanes, 1], self.page_size);
+        let (elements, scales) = self.page_mut(place.page);
+        for (i, row) in [key, value].into_iter().enumerate() {
+            let slots = elements[starts[i]..].iter_mut().step_by(steps[i]).zip(row);
+            if E::SCALED {
+                let scale = e4m3::scale(row);
+                scales[i * page_size + place.row] = scale;
+                let inverse = scale.recip();
+                slots.for_each(|(to, &x)| *to = E::narrow(x * inverse));
+            } else {
+                slots.for_each(|(to, &x)| *to = E::narrow(x));
+            }
+        }
     }
 
     fn read(&self, place: Place, key: &mut [f32], value: &mut [f32]) {
-        let (keys, values) = self.page(place.page);
-        let slots = keys[self.key_start(place.row)..].iter().step_by(self.lanes);
-        key.iter_mut().zip(slots).for_each(|(to, x)| *to = x.widen());
-        let slots = &values[place.row * self.dim..];
-        value.iter_mut().zip(slots).for_each(|(to, x)| *to = x.widen());
+        let page = self.page(place.page);
+        let scales = [page.key_scales(), page.value_scales()]
+            .map(|scales| scales.get(place.row).copied().unwrap_or(1.0));
+        let slots = page.keys[self.key_start(place.row)..].iter().step_by(self.lanes);
+        key.iter_mut().zip(slots).for_each(|(to, x)| *to = x.widen() * scales[0]);
+        let slots = &page.values[place.row * self.dim..];
+        value.iter_mut().zip(slots).for_each(|(to, x)| *to = x.widen() * scales[1]);
     }
 
-    /// The elements of pages in use, one after the other.
-    fn pack(&self, pages: impl Iterator<Item = PageId>) -> Vec<E> {
-        let mut packed = Vec::new();
+    /// A row as it is, without rounding it again.
+    fn copy(&mut self, step: Move) {
+        let starts = [step.from, step.to]
+            .map(|place| [self.key_start(place.row), self.value_start(place.row)]);
+        let (steps, dim, page_size) = ([self.lanes, 1], self.dim, self.page_size);
+        let mut row = Vec::with_capacity(2 * dim);
+        let (elements, scales) = self.page_mut(step.from.page);
+        for (start, step) in starts[0].into_iter().zip(steps) {
+            row.extend(elements[start..].iter().step_by(step).take(dim));
+        }
+        let scale = |half: usize| scales.get(half * page_size + step.from.row).copied();
+        let scale = [scale(0), scale(1)];
+        let (elements, scales) = self.page_mut(step.to.page);
+        for (half, row) in row.chunks_exact(dim).enumerate() {
+            let slots = elements[starts[1][half]..].iter_mut().step_by(steps[half]);
+            slots.zip(row).for_each(|(to, &x)| *to = x);
+            if let Some(scale) = scale[half] {
+                scales[half * page_size + step.to.row] = scale;
+            }
+        }
+    }
+
+    /// Pages in use.
+    fn pack(&self, pages: impl Iterator<Item = PageId>) -> Chunk<E> {
+        let mut packed = Chunk { elements: Vec::new(), scales: Vec::new() };
         for page in pages {
-            let (keys, values) = self.page(page);
-            packed.extend_from_slice(keys);
-            packed.extend_from_slice(values);
+            let page = self.page(page);
+            packed.elements.extend_from_slice(page.keys);
+            packed.elements.extend_from_slice(page.values);
+            packed.scales.extend_from_slice(page.scales);
         }
         packed
     }
 
-    fn unpack(&mut self, packed: &[E], pages: impl Iterator<Item = PageId>) {
-        for (page, packed) in pages.zip(packed.chunks_exact(self.page_len())) {
-            let (keys, values) = self.page_mut(page);
-            let (old_keys, old_values) = packed.split_at(keys.len());
-            keys.copy_from_slice(old_keys);
-            values.copy_from_slice(old_values);
+    fn unpack(&mut self, packed: &Chunk<E>, pages: impl Iterator<Item = PageId>) {
+        let (len, scales) = (self.page_len(), self.scales());
+        for (i, page) in pages.enumerate() {
+            let (own, own_scales) = self.page_mut(page);
+            own.copy_from_slice(&packed.elements[i * len..][..len]);
+            own_scales.copy_from_slice(&packed.scales[i * scales..][..scales]);
         }
     }
 
     fn trim(&mut self, pool: &PagePool) {
         let span = self.span;
-        for (i, chunk) in self.chunks.iter_mut().enumerate().filter(|(_, chunk)| !chunk.is_empty())
-        {
+        for (i, chunk) in self.chunks.iter_mut().enumerate().filter(|(_, chunk)| chunk.is_some()) {
             let mut pages = (i * span..(i + 1) * span).map(|page| PageId(page as u32));
             if pages.all(|page| pool.holders(page) == 0) {
-                *chunk = Vec::new();
+                *chunk = None;
             }
         }
     }
 
-    fn elements(&self) -> usize {
-        self.chunks.iter().map(Vec::len).sum()
+    fn bytes(&self) -> usize {
+        self.chunks.iter().flatten().map(Chunk::bytes).sum()
     }
 }
 
@@ -189,23 +293,33 @@ pub enum Memory {
     F32(Storage<f32>),
     Bf16(Storage<bf16>),
     F16(Storage<f16>),
+    F8(Storage<E4m3>),
 }
 
 /// Pages that were copied out of a [`Memory`].
 #[derive(Debug, Clone)]
 pub enum Packed {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-    F16(Vec<f16>),
+    F32(Chunk<f32>),
+    Bf16(Chunk<bf16>),
+    F16(Chunk<f16>),
+    F8(Chunk<E4m3>),
+}
+
+/// Does the same for every type of a [`Memory`], or of what was copied out of one.
+macro_rules! each {
+    ($memory:expr, $storage:ident => $does:expr) => {
+        match $memory {
+            Self::F32($storage) => $does,
+            Self::Bf16($storage) => $does,
+            Self::F16($storage) => $does,
+            Self::F8($storage) => $does,
+        }
+    };
 }
 
 impl Packed {
     pub fn bytes(&self) -> usize {
-        match self {
-            Self::F32(packed) => size_of_val(&packed[..]),
-            Self::Bf16(packed) => size_of_val(&packed[..]),
-            Self::F16(packed) => size_of_val(&packed[..]),
-        }
+        each!(self, packed => packed.bytes())
     }
 }
 
@@ -215,34 +329,20 @@ impl Memory {
             Dtype::F32 => Self::F32(Storage::new(shape, lanes)),
             Dtype::Bf16 => Self::Bf16(Storage::new(shape, lanes)),
             Dtype::F16 => Self::F16(Storage::new(shape, lanes)),
+            Dtype::F8 => Self::F8(Storage::new(shape, lanes)),
         }
     }
 
     pub fn write(&mut self, place: Place, key: &[f32], value: &[f32]) {
-        match self {
-            Self::F32(storage) => storage.write(place, key, value),
-            Self::Bf16(storage) => storage.write(place, key, value),
-            Self::F16(storage) => storage.write(place, key, value),
-        }
+        each!(self, storage => storage.write(place, key, value));
     }
 
     pub fn read(&self, place: Place, key: &mut [f32], value: &mut [f32]) {
-        match self {
-            Self::F32(storage) => storage.read(place, key, value),
-            Self::Bf16(storage) => storage.read(place, key, value),
-            Self::F16(storage) => storage.read(place, key, value),
-        }
+        each!(self, storage => storage.read(place, key, value));
     }
 
     pub fn copy(&mut self, step: Move) {
-        let dim = match self {
-            Self::F32(storage) => storage.dim,
-            Self::Bf16(storage) => storage.dim,
-            Self::F16(storage) => storage.dim,
-        };
-        let (mut key, mut value) = (vec![0.0; dim], vec![0.0; dim]);
-        self.read(step.from, &mut key, &mut value);
-        self.write(step.to, &key, &value);
+        each!(self, storage => storage.copy(step));
     }
 
     /// Copies pages in use out.
@@ -251,6 +351,7 @@ impl Memory {
             Self::F32(storage) => Packed::F32(storage.pack(pages)),
             Self::Bf16(storage) => Packed::Bf16(storage.pack(pages)),
             Self::F16(storage) => Packed::F16(storage.pack(pages)),
+            Self::F8(storage) => Packed::F8(storage.pack(pages)),
         }
     }
 
@@ -260,26 +361,19 @@ impl Memory {
             (Self::F32(storage), Packed::F32(packed)) => storage.unpack(packed, pages),
             (Self::Bf16(storage), Packed::Bf16(packed)) => storage.unpack(packed, pages),
             (Self::F16(storage), Packed::F16(packed)) => storage.unpack(packed, pages),
+            (Self::F8(storage), Packed::F8(packed)) => storage.unpack(packed, pages),
             _ => {}
         }
     }
 
     /// Gives memory back of which no page is in use.
     pub fn trim(&mut self, pool: &PagePool) {
-        match self {
-            Self::F32(storage) => storage.trim(pool),
-            Self::Bf16(storage) => storage.trim(pool),
-            Self::F16(storage) => storage.trim(pool),
-        }
+        each!(self, storage => storage.trim(pool));
     }
 
     /// Bytes taken from the system.
     pub fn bytes(&self) -> usize {
-        match self {
-            Self::F32(storage) => storage.elements() * Dtype::F32.bytes(),
-            Self::Bf16(storage) => storage.elements() * Dtype::Bf16.bytes(),
-            Self::F16(storage) => storage.elements() * Dtype::F16.bytes(),
-        }
+        each!(self, storage => storage.bytes())
     }
 }
 
@@ -321,6 +415,6 @@ mod tests {
             storage.read(place(page), &mut key, &mut value);
             assert_eq!((key, value), ([i as f32; 128], [-(i as f32); 128]));
         }
-        assert!(storage.elements() <= 5 * CHUNK, "only chunks in use take memory");
+        assert!(storage.bytes() <= 5 * CHUNK, "only chunks in use take memory");
     }
 }

@@ -143,7 +143,8 @@ fn check_large_negative<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
         CacheShape { head_dim: 128, kv_heads: 1, query_heads: 1, page_size: 16, ..plain(dtype) };
     let mut cache = new(shape).unwrap();
     let text = cache.allocate().unwrap();
-    let (keys, values) = (vec![-800.0f32; 64 * 128], Noise(7).floats(64 * 128));
+    let (keys, mut values) = (vec![-800.0f32; 64 * 128], Noise(7).floats(64 * 128));
+    values.chunks_mut(128).for_each(|row| dtype.round(row));
     fn view(data: &[f32], tokens: usize) -> View<'_> {
         common::view(data, [1, tokens, 128])
     }
@@ -164,6 +165,9 @@ fn check_large_negative<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
 }
 
 fn check_empty_head<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
+    if dtype == Dtype::F8 {
+        return; // which has no infinities
+    }
     let mut cache = new(plain(dtype)).unwrap();
     let text = cache.allocate().unwrap();
     cache.begin_step(&[(text, 1)]).unwrap();
@@ -234,10 +238,10 @@ fn check_bytes<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
         pages: 30 * 3 * 16,
         dtype,
     };
+    let each = 30 * 3 * 128 / 16 * shape.page_bytes();
     let mut cache = new(shape).unwrap();
     let rows = vec![1.0f32; 3 * 300 * 64];
     let rows = View::new(&rows[..], [3, 300, 64]).unwrap();
-    let each = 30 * 3 * 128 * 64 * 2 * dtype.bytes();
     // A card's memory is taken at once; the host's grows.
     let taken = cache.stats().reserved_bytes;
     let texts = [1, 2].map(|texts| {

@@ -120,7 +120,7 @@ mod cuda {
         let (as_bf16, as_f16): (Vec<_>, Vec<_>) =
             queries.iter().map(|&x| (bf16::from_f32(x), f16::from_f32(x))).unzip();
         let queries = match dtype {
-            Dtype::Bf16 if fast => View::new(&as_bf16[..], shape),
+            Dtype::Bf16 | Dtype::F8 if fast => View::new(&as_bf16[..], shape),
             Dtype::F16 if fast => View::new(&as_f16[..], shape),
             _ => View::new(queries, shape),
         };
@@ -184,7 +184,7 @@ mod cuda {
     fn the_fast_kernel_gives_what_the_plain_one_gives() {
         for head_dim in [64, 96, 128, 256] {
             for group in [1, 2, 3, 4, 5, 7, 8, 16] {
-                for dtype in [Dtype::Bf16, Dtype::F16] {
+                for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F8] {
                     let shape = CacheShape { dtype, ..fast_shape(head_dim, 2, group) };
                     compare(shape, &[0, 1, 15, 16, 17, 700], 0.5);
                 }
@@ -197,6 +197,8 @@ mod cuda {
         for page_size in [32, 64, 128] {
             let shape = CacheShape { page_size, pages: 1 << 11, ..fast_shape(128, 8, 4) };
             compare(shape.clone(), &[4000, 1, 64, 65, 900, 2], 0.3);
+            let eight = CacheShape { dtype: Dtype::F8, ..shape.clone() };
+            compare(eight, &[4000, 1, 64, 65, 900, 2], 0.3);
             compare(CacheShape { head_dim: 96, query_heads: 80, ..shape }, &[31, 16, 700], 0.5);
         }
         // More heads than blocks, and a page or two each.

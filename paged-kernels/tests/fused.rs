@@ -33,6 +33,7 @@ fn shape(head_dim: usize, dtype: Dtype) -> CacheShape {
 #[derive(Debug, Clone, Copy)]
 struct Case {
     head_dim: usize,
+    dtype: Dtype,
     norms: bool,
     /// Real positions of each kv head, or integers for all.
     own: bool,
@@ -91,7 +92,7 @@ fn close(found: &[f32], right: &[f64], most: f64) {
 }
 
 fn run(case: Case) {
-    let shape = shape(case.head_dim, Dtype::Bf16);
+    let shape = shape(case.head_dim, case.dtype);
     let CacheShape { kv_heads, query_heads, head_dim, .. } = shape;
     let (group, columns) = (query_heads / kv_heads, (query_heads + 2 * kv_heads) * head_dim);
     let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
@@ -167,7 +168,10 @@ fn run(case: Case) {
             let mut keys = Vec::new();
             for kv_head in 0..kv_heads {
                 let key = rotated(row(query_heads + kv_head), norm(1), position(kv_head), &inverse);
-                keys.extend(key.iter().map(|&x| bf16::from_f64(x).to_f32()));
+                // Rounded once, to what is stored: eight-bit keys are not bf16 on the way.
+                let narrow =
+                    |x| if case.dtype == Dtype::F8 { x as f32 } else { bf16::from_f64(x).to_f32() };
+                keys.extend(key.iter().copied().map(narrow));
             }
             let values = (0..kv_heads).flat_map(|head| row(query_heads + kv_heads + head));
             let values = values.copied().collect::<Vec<_>>();
@@ -221,9 +225,11 @@ mod cuda {
                 for precision in
                     [None, Some(ScorePrecision::F32), Some(ScorePrecision::MatchTorchBf16)]
                 {
-                    run(Case { head_dim, norms, own, precision });
+                    run(Case { head_dim, dtype: Dtype::Bf16, norms, own, precision });
                 }
             }
+            let precision = Some(ScorePrecision::F32);
+            run(Case { head_dim, dtype: Dtype::F8, norms: true, own: true, precision });
         }
     }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{DTYPES, New, Noise, on_every_backend, plain};
+use common::{DTYPES, New, Noise, VIEWED, on_every_backend, plain};
 use half::{bf16, f16};
 use paged_kernels::{CacheShape, Dtype, PagedAttention, Reference, View, ViewMut};
 
@@ -15,7 +15,10 @@ on_every_backend! {
 
 #[test]
 fn a_type_takes_its_own_bytes() {
-    assert_eq!(DTYPES.map(Dtype::bytes), [size_of::<f32>(), size_of::<bf16>(), size_of::<f16>()]);
+    assert_eq!(DTYPES.map(Dtype::bytes), [4, 2, 2, 1]);
+    let shape = |dtype| CacheShape { head_dim: 128, ..plain(dtype) };
+    assert_eq!(shape(Dtype::F8).page_bytes(), 2 * 16 * (128 + 4));
+    assert_eq!(shape(Dtype::Bf16).page_bytes(), 2 * 16 * 256);
 }
 
 /// The same numbers in every type.
@@ -37,6 +40,7 @@ impl Typed {
             Dtype::F32 => View::strided(&self.wide[..], shape, strides),
             Dtype::Bf16 => View::strided(&self.bf16[..], shape, strides),
             Dtype::F16 => View::strided(&self.f16[..], shape, strides),
+            Dtype::F8 => unreachable!("views have no such type"),
         }
         .unwrap()
     }
@@ -47,11 +51,9 @@ impl Typed {
 }
 
 fn rounded(dtype: Dtype, x: f32) -> f32 {
-    match dtype {
-        Dtype::F32 => x,
-        Dtype::Bf16 => bf16::from_f32(x).to_f32(),
-        Dtype::F16 => f16::from_f32(x).to_f32(),
-    }
+    let mut row = [x];
+    dtype.round(&mut row);
+    row[0]
 }
 
 /// A new text whose keys and values are `rows`, all in one step.
@@ -75,12 +77,14 @@ fn attend<B: PagedAttention>(
         Dtype::F32 => ViewMut::new(&mut out.wide[..], shape),
         Dtype::Bf16 => ViewMut::new(&mut out.bf16[..], shape),
         Dtype::F16 => ViewMut::new(&mut out.f16[..], shape),
+        Dtype::F8 => unreachable!("views have no such type"),
     };
     cache.attend(0, queries, 0.25, view.unwrap(), Some(&mut lse)).unwrap();
     let out = match dtype {
         Dtype::F32 => out.wide,
         Dtype::Bf16 => out.bf16.iter().map(|x| x.to_f32()).collect(),
         Dtype::F16 => out.f16.iter().map(|x| x.to_f32()).collect(),
+        Dtype::F8 => unreachable!("views have no such type"),
     };
     (out, lse)
 }
@@ -98,7 +102,7 @@ fn check_views<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
     let mut cache = new(plain(dtype)).unwrap();
     append(&mut cache, contiguous, contiguous);
     let (expected, _) = attend(&mut cache, contiguous, Dtype::F32);
-    for of in DTYPES {
+    for of in VIEWED {
         let strided = source.strided(of, [2, tokens, 16], [16, 32]);
         append(&mut cache, strided, strided);
         let (found, _) = attend(&mut cache, strided, of);
@@ -115,10 +119,10 @@ fn check_mixed_views<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
     let mut cache = new(plain(dtype)).unwrap();
     append(&mut cache, keys.view(Dtype::F32, shape), values.view(Dtype::F32, shape));
     let expected = attend(&mut cache, queries.view(Dtype::F32, shape), Dtype::F32);
-    for of_keys in DTYPES {
-        for of_values in DTYPES {
+    for of_keys in VIEWED {
+        for of_values in VIEWED {
             append(&mut cache, keys.view(of_keys, shape), values.view(of_values, shape));
-            for of_queries in DTYPES {
+            for of_queries in VIEWED {
                 let found = attend(&mut cache, queries.view(of_queries, shape), Dtype::F32);
                 assert_eq!(found, expected, "{of_keys:?}, {of_values:?}, {of_queries:?}");
             }
@@ -129,6 +133,9 @@ fn check_mixed_views<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
 /// One token, so that its value comes out as it was stored.
 fn check_range<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
     const SHAPE: [usize; 3] = [2, 1, 16];
+    if dtype == Dtype::F8 {
+        return check_scaled_range(new);
+    }
     let values = [
         65_504.0,
         65_519.996, // the last that f16 rounds to 65504
@@ -151,9 +158,9 @@ fn check_range<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
     let zeros = Typed::new(vec![0.0; 32]);
     let mut cache = new(plain(dtype)).unwrap();
     let zero = zeros.view(Dtype::F32, SHAPE);
-    for of in DTYPES {
+    for of in VIEWED {
         append(&mut cache, zero, values.view(of, SHAPE));
-        for out in DTYPES {
+        for out in VIEWED {
             let expected =
                 values.wide.iter().map(|&x| rounded(out, rounded(dtype, rounded(of, x))));
             let (found, lse) = attend(&mut cache, zero, out);
@@ -173,12 +180,35 @@ fn check_range<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
     assert_eq!(found, [[seen(0); 16], [seen(1); 16]].concat());
 }
 
+/// Rows of any size keep their shape, a row of zeros is zero, and one with an infinity is no number.
+fn check_scaled_range<B: PagedAttention>(new: &New<B>) {
+    const SHAPE: [usize; 3] = [2, 1, 16];
+    let zeros = [0.0; 32];
+    let mut cache = new(plain(Dtype::F8)).unwrap();
+    for size in [0.0, 1e-30, 3e-3, 1.0, 1e5, 1e30] {
+        let values: Vec<_> = (0..32).map(|i| size * (i as f32 - 15.5)).collect();
+        let mut expected = values.clone();
+        expected.chunks_mut(16).for_each(|row| Dtype::F8.round(row));
+        append(&mut cache, common::view(&zeros, SHAPE), common::view(&values, SHAPE));
+        let (found, _) = attend(&mut cache, common::view(&zeros, SHAPE), Dtype::F32);
+        assert_eq!(found, expected);
+        let near = |(x, y): (&f32, &f32)| (x - y).abs() <= x.abs() / 16.0 + size / 32.0;
+        assert!(values.iter().zip(&found).all(near), "{values:?} became {found:?}");
+    }
+    let mut values = [1.0; 32];
+    values[3] = f32::INFINITY;
+    append(&mut cache, common::view(&zeros, SHAPE), common::view(&values, SHAPE));
+    let (found, _) = attend(&mut cache, common::view(&zeros, SHAPE), Dtype::F32);
+    assert!(found[..16].iter().all(|x| x.is_nan()) && found[16..] == [1.0; 16], "{found:?}");
+}
+
 /// Numbers that 16 bits do not hold, against what f64 makes of all their bits.
 fn check_rounding<B: PagedAttention>(new: &New<B>, dtype: Dtype) {
     let tolerance = match dtype {
         Dtype::F32 => 5e-6,
         Dtype::Bf16 => 8e-3,
         Dtype::F16 => 1e-3,
+        Dtype::F8 => 6e-2,
     };
     for (head_dim, page_size) in [(128, 16), (80, 16), (7, 3)] {
         let shape = CacheShape { head_dim, page_size, ..plain(dtype) };

@@ -3,7 +3,7 @@
 
 use super::exp::{exp, mul_add};
 use crate::book::StepHead;
-use crate::storage::{Element, Storage};
+use crate::storage::{Element, Page, Storage};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
@@ -70,7 +70,7 @@ pub struct Run<'a, E, const L: usize> {
 
 /// One segment.
 struct Segment<'a, E> {
-    pages: Vec<(&'a [E], &'a [E])>,
+    pages: Vec<Page<'a, E>>,
     page_size: usize,
     dim: usize,
     /// Live rows; the rest of the last page is stale.
@@ -181,6 +181,12 @@ impl Tile<'_> {
                 }
             }
             (part[0], part[1]) = softmax::<S, L>(weights);
+            if E::SCALED {
+                let scales = segment.pages.iter().flat_map(|page| page.value_scales());
+                for (weight, scale) in weights[..segment.len].iter_mut().zip(scales) {
+                    *weight = if *weight == 0.0 { 0.0 } else { *weight * scale };
+                }
+            }
             part[2..].fill(0.0);
         }
         if hides {
@@ -212,7 +218,7 @@ impl Tile<'_> {
         let blocks = segment
             .pages
             .iter()
-            .flat_map(|(keys, values)| keys.chunks_exact(len).zip(values.chunks_exact(len)));
+            .flat_map(|page| page.keys.chunks_exact(len).zip(page.values.chunks_exact(len)));
         let mut touched = 0;
         for (block, (keys, values)) in blocks.enumerate() {
             let mut sums = [[0.0f32; L]; T];
@@ -232,6 +238,12 @@ impl Tile<'_> {
             }
         }
         std::hint::black_box(touched);
+        if E::SCALED {
+            for scores in scores.chunks_exact_mut(padded) {
+                let scales = segment.pages.iter().flat_map(|page| page.key_scales());
+                scores.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
+            }
+        }
     }
 
     /// Adds the values of the live rows to `part`. Where the step's own later tokens are among them (`HIDES`), a weight
@@ -245,7 +257,7 @@ impl Tile<'_> {
     ) {
         let (dim, width) = (segment.dim, State::width(segment.dim));
         let padded = weights.len() / T;
-        for (page, (_, values)) in segment.pages.iter().enumerate() {
+        for (page, values) in segment.pages.iter().map(|page| page.values).enumerate() {
             let start = page * segment.page_size;
             let live = segment.page_size.min(segment.len - start);
             let weights: [&[f32]; T] =

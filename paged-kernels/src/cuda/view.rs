@@ -17,6 +17,7 @@ impl Dtype {
             Self::F32 => 0,
             Self::Bf16 => 1,
             Self::F16 => 2,
+            Self::F8 => 3,
         }
     }
 }
@@ -88,7 +89,8 @@ impl<'a> DeviceView<'a> {
     /// tensor `tensor.data_ptr() as u64`.
     ///
     /// # Errors
-    /// [`Error::Address`] for a null or unaligned address of a tensor that has elements.
+    /// [`Error::Address`] for a null or unaligned address of a tensor that has elements; [`Error::StoredOnly`] for
+    /// [`Dtype::F8`].
     ///
     /// # Safety
     /// While `'a` lasts and until the stream of the cache has done what the view is handed to, the memory must be the
@@ -99,6 +101,9 @@ impl<'a> DeviceView<'a> {
         shape: [usize; 3],
         strides: [usize; 2],
     ) -> Result<Self> {
+        if dtype == Dtype::F8 {
+            return Err(Error::StoredOnly { dtype });
+        }
         let empty = shape.contains(&0);
         if !empty && (address == 0 || !address.is_multiple_of(dtype.bytes() as u64)) {
             return Err(Error::Address { address, dtype });

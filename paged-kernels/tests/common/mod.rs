@@ -28,7 +28,10 @@ pub fn plain(dtype: Dtype) -> CacheShape {
     CacheShape { layers: 1, query_heads: 2, page_size: 16, ..small(dtype) }
 }
 
-pub const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+pub const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F8];
+
+/// Those that views have.
+pub const VIEWED: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::F16];
 
 /// Builds a backend.
 pub type New<B> = dyn Fn(CacheShape) -> Result<B>;
@@ -189,11 +192,15 @@ impl<B: PagedAttention> Twins<B> {
         values: &[f32],
         drops: &[bool],
     ) {
-        let CacheShape { kv_heads, head_dim, .. } = *self.backend.shape();
+        let CacheShape { kv_heads, head_dim, dtype, .. } = *self.backend.shape();
         for head in 0..kv_heads {
             for i in range.clone().map(|token| head * tokens + token) {
-                let row = i * head_dim..(i + 1) * head_dim;
-                let token = (keys[row.clone()].to_vec(), values[row].to_vec(), drops[i]);
+                let stored = |rows: &[f32]| {
+                    let mut row = rows[i * head_dim..][..head_dim].to_vec();
+                    dtype.round(&mut row);
+                    row
+                };
+                let token = (stored(keys), stored(values), drops[i]);
                 self.texts.get_mut(&sequence).expect("lives")[layer * kv_heads + head].push(token);
             }
         }

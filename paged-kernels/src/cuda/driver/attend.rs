@@ -17,33 +17,45 @@ const STREAM_F16: [&str; 2] = [
     concat!(include_str!("../../../kernels/stream_f16.compute_80.ptx"), "\0"),
     concat!(include_str!("../../../kernels/stream_f16.compute_90.ptx"), "\0"),
 ];
+const STREAM_F8: [&str; 2] = [
+    concat!(include_str!("../../../kernels/stream_f8.compute_80.ptx"), "\0"),
+    concat!(include_str!("../../../kernels/stream_f8.compute_90.ptx"), "\0"),
+];
+
 /// Whether the fast kernels, which take 16 rows of a page at once, are made for such pages.
 pub(super) fn in_slabs(page_size: u32) -> bool {
     page_size.is_power_of_two() && page_size >= SLAB as u32
 }
 
-/// Its kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each. The first that fits is taken.
-const STREAM_KERNELS: [Stream<&CStr>; 8] = {
-    const fn kernel(
-        kernel: &CStr,
-        dim: usize,
-        group: usize,
-        team: usize,
-        stages: usize,
-    ) -> Stream<&CStr> {
-        Stream { kernel, dim, group, team, stages }
-    }
-    [
-        kernel(c"stream_attend_d64", 64, 8, 8, 4),
-        kernel(c"stream_attend_wide_d64", 64, 16, 8, 4),
-        kernel(c"stream_attend_d96", 96, 8, 8, 3),
-        kernel(c"stream_attend_wide_d96", 96, 16, 8, 2),
-        kernel(c"stream_attend_d128", 128, 8, 8, 3),
-        kernel(c"stream_attend_wide_d128", 128, 16, 8, 2),
-        kernel(c"stream_attend_d256", 256, 8, 4, 3),
-        kernel(c"stream_attend_wide_d256", 256, 16, 4, 2),
-    ]
-};
+/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each. The first that fits is taken.
+const STREAM_KERNELS: [Stream<&CStr>; 8] = [
+    kernel(c"stream_attend_d64", 64, 8, 8, 4),
+    kernel(c"stream_attend_wide_d64", 64, 16, 8, 4),
+    kernel(c"stream_attend_d96", 96, 8, 8, 3),
+    kernel(c"stream_attend_wide_d96", 96, 16, 8, 2),
+    kernel(c"stream_attend_d128", 128, 8, 8, 3),
+    kernel(c"stream_attend_wide_d128", 128, 16, 8, 2),
+    kernel(c"stream_attend_d256", 256, 8, 4, 3),
+    kernel(c"stream_attend_wide_d256", 256, 16, 4, 2),
+];
+const STREAM_F8_KERNELS: [Stream<&CStr>; 6] = [
+    kernel(c"stream_attend_d64", 64, 8, 8, 6),
+    kernel(c"stream_attend_wide_d64", 64, 16, 8, 5),
+    kernel(c"stream_attend_d96", 96, 8, 8, 5),
+    kernel(c"stream_attend_wide_d96", 96, 16, 8, 4),
+    kernel(c"stream_attend_d128", 128, 8, 8, 5),
+    kernel(c"stream_attend_wide_d128", 128, 16, 8, 4),
+];
+
+const fn kernel(
+    kernel: &CStr,
+    dim: usize,
+    group: usize,
+    team: usize,
+    stages: usize,
+) -> Stream<&CStr> {
+    Stream { kernel, dim, group, team, stages }
+}
 
 /// 32-bit words of a head's record.
 pub const HEAD_WORDS: usize = 8;
@@ -62,10 +74,10 @@ pub(super) struct Stream<K> {
 }
 
 impl<K> Stream<K> {
-    /// A block's shared memory: slabs on their way, then each warp's sums.
-    fn shared(&self, group: usize) -> usize {
-        let pitch = self.dim.next_multiple_of(64) * 2;
-        let slab = 2 * SLAB * pitch;
+    /// A block's shared memory: slabs on their way, with the scales of eight-bit rows, then each warp's sums.
+    fn shared(&self, dtype: Dtype, group: usize) -> usize {
+        let pitch = (self.dim * dtype.bytes()).next_multiple_of(128);
+        let slab = 2 * SLAB * (pitch + if dtype == Dtype::F8 { 4 } else { 0 });
         self.team * (self.stages * slab + group * (self.dim + 2) * 4)
     }
 }
@@ -99,15 +111,16 @@ pub struct AttendStep<'a> {
 impl Device {
     /// Loads the fast kernels for the device's type, and gives the sizes of their structs.
     pub(super) fn load_fast(&mut self, shared: usize) -> Result<Vec<u32>> {
-        let images = match self.dtype {
+        let (images, kernels) = match self.dtype {
             Dtype::F32 => return Ok(Vec::new()),
-            Dtype::Bf16 => STREAM_BF16,
-            Dtype::F16 => STREAM_F16,
+            Dtype::Bf16 => (STREAM_BF16, &STREAM_KERNELS[..]),
+            Dtype::F16 => (STREAM_F16, &STREAM_KERNELS[..]),
+            Dtype::F8 => (STREAM_F8, &STREAM_F8_KERNELS[..]),
         };
         let module = load(images[usize::from(self.overlaps)])?;
         self.modules.push(module);
-        for stream in STREAM_KERNELS {
-            let bytes = stream.shared(stream.group);
+        for stream in kernels {
+            let bytes = stream.shared(self.dtype, stream.group);
             if bytes > shared {
                 continue; // a card with less room takes the next, or the plain kernel
             }
@@ -116,7 +129,7 @@ impl Device {
             // SAFETY: the function is of a module that is loaded.
             unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
                 .map_err(failed("cuFuncSetAttribute"))?;
-            let Stream { dim, group, team, stages, .. } = stream;
+            let &Stream { dim, group, team, stages, .. } = stream;
             self.streams.push(Stream { kernel, dim, group, team, stages });
         }
         self.sizes(function(module, c"stream_sizes")?, 2)
@@ -145,7 +158,7 @@ impl Device {
             let grid = Grid {
                 blocks: self.blocks,
                 threads: 32 * stream.team as u32,
-                shared: stream.shared(step.group) as u32,
+                shared: stream.shared(self.dtype, step.group) as u32,
                 overlaps: self.overlaps,
             };
             // SAFETY: as below; `shares` is the plan's, `parts` holds the parts of its cut, and `arrivals` a number
@@ -192,8 +205,10 @@ impl Device {
         let RawView { data, head_stride, token_stride, dtype, .. } = queries.raw();
         // Queries are read two at a time.
         let even = data % 4 == 0 && head_stride % 2 == 0 && token_stride % 2 == 0;
-        let code = self.dtype.code();
-        let made_for = (pool.dtype, dtype) == (code, code) && in_slabs(pool.page_size);
+        // Eight-bit keys meet their queries in bf16.
+        let queries = if self.dtype == Dtype::F8 { Dtype::Bf16 } else { self.dtype };
+        let made_for =
+            (pool.dtype, dtype) == (self.dtype.code(), queries.code()) && in_slabs(pool.page_size);
         let fits =
             |stream: &&Stream<_>| stream.dim == pool.dim as usize && step.group <= stream.group;
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?

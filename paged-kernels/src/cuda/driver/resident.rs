@@ -211,6 +211,17 @@ impl State {
             && head_stride % 8 == 0
             && token_stride % 8 == 0
     }
+
+    /// Whether rows of `view` become eight-bit floats, read 8 bytes at a time.
+    fn narrows(&self, view: &DeviceView<'_>) -> bool {
+        let RawView { data, head_stride, token_stride, dtype, .. } = view.raw();
+        (self.pool.dtype, dtype) == (Dtype::F8.code(), Dtype::Bf16.code())
+            && self.pool.dim.is_multiple_of(4)
+            && self.pool.dim <= 256
+            && data % 8 == 0
+            && head_stride % 4 == 0
+            && token_stride % 4 == 0
+    }
 }
 
 /// Where a layer's new tokens go, `[H, N]` of each.
@@ -356,7 +367,9 @@ impl Device {
             layer: layer as u32,
             seat: seat as u32,
             tokens: tokens as u32,
-            wide: (state.wide(&keys) && state.wide(&values)).into(),
+            wide: ([&keys, &values].into_iter().all(|rows| state.wide(rows))
+                || [&keys, &values].into_iter().all(|rows| state.narrows(rows)))
+            .into(),
         };
         let blocks = Grid { blocks: heads, threads: ADMITTERS, shared: 0, overlaps: false };
         // SAFETY: the state's rooms are of its sizes, the views and bits hold what their shapes say, layer and seat

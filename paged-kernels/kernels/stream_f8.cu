@@ -1,0 +1,3 @@
+#include "stream.cuh"
+
+STREAM_SCALED_KERNELS(F8)
