@@ -6,13 +6,14 @@
 mod common;
 
 use anyhow::Result;
-use common::{assert_close, get, golden, logits, tensors};
+use common::{Tensors, assert_close, get, golden, logits, tensors};
 use kvzap::{Surrogate, Threshold, TorchSurrogate};
 use models::{
     CausalLm, Cpu, Decoder, Dense, Hooks, KvCache, Paged, Pruning, Weights, cache_shape, open,
 };
 use paged_kernels::PagedAttention;
 use serde::Deserialize;
+use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 /// A row of runs.json.
@@ -57,14 +58,22 @@ fn model() -> Result<Decoder> {
     Ok(Decoder::load(&Weights::new(source, Kind::Float, Device::Cpu)?)?)
 }
 
-fn runs() -> Result<Vec<Run>> {
-    Ok(serde_json::from_slice(&std::fs::read(golden("kvzap/runs.json"))?)?)
+/// The runs of both files, each with the tensors of its own.
+fn runs() -> Result<Vec<(Run, Rc<Tensors>)>> {
+    let mut all = Vec::new();
+    for file in ["runs", "long"] {
+        let runs = std::fs::read(golden(&format!("kvzap/{file}.json")))?;
+        let wanted = Rc::new(tensors(&format!("kvzap/{file}.safetensors"))?);
+        let runs = serde_json::from_slice::<Vec<Run>>(&runs)?;
+        all.extend(runs.into_iter().map(|run| (run, wanted.clone())));
+    }
+    Ok(all)
 }
 
 #[test]
 fn dense_masks_the_tokens_that_kvpress_masks() -> Result<()> {
-    let (lm, wanted) = (model()?, tensors("kvzap/runs.safetensors")?);
-    for run in runs()? {
+    let lm = model()?;
+    for (run, wanted) in runs()? {
         let (hooks, mut cache) = (run.hooks()?, Dense::new(lm.config().layers, run.window));
         let dropped_at = get(&wanted, &format!("{}.dropped_at", run.name))?; // [L, H, tokens]
         for (pass, (at, count)) in run.passes().into_iter().enumerate() {
@@ -99,8 +108,8 @@ fn kept_rows(run: &Run, all: &[Tensor]) -> Tensor {
 
 #[test]
 fn both_caches_give_the_logits_of_kvpress() -> Result<()> {
-    let (lm, wanted) = (model()?, tensors("kvzap/runs.safetensors")?);
-    for run in runs()? {
+    let lm = model()?;
+    for (run, wanted) in runs()? {
         let hooks = run.hooks()?;
         let total = (run.prompt + run.forwards.iter().sum::<i64>()) as usize;
         let shape = cache_shape(lm.config(), total, run.window, Kind::Float)?;
@@ -122,8 +131,8 @@ fn both_caches_give_the_logits_of_kvpress() -> Result<()> {
 
 #[test]
 fn paged_holds_as_many_rows_a_head_as_kvpress_leaves() -> Result<()> {
-    let (lm, wanted) = (model()?, tensors("kvzap/runs.safetensors")?);
-    for run in runs()? {
+    let lm = model()?;
+    for (run, wanted) in runs()? {
         let hooks = run.hooks()?;
         let total = (run.prompt + run.forwards.iter().sum::<i64>()) as usize;
         let shape = cache_shape(lm.config(), total, run.window, Kind::Float)?;

@@ -12,8 +12,11 @@ pub fn golden(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
 }
 
+/// The tensors of a golden file, by name.
+pub type Tensors = HashMap<String, Tensor>;
+
 /// The tensors of a golden file.
-pub fn tensors(path: &str) -> Result<HashMap<String, Tensor>> {
+pub fn tensors(path: &str) -> Result<Tensors> {
     Ok(Tensor::read_safetensors(golden(path))?.into_iter().collect())
 }
 
@@ -45,6 +48,6 @@ pub fn assert_close(found: &Tensor, wanted: &Tensor, bound: f64, what: &str) {
 }
 
 /// A tensor of a golden file by name.
-pub fn get<'a>(tensors: &'a HashMap<String, Tensor>, name: &str) -> Result<&'a Tensor> {
+pub fn get<'a>(tensors: &'a Tensors, name: &str) -> Result<&'a Tensor> {
     tensors.get(name).with_context(|| format!("the golden file has no tensor {name}"))
 }

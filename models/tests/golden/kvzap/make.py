@@ -14,6 +14,7 @@ runs.safetensors   ids           i64 [512]      one stream, the same for all run
                    {name}.logits  f32 [rows, vocab]  row r is fed after r tokens beyond the prompt, r of `rows`
                    {name}.scores  f32 [L, H, tokens] of the tokens kvpress scored (decoding off: the prompt), for linear
                                   and mlp runs with `decoding`
+long.json, long.safetensors  a generation of 600 tokens, the same way, see long.py; dropped_at is i16 [L, H, tokens]
 target.safetensors the KVzip+ training target of KVzap, see target.py
 """
 
@@ -76,12 +77,13 @@ class Recorder(KVzapPress):
         return torch.stack([torch.cat(self.seen[layer], dim=-1) for layer in range(LAYERS)])
 
 
-def run(model, surrogate, ids, prompt, forwards, threshold, decoding, window):
+def run(model, surrogate, ids, prompt, forwards, threshold, decoding, window, dtype=torch.uint8):
     """One prefill and `forwards` later ones under kvpress. Returns dropped_at, logits, scores, ratio."""
+    never = torch.iinfo(dtype).max
     recorder = Recorder()
     recorder.kvzap_model = surrogate
     press = DMSPress(recorder, threshold=threshold, sliding_window_size=window, decoding=decoding)
-    dropped_at = torch.full((LAYERS, HEADS, prompt + sum(forwards)), 255, dtype=torch.uint8)
+    dropped_at = torch.full((LAYERS, HEADS, prompt + sum(forwards)), never, dtype=dtype)
     cache, logits, at = DynamicCache(config=model.config), [], 0
     with press(model):
         for step, count in enumerate([prompt, *forwards]):
@@ -94,7 +96,7 @@ def run(model, surrogate, ids, prompt, forwards, threshold, decoding, window):
                     row = dropped_at[layer]
                     new = torch.zeros_like(row, dtype=torch.bool)
                     new[masked[1], masked[2]] = True
-                    row[new & (row == 255)] = step
+                    row[new & (row == never)] = step
     return dropped_at, torch.cat(logits), recorder.scores(), press.compression_ratio
 
 
@@ -152,6 +154,9 @@ def main():
     ids = torch.randint(0, VOCAB, (512,))
     runs(model, surrogates, ids)
     save_file(target(model, ids), HERE / "target.safetensors")
+    import long  # reads what was written, and this file
+
+    long.main()
 
 
 if __name__ == "__main__":
