@@ -25,6 +25,11 @@ impl TorchSurrogate {
         let modules = maps.map(|maps| maps.iter().map(affine).collect()).collect::<Result<_>>()?;
         Ok(Self { modules, hidden: surrogate.hidden() as i64, kind })
     }
+
+    /// Of each layer, its maps: weights `[outputs, inputs]` and biases `[outputs]`.
+    pub fn modules(&self) -> &[Vec<(Tensor, Tensor)>] {
+        &self.modules
+    }
 }
 
 impl Scorer<Tensor> for TorchSurrogate {

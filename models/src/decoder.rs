@@ -18,26 +18,26 @@ use tch::{Device, Kind, Tensor};
 /// A model of one of the families of [`Architecture`](crate::Architecture), its weights in one dtype on one device.
 #[derive(Debug)]
 pub struct Decoder {
-    config: Config,
-    frequencies: Frequencies,
+    pub(crate) config: Config,
+    pub(crate) frequencies: Frequencies,
     rotary: Rotary,
     /// Of each layer, the module that reads positions off hidden states, in its own dtype.
     repo: Vec<Option<GatedMlp>>,
-    embedding: Tensor, // [vocabulary, hidden]
-    blocks: Vec<Block>,
-    norm: RmsNorm,
-    head: Tensor, // [vocabulary, hidden]; the embedding itself where they are tied
+    pub(crate) embedding: Tensor, // [vocabulary, hidden]
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: RmsNorm,
+    pub(crate) head: Tensor, // [vocabulary, hidden]; the embedding itself where they are tied
 }
 
 #[derive(Debug)]
-struct Block {
-    attention_norm: RmsNorm,
-    qkv: Linear,
+pub(crate) struct Block {
+    pub attention_norm: RmsNorm,
+    pub qkv: Linear,
     /// Of queries and of keys: over each head, or over all of them, as its weight is wide.
-    qk_norms: Option<[RmsNorm; 2]>,
-    output: Linear,
-    mlp_norm: RmsNorm,
-    mlp: GatedMlp,
+    pub qk_norms: Option<[RmsNorm; 2]>,
+    pub output: Linear,
+    pub mlp_norm: RmsNorm,
+    pub mlp: GatedMlp,
 }
 
 /// Cosines and sines, `[batch, 1 or kv_heads, tokens, head_dim / 2]`.

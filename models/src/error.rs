@@ -247,6 +247,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A model that the decode step on the card does not know.
+    #[error("the card's decode step has no {what}; {advice}")]
+    Step {
+        /// What it does not have.
+        what: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
+
     /// Drop bits of another shape than the text that they are for.
     #[error(
         "drop bits are {found:?}, expected {wanted:?}; take them from scores of this very text"

@@ -17,6 +17,11 @@ use std::path::{Component, Path, PathBuf};
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 
+/// The shapes and constants of a folder that need not hold weights.
+pub(crate) fn config(path: &Path) -> Result<Config> {
+    config::read(path)
+}
+
 /// An opened Hugging Face folder.
 #[derive(Debug)]
 pub struct Folder {

@@ -26,6 +26,13 @@ impl Linear {
         Ok(Self { weight: Tensor::f_cat(&weights, 0)?, bias })
     }
 
+    /// The same tensors once more.
+    #[cfg(feature = "cuda")]
+    pub fn shallow_clone(&self) -> Self {
+        let Self { weight, bias } = self;
+        Self { weight: weight.shallow_clone(), bias: bias.as_ref().map(Tensor::shallow_clone) }
+    }
+
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         linear(x, &self.weight, self.bias.as_ref())
     }
@@ -99,6 +106,11 @@ impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if let Some(out) = self.rows(x)? {
             return Ok(out);
+        }
+        if x.device().is_cuda() {
+            // One kernel, whose product with the weight is rounded once.
+            let width = self.weight.size();
+            return Ok(x.f_internal_fused_rms_norm(width, Some(&self.weight), self.epsilon)?.0);
         }
         let (kind, wide) = (x.kind(), x.f_to_kind(tch::Kind::Float)?);
         let scale = wide

@@ -2,6 +2,8 @@
 
 mod bridge;
 mod cache;
+#[cfg(feature = "cuda")]
+mod card;
 mod causal_lm;
 mod chat;
 mod config;
@@ -20,12 +22,15 @@ mod model;
 mod overlay;
 mod paged;
 mod positions;
+mod random;
 mod sampling;
 mod session;
 mod tokenizer;
 mod weights;
 
 pub use cache::{Dense, KvCache, Usage};
+#[cfg(feature = "cuda")]
+pub use card::{CardCache, CardExecutor, Gates, Place, Room, Step, StepTokens, Token, resident};
 pub use causal_lm::{Attend, CausalLm, Pass, Whose};
 pub use chat::{ChatTemplate, Message, RenderOptions};
 pub use config::{Architecture, Config, RopeScaling};
@@ -40,6 +45,7 @@ pub use overlay::Overlay;
 pub use paged::{Paged, cache_shape};
 pub use paged_kernels::{Cpu, Reference};
 pub use positions::LayerPositions;
+pub use random::Random;
 pub use sampling::{Sampler, Sampling};
 pub use session::{Generated, Session, Stop};
 pub use tokenizer::{GgufVocabulary, Specials, Tokenizer};

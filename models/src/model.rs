@@ -48,8 +48,8 @@ impl Model {
         let source = open(path)?;
         let (tokenizer, template) = match &source {
             Source::Gguf(file) => from_gguf(file)?,
-            Source::Folder(folder) => {
-                let path = folder.path();
+            Source::Folder(_) | Source::Random(_) => {
+                let path = source.path();
                 (
                     Tokenizer::from_file(&path.join("tokenizer.json"))?,
                     ChatTemplate::from_folder(path)?,

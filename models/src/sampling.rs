@@ -44,6 +44,14 @@ impl Sampler {
         Ok(Self { sampling, random })
     }
 
+    /// The random number that the next [`sample`](Self::sample) would use, where the drawing is done elsewhere; 0 where it
+    /// would use none.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn chance(&mut self) -> f64 {
+        let greedy = self.sampling.temperature == 0.0 || self.sampling.top_k == 1;
+        if greedy { 0.0 } else { self.random.random() }
+    }
+
     /// The next token by its scores, `[vocabulary]`. The lowest id wins a tie.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         let best = argmax(logits).ok_or(Error::NoLogits)?;

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::gguf::Gguf;
 use crate::overlay::Overlay;
+use crate::random::Random;
 pub(crate) use encoding::{Encoding, READABLE};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
@@ -37,6 +38,8 @@ pub enum Source {
     Gguf(Gguf),
     /// A Hugging Face folder.
     Folder(Folder),
+    /// The config of a folder, and a seed for what is not in it.
+    Random(Random),
 }
 
 impl Source {
@@ -45,6 +48,7 @@ impl Source {
         match self {
             Self::Gguf(gguf) => gguf.config(),
             Self::Folder(folder) => folder.config(),
+            Self::Random(random) => random.config(),
         }
     }
 
@@ -53,6 +57,7 @@ impl Source {
         match self {
             Self::Gguf(gguf) => gguf.path(),
             Self::Folder(folder) => folder.path(),
+            Self::Random(random) => random.path(),
         }
     }
 
@@ -62,13 +67,14 @@ impl Source {
         match self {
             Self::Gguf(gguf) => gguf.has(name),
             Self::Folder(folder) => folder.has(name),
+            Self::Random(_) => false,
         }
     }
 
     /// What someone who loads this should be told, a line each; empty for nearly every model.
     pub fn notes(&self) -> &[String] {
         match self {
-            Self::Gguf(_) => &[],
+            Self::Gguf(_) | Self::Random(_) => &[],
             Self::Folder(folder) => folder.notes(),
         }
     }
@@ -78,6 +84,7 @@ impl Source {
         let mut all: Vec<_> = match self {
             Self::Gguf(gguf) => gguf.all().collect(),
             Self::Folder(folder) => folder.names().filter_map(|n| folder.stored(n).ok()).collect(),
+            Self::Random(_) => Vec::new(),
         };
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
@@ -87,6 +94,11 @@ impl Source {
         match self {
             Self::Gguf(gguf) => gguf.stored(name),
             Self::Folder(folder) => folder.stored(name),
+            Self::Random(random) => Err(Error::MissingTensor {
+                path: random.path().to_owned(),
+                tensor: name.to_owned(),
+                advice: "random weights have no learned positions and no overlay",
+            }),
         }
     }
 }
@@ -149,6 +161,9 @@ impl Weights {
 
     /// The same in a dtype of its own.
     pub(crate) fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        if let (Source::Random(random), None) = (&self.source, &self.overlay) {
+            return random.tensor(name, shape, kind, self.device);
+        }
         let stored = self.stored(name)?;
         if !stored.shape.iter().map(|&n| i64::try_from(n).ok()).eq(shape.iter().map(|&n| Some(n))) {
             return Err(Error::WrongShape {

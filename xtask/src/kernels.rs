@@ -19,7 +19,6 @@ const TOOLKIT: &str = "nvcc-13.0.88";
 const PROGRAMS: &[&str] = &["bin/nvcc", "bin/cudafe++", "bin/ptxas", "nvvm/bin/cicc"];
 const INSTEAD: &str = "leave the kernels as they are: the committed PTX needs no compiler";
 
-const SOURCES: &str = "paged-kernels/kernels";
 const LOCK: &str = "kernels.lock";
 const RULES: &str = "xtask/kernels.txt";
 
@@ -42,33 +41,38 @@ pub fn kernels(arguments: &[String]) -> Result<()> {
     };
     let rules = Rules::read()?;
     let toolkit = toolkit()?;
-    let sources = sh::root().join(SOURCES);
     let stage = Stage::open(&cache::root()?)?;
     let breaches = parallel(&rules.products, |product| {
         let made = stage.path.join(product.file());
-        product.compile(&toolkit, &sources, &made)?;
+        product.compile(&toolkit, &made)?;
         rules.judge(product, &toolkit, &made)
     })?;
-    if check {
-        for product in &rules.products {
-            let same =
-                |name| fs::read(stage.path.join(name)).ok() == fs::read(sources.join(name)).ok();
-            if !same(product.file().as_str()) {
-                bail!("{SOURCES}/{} is stale: run `cargo xtask kernels`", product.file());
+    for folder in rules.folders() {
+        let sources = sh::root().join(folder);
+        let products = || rules.products.iter().filter(|product| product.folder == folder);
+        if check {
+            for product in products() {
+                let same = |name| {
+                    fs::read(stage.path.join(name)).ok() == fs::read(sources.join(name)).ok()
+                };
+                if !same(product.file().as_str()) {
+                    bail!("{folder}/{} is stale: run `cargo xtask kernels`", product.file());
+                }
             }
+            if fs::read_to_string(sources.join(LOCK)).ok() != Some(lock(folder)?) {
+                bail!("{folder}/{LOCK} is stale: run `cargo xtask kernels`");
+            }
+            continue;
         }
-        if fs::read_to_string(sources.join(LOCK)).ok() != Some(lock()?) {
-            bail!("{SOURCES}/{LOCK} is stale: run `cargo xtask kernels`");
-        }
-    } else {
-        for old in files()?.iter().filter(|name| name.ends_with(".ptx")) {
+        for old in files(folder)?.iter().filter(|name| name.ends_with(".ptx")) {
             fs::remove_file(sources.join(old)).with_context(|| format!("cannot remove {old}"))?;
         }
-        for product in &rules.products {
+        for product in products() {
             let (made, to) = (stage.path.join(product.file()), sources.join(product.file()));
             fs::copy(made, &to).with_context(|| format!("cannot write {}", to.display()))?;
         }
-        fs::write(sources.join(LOCK), lock()?).with_context(|| format!("cannot write {LOCK}"))?;
+        let lock = lock(folder)?;
+        fs::write(sources.join(LOCK), lock).with_context(|| format!("cannot write {LOCK}"))?;
     }
     match breaches.concat() {
         none if none.is_empty() => Ok(()),
@@ -96,6 +100,7 @@ fn toolkit() -> Result<PathBuf> {
 /// What is made of one source for one virtual architecture.
 #[derive(Debug, PartialEq)]
 struct Product {
+    folder: String,
     source: String,
     target: String,
 }
@@ -105,10 +110,12 @@ impl Product {
         format!("{}.{}.ptx", self.source.trim_end_matches(".cu"), self.target)
     }
 
-    fn compile(&self, toolkit: &Path, sources: &Path, to: &Path) -> Result<()> {
+    fn compile(&self, toolkit: &Path, to: &Path) -> Result<()> {
         let mut nvcc = Command::new(toolkit.join("bin/nvcc"));
         // By a relative name, so that the checkout's place is not in the PTX.
-        nvcc.current_dir(sources).args(FLAGS.split(' ')).arg(format!("-arch={}", self.target));
+        nvcc.current_dir(sh::root().join(&self.folder))
+            .args(FLAGS.split(' '))
+            .arg(format!("-arch={}", self.target));
         nvcc.env_remove("NVCC_APPEND_FLAGS").env_remove("NVCC_PREPEND_FLAGS");
         sh::run(nvcc.arg(&self.source).arg("-o").arg(to))
     }
@@ -137,18 +144,20 @@ impl Rules {
 
     fn parse(text: &str) -> Result<Self> {
         let mut rules = Self::default();
+        let mut folder = "";
         for (number, line) in (1..).zip(text.lines()) {
             let words: Vec<&str> = line.split_whitespace().collect();
             match *words {
                 [] => {}
                 [word, ..] if word.starts_with('#') => {}
+                ["in", name] => folder = name,
                 ["compile", source, ref targets @ ..] if !targets.is_empty() => {
                     for target in targets {
                         if !JUDGED_ON.iter().any(|(known, _)| known == target) {
                             bail!("line {number}: no card is known to judge `{target}` on");
                         }
-                        let (source, target) = (source.into(), (*target).into());
-                        rules.products.push(Product { source, target });
+                        let [folder, source, target] = [folder, source, target].map(String::from);
+                        rules.products.push(Product { folder, source, target });
                     }
                 }
                 ["budget", prefix, registers, shared] => rules.budgets.push(Budget {
@@ -160,6 +169,14 @@ impl Rules {
             }
         }
         Ok(rules)
+    }
+
+    /// Where there are sources.
+    fn folders(&self) -> Vec<&str> {
+        let mut folders: Vec<_> =
+            self.products.iter().map(|product| product.folder.as_str()).collect();
+        folders.dedup();
+        folders
     }
 
     /// What is wrong with a product's kernels on the cards it is for.
@@ -267,9 +284,9 @@ fn parallel<T: Sync, R: Send>(
 }
 
 /// Names of sources, headers and PTX, sorted.
-fn files() -> Result<Vec<String>> {
-    let folder = sh::root().join(SOURCES);
-    let entries = fs::read_dir(&folder).with_context(|| format!("cannot list {SOURCES}"))?;
+fn files(folder: &str) -> Result<Vec<String>> {
+    let entries =
+        fs::read_dir(sh::root().join(folder)).with_context(|| format!("cannot list {folder}"))?;
     let mut names = Vec::new();
     for entry in entries {
         names.push(entry.context("cannot list the kernels")?.file_name().to_string_lossy().into());
@@ -280,10 +297,10 @@ fn files() -> Result<Vec<String>> {
 }
 
 /// What the lock file must say of the files as they are: git's hash of each.
-fn lock() -> Result<String> {
-    let files = files()?;
+fn lock(folder: &str) -> Result<String> {
+    let files = files(folder)?;
     let mut git = sh::command("git");
-    git.current_dir(sh::root().join(SOURCES)).args(["hash-object", "--no-filters", "--"]);
+    git.current_dir(sh::root().join(folder)).args(["hash-object", "--no-filters", "--"]);
     let hashes = sh::read(git.args(&files))?;
     let mut text = String::from(
         "# Written by `cargo xtask kernels`: what the PTX was made of, with git's hashes.\n",
@@ -301,20 +318,24 @@ mod tests {
 
     #[test]
     fn the_ptx_was_made_of_these_sources() {
-        let committed = fs::read_to_string(sh::root().join(SOURCES).join(LOCK)).unwrap();
-        assert_eq!(committed, lock().unwrap(), "run `cargo xtask kernels`");
-        let mut products: Vec<_> =
-            Rules::read().unwrap().products.iter().map(Product::file).collect();
-        products.sort();
-        let mut ptx = files().unwrap();
-        ptx.retain(|name| name.ends_with(".ptx"));
-        assert_eq!(ptx, products, "run `cargo xtask kernels`");
+        let rules = Rules::read().unwrap();
+        for folder in rules.folders() {
+            let committed = fs::read_to_string(sh::root().join(folder).join(LOCK)).unwrap();
+            assert_eq!(committed, lock(folder).unwrap(), "run `cargo xtask kernels`");
+            let own = rules.products.iter().filter(|product| product.folder == folder);
+            let mut products: Vec<_> = own.map(Product::file).collect();
+            products.sort();
+            let mut ptx = files(folder).unwrap();
+            ptx.retain(|name| name.ends_with(".ptx"));
+            assert_eq!(ptx, products, "run `cargo xtask kernels`");
+        }
     }
 
     #[test]
     fn rules_are_read_and_nonsense_is_refused_by_line() {
-        let rules = Rules::parse("# a\n\ncompile a.cu compute_80 compute_90a\nbudget a_ 64 1024\n")
-            .unwrap();
+        let rules =
+            Rules::parse("# a\n\nin a/b\ncompile a.cu compute_80 compute_90a\nbudget a_ 64 1024\n")
+                .unwrap();
         let files: Vec<_> = rules.products.iter().map(Product::file).collect();
         assert_eq!(files, ["a.compute_80.ptx", "a.compute_90a.ptx"]);
         for bad in

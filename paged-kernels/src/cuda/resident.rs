@@ -136,6 +136,11 @@ impl Resident {
         &self.shape
     }
 
+    /// What it has room for besides its pages.
+    pub fn seats(&self) -> Seats {
+        self.seats
+    }
+
     /// The stream that the cache works on.
     pub fn stream(&self) -> &Arc<CudaStream> {
         self.device.stream()
@@ -155,13 +160,18 @@ impl Resident {
         Ok(Sequence::at(seat, generation))
     }
 
-    pub(super) fn text(&mut self, sequence: Sequence) -> Result<&mut Text> {
-        match self.texts.get_mut(sequence.index()) {
+    fn check_text(&self, sequence: Sequence) -> Result<()> {
+        match self.texts.get(sequence.index()) {
             Some(Some(text)) if Sequence::at(sequence.index(), text.generation) == sequence => {
-                Ok(text)
+                Ok(())
             }
             _ => Err(Error::UnknownSequence),
         }
+    }
+
+    pub(super) fn text(&mut self, sequence: Sequence) -> Result<&mut Text> {
+        self.check_text(sequence)?;
+        self.texts[sequence.index()].as_mut().ok_or(Error::UnknownSequence)
     }
 
     fn check_layer(&self, found: usize) -> Result<()> {
@@ -397,6 +407,12 @@ impl Resident {
         Ok(self.state.counters(&self.device)?[0])
     }
 
+    /// Where the card keeps [`free_pages`](Self::free_pages) and [`missing`](Self::missing), two 32-bit numbers that what is
+    /// queued on the stream may read: to know them without waiting. The first may be negative once pages were missing.
+    pub fn counters(&self) -> u64 {
+        self.state.counters_address()
+    }
+
     /// Pages, and rows past a head's most tokens, that were wanted so far and not there. Waits for the card.
     ///
     /// # Errors
@@ -409,8 +425,8 @@ impl Resident {
     ///
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::Cuda`].
-    pub fn lengths(&mut self, sequence: Sequence) -> Result<Vec<usize>> {
-        self.text(sequence)?;
+    pub fn lengths(&self, sequence: Sequence) -> Result<Vec<usize>> {
+        self.check_text(sequence)?;
         Ok(self.lens(sequence)?.into_iter().map(|len| len as usize).collect())
     }
 }

@@ -155,6 +155,11 @@ impl State {
         Ok([counters[0] as usize, counters[1] as usize])
     }
 
+    /// Where the card has [`counters`](Self::counters), as two 32-bit numbers.
+    pub fn counters_address(&self) -> u64 {
+        self.counters.address
+    }
+
     /// Live rows, `[layers, H, seats]`.
     pub fn lens(&self, device: &Device) -> Result<Vec<u32>> {
         device.download(&self.lens, self.layers * self.kv_heads * self.seats)

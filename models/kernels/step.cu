@@ -1,0 +1,361 @@
+// What a decode step does besides attention, for a few new tokens, the columns: every kernel here reads weights once and is
+// as fast as memory. Mirrored in src/card/driver.rs.
+//
+// A product's tile is 16 rows of a weight for all columns. Eight warps share its inner dimension and meet in shared memory,
+// so what a column gets is the same whatever its neighbours and however many they are. A block fills a multiprocessor's half
+// and goes from tile to tile, each warp with a ring of asynchronous copies of its own that runs on over their ends: so the
+// next kernel's blocks lie beside this one's, and their rings are full when they may begin. Columns are the rows of mma.sync,
+// and the order of the inner dimension is free as long as both sides have the same, so a lane takes eight neighbouring
+// elements where the instruction's own order would give it pairs.
+//
+// A norm's factor is one number a column, so it is applied to the sums: what adds to the residual stream also leaves the
+// stream times the next norm's weight, and each tile's sum of squares.
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "rank.cuh"
+
+namespace step {
+
+constexpr int LANES = 32;
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * LANES;
+constexpr int ROWS = 16;     // of a tile
+constexpr int COLUMNS = 8;   // of a group
+constexpr int CHUNK = 32;   // of the inner dimension: eight elements for each lane of four
+
+using bf16 = __nv_bfloat16;
+
+__device__ void settle() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// c += a * b: 16 columns, a, and 8 rows of a weight, b.
+__device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ float warp_sum(float x) {
+#pragma unroll
+    for (int i = LANES / 2; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+
+}  // namespace step
+
+using namespace step;
+
+// What becomes of the sums.
+enum Kind : uint32_t {
+    STORE,  // out: bf16 [columns][rows + more], times the norm's factor, with bias
+    GATED,  // out: bf16 [columns][rows / 2] = silu(first half) * second half, times the norm's factor
+    ADD,    // residual += sums + bias; and what the next norm needs
+    SCORE,  // out: f32 [columns][rows], times the norm's factor; and the best of each column
+};
+
+struct Product {
+    const bf16 *weight;     // [rows][inner]
+    const bf16 *more;       // [more_rows][inner], rows that follow; or null
+    const bf16 *bias;       // [rows], or null
+    const bf16 *more_bias;  // [more_rows], or null
+    const bf16 *input;      // element i of column c: i / run * run_stride + c * column_stride + i % run
+    const float *squares;   // [columns][parts]: of the inputs before their norm; null where there is none
+    void *out;
+    float *residual;        // [columns][rows]
+    const bf16 *norm;       // [rows]: the next norm's weight
+    bf16 *normed;           // [columns][rows]: residual * norm
+    float *next_squares;    // [columns][tiles]
+    unsigned long long *best;  // [columns]
+    uint32_t tiles;
+    uint32_t rows;
+    uint32_t more_rows;
+    uint32_t inner;
+    uint32_t columns;
+    uint32_t run;
+    uint32_t run_stride;
+    uint32_t column_stride;
+    uint32_t parts;
+    uint32_t vocabulary;  // tokens below it may be the best
+    float epsilon;
+    uint32_t unused;
+};
+
+template <int KIND>
+__device__ uint32_t row_of(const Product &call, uint32_t tile, uint32_t i) {
+    // A tile of a gated product is eight rows of each half.
+    if (KIND == GATED) return tile * (ROWS / 2) + i % 8 + (i < 8 ? 0 : call.rows / 2);
+    return tile * ROWS + i;
+}
+
+// The factor of a column's norm, by a warp.
+__device__ float factor(const Product &call, uint32_t column) {
+    float sum = 0.0f;
+    for (uint32_t i = threadIdx.x % LANES; i < call.parts; i += LANES) sum += call.squares[column * call.parts + i];
+    return rsqrtf(warp_sum(sum) / float(call.inner) + call.epsilon);
+}
+
+// 32 elements of the inner dimension of each group's columns, a lane its eight.
+template <int GROUPS>
+__device__ void columns_of(const Product &call, uint32_t inner, uint4 (&a)[GROUPS]) {
+    const uint32_t lane = threadIdx.x % LANES, at = inner + lane % 4 * 8, run = at / call.run;
+    const bf16 *from = call.input + run * call.run_stride + at - run * call.run;
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        const uint32_t column = g * COLUMNS + lane / 4;
+        const bool there = at < call.inner && column < call.columns;
+        a[g] = there ? *reinterpret_cast<const uint4 *>(from + column * call.column_stride) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// What becomes of a tile's sums.
+template <int KIND, int GROUPS>
+__device__ void finish(const Product &call, uint32_t tile, const float *sums, const float *factors,
+                       float (&squares)[GROUPS][4][COLUMNS]) {
+    const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, total = call.rows + call.more_rows;
+    // A thread a row and column; four warps take a group of columns.
+    const uint32_t i = threadIdx.x % 128 / COLUMNS, within = threadIdx.x % COLUMNS, row = row_of<KIND>(call, tile, i);
+    for (uint32_t g = threadIdx.x / 128; g < GROUPS; g += 2) {
+        const uint32_t column = g * COLUMNS + within;
+        const bool there = row < total && column < call.columns;
+        const auto sum_of = [&](uint32_t i) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += sums[(w * ROWS + i) * GROUPS * COLUMNS + column];
+            return sum;
+        };
+        if (KIND == GATED) {
+            if (i >= 8 || column >= call.columns || row >= call.rows / 2) continue;
+            const float gate = sum_of(i) * factors[column], up = sum_of(i + 8) * factors[column];
+            static_cast<bf16 *>(call.out)[uint64_t(column) * (call.rows / 2) + row] =
+                __float2bfloat16(gate / (1.0f + __expf(-gate)) * up);
+            continue;
+        }
+        float sum = sum_of(i);
+        if (KIND == STORE) {
+            if (!there) continue;
+            sum *= factors[column];
+            if (row < call.rows) sum += call.bias ? __bfloat162float(call.bias[row]) : 0.0f;
+            else sum += call.more_bias ? __bfloat162float(call.more_bias[row - call.rows]) : 0.0f;
+            static_cast<bf16 *>(call.out)[uint64_t(column) * total + row] = __float2bfloat16(sum);
+        } else if (KIND == SCORE) {
+            if (there) static_cast<float *>(call.out)[uint64_t(column) * total + row] = sum *= factors[column];
+            unsigned long long best = there && row < call.vocabulary ? ranked(sum, row) : 0;
+            best = max(best, __shfl_xor_sync(~0u, best, 8));
+            best = max(best, __shfl_xor_sync(~0u, best, 16));
+            // Most tiles see at a glance that another was better.
+            if (lane < 8 && column < call.columns && best > *(volatile unsigned long long *)(call.best + column))
+                atomicMax(call.best + column, best);
+        } else {
+            float square = 0.0f;
+            if (there) {
+                const uint64_t at = uint64_t(column) * call.rows + row;
+                sum += call.residual[at] + (call.bias ? __bfloat162float(call.bias[row]) : 0.0f);
+                call.residual[at] = sum;
+                call.normed[at] = __float2bfloat16(sum * __bfloat162float(call.norm[row]));
+                square = sum * sum;
+            }
+            square += __shfl_xor_sync(~0u, square, 8);
+            square += __shfl_xor_sync(~0u, square, 16);
+            if (lane < 8) squares[g][warp % 4][lane] = square;
+        }
+    }
+    if (KIND == ADD) {
+        __syncthreads();
+        for (uint32_t column = threadIdx.x; column < call.columns; column += THREADS) {
+            const auto &all = squares[column / COLUMNS];
+            const uint32_t at = column % COLUMNS;
+            call.next_squares[column * call.tiles + tile] = all[0][at] + all[1][at] + all[2][at] + all[3][at];
+        }
+    }
+}
+
+// A warp's part of the ring: stages of 16 rows of 128 elements, whose 16-byte pieces lie so that no two lanes that read at once
+// meet in a bank.
+constexpr int STAGES = 3;
+constexpr int PIECE = 128;                     // of the inner dimension
+constexpr int STAGE_BYTES = ROWS * PIECE * 2;  // of a warp
+constexpr int LINES = STAGE_BYTES / (16 * LANES);  // copies of a lane for a stage
+
+__device__ uint32_t place_of(uint32_t row, uint32_t sixteenth) { return row * (PIECE * 2) + (sixteenth ^ (row & 1) << 2) * 16; }
+
+template <int KIND, int GROUPS>
+__device__ void product(const Product &call) {
+    constexpr int SUMS = WARPS * ROWS * GROUPS * COLUMNS;
+    extern __shared__ __align__(128) char shared[];
+    float *const sums = reinterpret_cast<float *>(shared + STAGES * WARPS * STAGE_BYTES);  // [2][warp][row][column]
+    __shared__ float factors[GROUPS * COLUMNS];
+    __shared__ float squares[2][GROUPS][4][COLUMNS];
+    const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quad = lane % 4;
+    const uint32_t total = call.rows + call.more_rows, pieces = (call.inner + PIECE - 1) / PIECE;
+    const uint32_t first = warp * pieces / WARPS, own = (warp + 1) * pieces / WARPS - first;
+    const uint32_t tiles = (call.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
+    const uint32_t ring = uint32_t(__cvta_generic_to_shared(shared)) + warp * STAGES * STAGE_BYTES;
+    start_next();
+
+    // What is asked for next: it runs ahead of what is multiplied, over the ends of tiles too.
+    uint32_t asked_tile = blockIdx.x, asked = 0, asked_stage = 0, left = tiles * own;
+    const auto ask = [&]() {
+        if (left > 0) {
+            left--;
+            const uint32_t at = (first + asked) * PIECE + lane % 16 * 8;
+#pragma unroll
+            for (int i = 0; i < LINES; i++) {
+                const uint32_t r = 2 * i + lane / 16;
+                // Past the last row the last one stands in, and its sums are dropped; past the last element are zeros.
+                const uint32_t row = min(row_of<KIND>(call, asked_tile, r), total - 1);
+                const bf16 *from = (row < call.rows ? call.weight + uint64_t(row) * call.inner
+                                                    : call.more + uint64_t(row - call.rows) * call.inner) + min(at, call.inner - 8);
+                const uint32_t to = ring + asked_stage * STAGE_BYTES + place_of(r, lane % 16);
+                asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                             "r"(at < call.inner ? 16 : 0) : "memory");
+            }
+            if (++asked == own) asked = 0, asked_tile += gridDim.x;
+            if (++asked_stage == STAGES) asked_stage = 0;
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) ask();
+    settle();
+    if (KIND != ADD)
+        for (uint32_t column = warp; column < call.columns; column += WARPS) {
+            const float x = call.squares ? factor(call, column) : 1.0f;
+            if (lane == 0) factors[column] = x;
+        }
+
+    uint32_t stage = 0;
+    for (uint32_t n = 0; n < tiles; n++) {
+        const uint32_t tile = blockIdx.x + n * gridDim.x;
+        float c[(GROUPS + 1) / 2][2][4] = {};
+        for (uint32_t piece = first; piece < first + own; piece++) {
+            uint4 a[PIECE / CHUNK][GROUPS];
+            if (GROUPS <= 2) {
+#pragma unroll
+                for (int j = 0; j < PIECE / CHUNK; j++) columns_of<GROUPS>(call, piece * PIECE + j * CHUNK, a[j]);
+            }
+            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < PIECE / CHUNK; j++) {
+                if (GROUPS > 2) columns_of<GROUPS>(call, piece * PIECE + j * CHUNK, a[j]);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    uint4 b;
+                    const uint32_t from = ring + stage * STAGE_BYTES + place_of(half * 8 + lane / 4, j * 4 + quad);
+                    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w) : "r"(from) : "memory");
+#pragma unroll
+                    for (int g = 0; g < GROUPS; g += 2) {
+                        const uint4 none = make_uint4(0, 0, 0, 0), x = a[j][g], y = g + 1 < GROUPS ? a[j][g + 1] : none;
+                        multiply(c[g / 2][half], x.x, y.x, x.y, y.y, b.x, b.y);
+                        multiply(c[g / 2][half], x.z, y.z, x.w, y.w, b.z, b.w);
+                    }
+                }
+            }
+            __syncwarp();
+            ask();
+            if (++stage == STAGES) stage = 0;
+        }
+        float *const mine = sums + n % 2 * SUMS;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t row = i / 2 * 8 + quad * 2 + i % 2, column = g * COLUMNS + lane / 4;
+                mine[(warp * ROWS + row) * GROUPS * COLUMNS + column] = c[g / 2][i / 2][g % 2 * 2 + i % 2];
+            }
+        }
+        __syncthreads();
+        finish<KIND, GROUPS>(call, tile, mine, factors, squares[n % 2]);
+    }
+}
+
+// By the columns that they have room for.
+#define PRODUCT(name, kind)                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) step_##name##_8(Product call) {             \
+        product<kind, 1>(call);                                                                          \
+    }                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) step_##name##_16(Product call) {            \
+        product<kind, 2>(call);                                                                          \
+    }                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_32(Product call) {            \
+        product<kind, 4>(call);                                                                          \
+    }                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_64(Product call) {            \
+        product<kind, 8>(call);                                                                          \
+    }
+
+PRODUCT(store, STORE)
+PRODUCT(gated, GATED)
+PRODUCT(add, ADD)
+PRODUCT(score, SCORE)
+
+struct Embed {
+    const bf16 *embedding;  // [vocabulary][width]
+    const uint32_t *tokens;  // [columns]
+    float *residual;         // [columns][width]
+    const bf16 *norm;        // [width]: of the first layer
+    bf16 *normed;            // [columns][width]
+    float *squares;          // [columns]
+    uint32_t width;
+    uint32_t vocabulary;
+};
+
+// A block a column.
+extern "C" __global__ void __launch_bounds__(THREADS) step_embed(Embed call) {
+    __shared__ float sums[WARPS];
+    start_next();
+    settle();
+    // A token that is none has been reported; whatever stands for it must lie within.
+    const uint32_t token = min(call.tokens[blockIdx.x], call.vocabulary - 1);
+    const bf16 *from = call.embedding + uint64_t(token) * call.width;
+    const uint64_t to = uint64_t(blockIdx.x) * call.width;
+    float sum = 0.0f;
+    for (uint32_t i = threadIdx.x; i < call.width; i += THREADS) {
+        const float x = __bfloat162float(from[i]);
+        call.residual[to + i] = x;
+        call.normed[to + i] = __float2bfloat16(x * __bfloat162float(call.norm[i]));
+        sum += x * x;
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % LANES == 0) sums[threadIdx.x / LANES] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 1; i < WARPS; i++) sum += sums[i];
+    call.squares[blockIdx.x] = sum;
+}
+
+struct Seat {
+    uint32_t *tokens;       // [columns]: of the batch before, then of the next
+    const int32_t *from;    // [columns]: the place before of a text that goes on; negative for a new one
+    const uint32_t *fresh;  // [columns]: the tokens of new ones
+    uint32_t columns;
+};
+
+// Seats another batch. One block, a thread a column.
+extern "C" __global__ void step_seat(Seat call) {
+    const uint32_t i = threadIdx.x;
+    const int32_t from = i < call.columns ? call.from[i] : -1;
+    const uint32_t token = from >= 0 ? call.tokens[from] : i < call.columns ? call.fresh[i] : 0;
+    __syncthreads();
+    if (i < call.columns) call.tokens[i] = token;
+}
+
+// Sizes of the structs above: the host's mirrors must agree.
+extern "C" __global__ void step_sizes(uint32_t *sizes) {
+    sizes[0] = sizeof(Product);
+    sizes[1] = sizeof(Embed);
+    sizes[2] = sizeof(Seat);
+}

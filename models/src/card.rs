@@ -1,0 +1,29 @@
+//! Decoding on an NVIDIA card at the speed of its memory.
+//!
+//! libtorch reads prompts, of which launches are a small part. A step of one token a text is a hundred kernels that take
+//! microseconds each, so it runs outside libtorch: a graph that is captured once for each size of a batch and replayed, in
+//! which nothing waits for the host.
+
+mod cache;
+mod driver;
+mod executor;
+mod step;
+
+pub use cache::CardCache;
+pub use executor::{CardExecutor, Room};
+pub use step::{Gates, Place, Step, StepTokens, Token};
+
+use crate::error::Result;
+use cudarc::driver::CudaStream;
+use paged_kernels::{CacheShape, Resident, Seats};
+use std::sync::Arc;
+use tch::Device;
+
+/// A cache on the card that libtorch calls `device`, on a stream of its own.
+///
+/// # Errors
+/// Those of [`Resident::on`]; [`Error::NoCuda`](crate::Error::NoCuda) for another device.
+pub fn resident(device: Device, shape: CacheShape, seats: Seats) -> Result<Resident> {
+    let stream: Arc<CudaStream> = driver::stream(device)?;
+    Ok(Resident::on(stream, shape, seats)?)
+}
