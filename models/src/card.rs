@@ -7,6 +7,7 @@
 mod cache;
 mod driver;
 mod executor;
+mod memory;
 mod step;
 
 pub use cache::CardCache;
@@ -24,6 +25,6 @@ use tch::Device;
 /// # Errors
 /// Those of [`Resident::on`]; [`Error::NoCuda`](crate::Error::NoCuda) for another device.
 pub fn resident(device: Device, shape: CacheShape, seats: Seats) -> Result<Resident> {
-    let stream: Arc<CudaStream> = driver::stream(device)?;
+    let stream: Arc<CudaStream> = memory::stream(device)?;
     Ok(Resident::on(stream, shape, seats)?)
 }

@@ -1,6 +1,6 @@
 //! A text in a cache on the card, as libtorch's networks see it.
 
-use super::driver;
+use super::memory;
 use crate::cache::{KvCache, Usage, causal};
 use crate::error::{Error, Result};
 use paged_kernels::{Resident, Sequence};
@@ -50,10 +50,10 @@ impl<R: BorrowMut<Resident>> CardCache<R> {
         let words = words(keys, drops)?;
         let resident = self.resident.borrow_mut();
         let stream = resident.stream().clone();
-        driver::after_torch(&stream)?;
-        let bits = driver::bits(&words, self.pass.0)?;
-        resident.fill(self.sequence, layer, driver::rows(keys)?, driver::rows(values)?, bits)?;
-        driver::before_torch(&stream)
+        memory::after_torch(&stream)?;
+        let bits = memory::bits(&words, self.pass.0)?;
+        resident.fill(self.sequence, layer, memory::rows(keys)?, memory::rows(values)?, bits)?;
+        memory::before_torch(&stream)
     }
 
     /// Goes on with a first pass of `tokens` that another of these has begun.
@@ -102,13 +102,13 @@ impl<R: BorrowMut<Resident>> KvCache for CardCache<R> {
         let out = Tensor::f_empty(queries.size(), (queries.kind(), queries.device()))?;
         let resident = self.resident.borrow_mut();
         let stream = resident.stream().clone();
-        driver::after_torch(&stream)?;
-        let bits = driver::bits(&words, self.pass.0)?;
-        resident.append(layer, driver::rows(keys)?, driver::rows(values)?, Some(bits))?;
-        let seen = driver::rows(queries)?;
+        memory::after_torch(&stream)?;
+        let bits = memory::bits(&words, self.pass.0)?;
+        resident.append(layer, memory::rows(keys)?, memory::rows(values)?, Some(bits))?;
+        let seen = memory::rows(queries)?;
         let scale = (seen.shape()[2] as f32).powf(-0.5);
-        resident.attend(layer, seen, scale, driver::view_mut(&out, seen.shape())?, None)?;
-        driver::before_torch(&stream)?;
+        resident.attend(layer, seen, scale, memory::view_mut(&out, seen.shape())?, None)?;
+        memory::before_torch(&stream)?;
         Ok(out)
     }
 

@@ -1,9 +1,9 @@
 //! A step of one token for each text of a batch, as a graph.
 
 use super::driver::{
-    self, Draw, Draws, Embed, End, Input, Kernels, MOST_COLUMNS, Mailbox, Norm, Product, ROWS,
-    Stream,
+    self, Draw, Draws, Embed, End, Input, Kernels, MOST_COLUMNS, Norm, Product, ROWS, Stream,
 };
+use super::memory::{self, Mailbox};
 use crate::config::{Architecture, Config};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
@@ -230,7 +230,7 @@ impl Step {
             config,
         };
         // Weights and buffers come from libtorch's stream.
-        driver::after_torch(step.kernels.stream())?;
+        memory::after_torch(step.kernels.stream())?;
         Ok(step)
     }
 
@@ -301,11 +301,11 @@ impl Step {
 
     /// The last step's scores of each place of the batch, f32 `[places, vocabulary]`. Waits for the card.
     pub fn scores(&self) -> Result<Tensor> {
-        driver::before_torch(self.kernels.stream())?;
+        memory::before_torch(self.kernels.stream())?;
         let [places, vocabulary] = [self.places, self.config.vocab_size].map(|n| n as i64);
         let all = self.buffers.scores.f_narrow(0, 0, places * vocabulary)?;
         let scores = all.f_view([places, vocabulary])?.f_to_device(tch::Device::Cpu)?;
-        driver::after_torch(self.kernels.stream())?;
+        memory::after_torch(self.kernels.stream())?;
         Ok(scores)
     }
 
@@ -372,7 +372,7 @@ impl Step {
         let width = (query_heads + 2 * kv_heads) * head_dim;
         let units = first.map_or(0, |first| first.weight.size()[0] as usize);
         let stride = width + units;
-        let part = |from, width| driver::view(projected, from, [1, columns, width], [0, stride]);
+        let part = |from, width| memory::view(projected, from, [1, columns, width], [0, stride]);
         let norms = match &layer.qk_norms {
             Some([query, key]) => Some(HeadNorms {
                 query: row(query)?,
@@ -384,7 +384,7 @@ impl Step {
         let gate = match &layer.gate {
             Some(gate) => Some(Gate {
                 units: part(width, units)?,
-                second: driver::view(&gate.second, 0, [1, kv_heads, units], [0, units])?,
+                second: memory::view(&gate.second, 0, [1, kv_heads, units], [0, units])?,
                 bias: row(&gate.bias)?,
                 rule: gate.rule,
             }),
@@ -393,15 +393,15 @@ impl Step {
         let projected = Projected {
             qkv: part(0, width)?,
             norms,
-            positions: driver::view(positions, 0, [1, columns, 1], [columns, 1])?,
+            positions: memory::view(positions, 0, [1, columns, 1], [columns, 1])?,
             inverse: row(&self.inverse)?,
             gate,
         };
         let shape = [query_heads, columns, head_dim];
-        cache.append_fused(i, projected, &mut driver::view_mut(queries, shape)?)?;
-        let seen = driver::view(queries, 0, shape, [columns * head_dim, head_dim])?;
+        cache.append_fused(i, projected, &mut memory::view_mut(queries, shape)?)?;
+        let seen = memory::view(queries, 0, shape, [columns * head_dim, head_dim])?;
         let scale = (head_dim as f32).powf(-0.5);
-        cache.attend(i, seen, scale, driver::view_mut(attended, shape)?, None)?;
+        cache.attend(i, seen, scale, memory::view_mut(attended, shape)?, None)?;
         let input = Input {
             tensor: attended,
             run: head_dim,
@@ -445,7 +445,7 @@ fn plain(tensor: &Tensor, width: usize) -> Input<'_> {
 /// A vector.
 fn row(tensor: &Tensor) -> Result<DeviceView<'_>> {
     let width = tensor.numel();
-    driver::view(tensor, 0, [1, 1, width], [width, width])
+    memory::view(tensor, 0, [1, 1, width], [width, width])
 }
 
 /// Says what of a model the graph doesn't have.
