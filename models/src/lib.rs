@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod branches;
 mod bridge;
 mod cache;
 #[cfg(feature = "cuda")]
@@ -28,6 +29,7 @@ mod session;
 mod tokenizer;
 mod weights;
 
+pub use branches::{Branches, Turn};
 pub use cache::{Dense, KvCache, Usage};
 #[cfg(feature = "cuda")]
 pub use card::{CardCache, CardExecutor, Gates, Place, Room, Step, StepTokens, Token, resident};

@@ -2,6 +2,7 @@
 
 use crate::cache::KvCache;
 use crate::causal_lm::CausalLm;
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::sampling::Sampler;
@@ -54,17 +55,7 @@ impl<'m> Session<'m> {
     /// Reads `tokens`: the first call is the prefill, after which the cache is pruned; later calls see what
     /// was kept. Errors leave the session unusable.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
-        let config = self.model.config();
-        if tokens.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let wanted = self.cache.tokens() + tokens.len();
-        if wanted > config.max_positions {
-            return Err(Error::ContextTooLong { wanted, limit: config.max_positions });
-        }
-        if let Some(&id) = tokens.iter().find(|&&id| id as usize >= config.vocab_size) {
-            return Err(Error::UnknownToken { id, vocabulary: config.vocab_size });
-        }
+        check(self.model.config(), self.cache.tokens(), tokens.len(), tokens)?;
         let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
         let input = Tensor::f_from_slice(&ids)?.f_to_device(self.device)?.f_unsqueeze(0)?;
         if tokens.len() == 1 { awake(|| self.forward(&input)) } else { self.forward(&input) }
@@ -130,13 +121,7 @@ impl<'m> Session<'m> {
         let mut found = Vec::with_capacity(tokens.len());
         for &token in tokens {
             let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
-            let logits = &logits[..vocabulary.min(logits.len())];
-            let Some(&own) = logits.get(token as usize) else {
-                return Err(Error::UnknownToken { id: token, vocabulary: logits.len() });
-            };
-            let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
-            found.push(f64::from(own - highest) - sum.ln());
+            found.push(log_probability(logits, vocabulary, token)?);
             self.feed(&[token])?;
         }
         Ok(found)
@@ -160,6 +145,32 @@ impl std::fmt::Debug for Session<'_> {
             .field("usage", &self.cache.usage())
             .finish_non_exhaustive()
     }
+}
+
+/// That a text which has read `read` tokens can read `more`, and that the model has `ids`.
+pub(crate) fn check(config: &Config, read: usize, more: usize, ids: &[u32]) -> Result<()> {
+    if more == 0 {
+        return Err(Error::EmptyPrompt);
+    }
+    let (wanted, limit) = (read + more, config.max_positions);
+    if wanted > limit {
+        return Err(Error::ContextTooLong { wanted, limit });
+    }
+    match ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        Some(&id) => Err(Error::UnknownToken { id, vocabulary: config.vocab_size }),
+        None => Ok(()),
+    }
+}
+
+/// The natural logarithm of the probability of `token` among the ids under `vocabulary`.
+pub(crate) fn log_probability(logits: &[f32], vocabulary: usize, token: u32) -> Result<f64> {
+    let logits = &logits[..vocabulary.min(logits.len())];
+    let Some(&own) = logits.get(token as usize) else {
+        return Err(Error::UnknownToken { id: token, vocabulary: logits.len() });
+    };
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+    Ok(f64::from(own - highest) - sum.ln())
 }
 
 /// Runs `work` while rayon's threads look for its tasks without falling asleep: a decode step has some 200 of them, each
