@@ -22,12 +22,16 @@ pub struct Answer {
     pub first_dropped: f64,
     /// Bytes of keys and values held then.
     pub kv_bytes: usize,
+    /// Rows that each kv head of each layer held then, `[layers][kv_heads]`; empty where it is not known.
+    pub kept: Vec<Vec<usize>>,
     /// Seconds to read the context.
     pub prefill_seconds: f64,
     /// The mean negative log-likelihood of a token of the sample's `likelihood_of`, in nats.
     pub nll: Option<f64>,
     /// Tokens written, and the seconds that the steps between them took.
     pub decode: (usize, f64),
+    /// How many methods shared these seconds of reading and were written side by side; 0 and 1 are this one alone.
+    pub together: usize,
 }
 
 /// Asks samples `0..count` of `task`; `each` sees every answer and its score as it comes.

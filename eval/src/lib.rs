@@ -1,8 +1,11 @@
 #![doc = include_str!("../README.md")]
 
 mod fit;
+#[cfg(feature = "models")]
+mod fnv;
 mod generate;
 mod haystack;
+mod intervals;
 pub mod metrics;
 mod records;
 pub mod report;
@@ -19,6 +22,8 @@ mod method;
 mod positions;
 #[cfg(feature = "models")]
 mod runner;
+#[cfg(feature = "models")]
+mod together;
 
 pub use generate::{Answer, Generate, run};
 pub use haystack::{Haystack, documents};
@@ -37,3 +42,5 @@ pub use method::{FirstToken, Method};
 pub use positions::{Head, Near, Positions};
 #[cfg(feature = "models")]
 pub use runner::{Reading, Runner};
+#[cfg(feature = "models")]
+pub use together::{Asked, Shared, Together};

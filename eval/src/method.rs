@@ -109,6 +109,20 @@ impl Method {
         window: usize,
         while_decoding: bool,
     ) -> Result<(Hooks, FirstToken)> {
+        let Some(scorer) = self.scorer(model, surrogate)? else {
+            return Ok((Hooks::default(), FirstToken::default()));
+        };
+        let first = FirstToken::default();
+        let policy = Box::new(Watched { policy: self.policy(window)?, first: first.clone() });
+        Ok((Hooks::pruning(Pruning { scorer, policy, while_decoding }), first))
+    }
+
+    /// What scores tokens; `None` where nothing is forgotten. Methods of one name score alike.
+    pub(crate) fn scorer(
+        &self,
+        model: &Model,
+        surrogate: Option<&Surrogate>,
+    ) -> Result<Option<TorchScorer>> {
         let learned = || -> Result<TorchScorer> {
             let surrogate =
                 surrogate.context("KVzap needs a surrogate: give --surrogate FOLDER")?;
@@ -116,29 +130,34 @@ impl Method {
             surrogate.check(config.layers, config.hidden_size, config.kv_heads)?;
             Ok(Box::new(TorchSurrogate::new(surrogate, model.kind, model.device)?))
         };
-        let budget = |remove, scope| -> Result<TorchPolicy> {
-            Ok(Box::new(Budget::new(remove, window, scope)?))
-        };
-        let (scorer, policy): (TorchScorer, _) = match *self {
-            Self::Full => return Ok((Hooks::default(), FirstToken::default())),
-            Self::Kvzap { threshold } => (learned()?, Box::new(Threshold::new(threshold)?) as _),
-            Self::KvzapBudget { remove } => (learned()?, budget(remove, Scope::Layer)?),
-            Self::Random { remove, seed } => {
-                (Box::new(Random::new(seed)), budget(remove, Scope::Head)?)
-            }
-            Self::Recency { remove } => {
-                (Box::new(StreamingLlm::new(4)), budget(remove, Scope::Head)?)
+        Ok(Some(match *self {
+            Self::Full => return Ok(None),
+            Self::Kvzap { .. } | Self::KvzapBudget { .. } => learned()?,
+            Self::Random { seed, .. } => Box::new(Random::new(seed)),
+            Self::Recency { .. } => Box::new(StreamingLlm::new(4)),
+            Self::Baseline { name, .. } => baseline(name)?.2(model)?,
+        }))
+    }
+
+    /// What decides by their scores.
+    pub(crate) fn policy(&self, window: usize) -> Result<TorchPolicy> {
+        Ok(match *self {
+            Self::Full => Box::new(Threshold::new(f32::NEG_INFINITY)?),
+            Self::Kvzap { threshold } => Box::new(Threshold::new(threshold)?),
+            Self::KvzapBudget { remove } => Box::new(Budget::new(remove, window, Scope::Layer)?),
+            Self::Random { remove, .. } | Self::Recency { remove } => {
+                Box::new(Budget::new(remove, window, Scope::Head)?)
             }
             Self::Baseline { name, remove } => {
-                let known = BASELINES.iter().find(|(known, ..)| *known == name);
-                let (_, rule, scorer) = known.context("this baseline is not in the table")?;
-                (scorer(model)?, Box::new(Allocation::new(remove, window, 0, *rule)?))
+                Box::new(Allocation::new(remove, window, 0, baseline(name)?.1)?)
             }
-        };
-        let first = FirstToken::default();
-        let policy = Box::new(Watched { policy, first: first.clone() });
-        Ok((Hooks::pruning(Pruning { scorer, policy, while_decoding }), first))
+        })
     }
+}
+
+fn baseline(name: &str) -> Result<&'static Baseline> {
+    let known = BASELINES.iter().find(|(known, ..)| *known == name);
+    known.context("this baseline is not in the table")
 }
 
 /// In how many heads a prefill's first token was judged, and in how many it goes.
@@ -156,8 +175,8 @@ impl FirstToken {
     }
 }
 
-type TorchScorer = Box<dyn Scorer<Tensor> + Send>;
-type TorchPolicy = Box<dyn Policy<Tensor, Drops = Tensor> + Send>;
+pub(crate) type TorchScorer = Box<dyn Scorer<Tensor> + Send>;
+pub(crate) type TorchPolicy = Box<dyn Policy<Tensor, Drops = Tensor> + Send>;
 
 struct Watched {
     policy: TorchPolicy,

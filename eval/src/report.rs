@@ -7,11 +7,11 @@ mod published;
 #[cfg(test)]
 mod tests;
 
+use crate::intervals::Interval;
 use crate::metrics::percent;
 use crate::results::{Journal, Row, Settings, by_task, read_predictions};
 use crate::tasks::ruler;
 use anyhow::{Context, Result, bail, ensure};
-use bootstrap::Interval;
 use minijinja::{Environment, context};
 use serde::Serialize;
 use serde_json::Value;

@@ -45,10 +45,16 @@ pub struct Row {
     pub context_tokens: usize,
     /// Bytes of keys and values held after it was read.
     pub kv_bytes: usize,
+    /// Rows that each kv head of each layer held then, `[layers][kv_heads]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<Vec<usize>>,
     /// Seconds to read it; of a context of several questions each row has the whole.
     pub prefill_seconds: f64,
     /// Tokens written.
     pub new_tokens: usize,
     /// Seconds to write them.
     pub decode_seconds: f64,
+    /// How many methods shared these seconds of reading and were written side by side; 0 and 1 are this one alone.
+    #[serde(default)]
+    pub together: usize,
 }

@@ -82,11 +82,10 @@ impl Suite<'_> {
         groups.iter().skip(shard.number - 1).step_by(shard.of)
     }
 
-    /// The samples of a group that the journal lacks, with their indices.
-    pub fn left(&self, group: &Group, journal: &Journal) -> Result<Vec<(u64, Sample)>> {
-        let task = &self.tasks[group.task];
-        let left = group.indices.iter().filter(|index| !journal.has(task.name(), **index));
-        left.map(|index| Ok((*index, task.sample(*index)?))).collect()
+    /// The samples of a group that the journal lacks.
+    pub fn lacks(&self, group: &Group, journal: &Journal) -> Vec<u64> {
+        let task = self.tasks[group.task].name();
+        group.indices.iter().copied().filter(|index| !journal.has(task, *index)).collect()
     }
 
     /// Scores an answer and writes it to the journal; returns the score.
@@ -120,9 +119,11 @@ fn row(task: &str, index: u64, sample: Sample, answer: Answer, score: f64) -> Ro
         nll: answer.nll,
         context_tokens: answer.context_tokens,
         kv_bytes: answer.kv_bytes,
+        kept: answer.kept,
         prefill_seconds: answer.prefill_seconds,
         new_tokens: answer.decode.0,
         decode_seconds: answer.decode.1,
+        together: answer.together,
     }
 }
 

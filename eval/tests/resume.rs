@@ -51,7 +51,10 @@ impl Bench {
             .args(["eval", "--threads", "1", "--window", "16", "--model"])
             .arg(self.path("model"));
         command.arg("--data").arg(self.path("samples.jsonl")).arg("--out").arg(self.path(out));
-        command.args(["--method", "full", "recency"]).args(more);
+        if !more.contains(&"--method") {
+            command.args(["--method", "full", "recency"]);
+        }
+        command.args(more);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -75,7 +78,7 @@ impl Bench {
             let (_, mut rows) = Journal::merged(&folder).unwrap();
             rows.sort_by(|a, b| (&a.task, a.index).cmp(&(&b.task, b.index)));
             for row in &mut rows {
-                (row.prefill_seconds, row.decode_seconds) = (0.0, 0.0);
+                (row.prefill_seconds, row.decode_seconds, row.together) = (0.0, 0.0, 0);
             }
             rows
         })
@@ -151,6 +154,34 @@ fn a_run_that_is_killed_at_any_moment_loses_no_sample_and_runs_none_twice() {
     assert!(grown.len() > 1, "the kills came too late or too early to show anything: {grown:?}");
     bench.finish("killed", &[]);
     assert_eq!(lines(), 2 * (1 + TASKS.len() * SAMPLES), "nothing is left to do");
+}
+
+#[test]
+fn methods_that_share_a_reading_answer_as_each_does_alone() {
+    let bench = Bench::new();
+    // Greedy, this model writes one token again and again.
+    let warm = ["--temperature", "0.8"];
+    for more in [&warm[..], &[&warm[..], &["--prune-while-decoding"]].concat()] {
+        let out = |what: &str| format!("{what}{}", more.len());
+        let methods = |names: &[&'static str]| [more, &["--method"], names].concat();
+        bench.finish(&out("together"), &methods(&["full", "recency", "snapkv", "h2o"]));
+        let together = bench.rows(&out("together"));
+        // A part of the methods is there already, as after a kill between two answers of a sample.
+        for method in ["recency", "full"] {
+            bench.finish(&out("each"), &methods(&[method]));
+        }
+        assert_eq!(bench.rows(&out("each")), together, "{more:?}");
+        bench.finish(&out("some"), &[&methods(&["recency"])[..], &["--samples", "2"]].concat());
+        bench.finish(&out("some"), &methods(&["full", "recency"]));
+        assert_eq!(bench.rows(&out("some")), together, "{more:?}");
+        let texts = |rows: &[Row]| -> Vec<String> {
+            rows.iter().map(|row| row.predicted_answer.clone()).collect()
+        };
+        assert_ne!(texts(&together[0]), texts(&together[1]), "forgetting half changes nothing");
+        assert!(
+            together[1].iter().all(|row| row.kept.len() == 4 && row.kept[0] < row.context_tokens)
+        );
+    }
 }
 
 #[test]

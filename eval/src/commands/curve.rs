@@ -5,6 +5,7 @@ mod picture;
 mod probes;
 
 use super::{ModelArgs, beside, progress, table, write, write_json};
+use crate::intervals::{Interval, normal, wilson};
 use anyhow::{Context, Result, bail, ensure};
 use methods::{Methods, Variant};
 use models::{Dense, Fan, Hooks, KvCache, Model, WINDOW};
@@ -176,7 +177,7 @@ fn measure(args: &Args, model: &Model, methods: &Methods, probes: &Probes) -> Re
         let column = |index: usize| points.iter().map(|point| point[index]).collect::<Vec<f64>>();
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
         let scores = column(2);
-        let (low, high) = match probes.scored {
+        let Interval { mean: score, low, high } = match probes.scored {
             Scored::Right => wilson(scores.iter().sum(), scores.len()),
             Scored::Nats => normal(&scores),
         };
@@ -187,7 +188,7 @@ fn measure(args: &Args, model: &Model, methods: &Methods, probes: &Probes) -> Re
             asked: variant.asked,
             removed: mean(&column(0)),
             removed_of_judged: mean(&column(1)),
-            score: mean(&scores),
+            score,
             low,
             high,
             n: scores.len(),
@@ -257,24 +258,6 @@ fn removed(drops: &[Tensor]) -> Result<Vec<f64>> {
     Ok(Vec::try_from(&total.f_div_scalar(drops.len() as i64)?)?)
 }
 
-/// Wilson's 95 % interval for `right` of `n`.
-fn wilson(right: f64, n: usize) -> (f64, f64) {
-    const Z: f64 = 1.96;
-    let n = n as f64;
-    let (p, z2) = (right / n, Z * Z / n);
-    let (middle, half) = (p + z2 / 2.0, Z * (p * (1.0 - p) / n + z2 / (4.0 * n)).sqrt());
-    ((middle - half) / (1.0 + z2), (middle + half) / (1.0 + z2))
-}
-
-/// The 95 % interval of a mean.
-fn normal(values: &[f64]) -> (f64, f64) {
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-    let half = 1.96 * (variance / n).sqrt();
-    (mean - half, mean + half)
-}
-
 /// Methods down, shares across.
 fn print(rows: &[Row]) {
     let Some(first) = rows.first() else { return };
@@ -314,16 +297,6 @@ fn print(rows: &[Row]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn intervals_are_those_of_the_textbooks() {
-        let close = |(a, b): (f64, f64), (c, d): (f64, f64)| {
-            assert!((a - c).abs() < 5e-3 && (b - d).abs() < 5e-3, "{a} {b}");
-        };
-        close(wilson(19.0, 20), (0.764, 0.991));
-        close(wilson(0.0, 100), (0.0, 0.037));
-        close(normal(&[1.0, 2.0, 3.0]), (2.0 - 1.13, 2.0 + 1.13));
-    }
 
     #[test]
     fn shares_are_counted_over_layers_and_heads() {

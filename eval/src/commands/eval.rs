@@ -1,19 +1,21 @@
 //! `longctx eval`: benchmarks, for several methods side by side, resumable, in kvpress's layout of results.
 
+mod ask;
 mod data;
 mod list;
 
-use super::{ModelArgs, progress, surrogate, table, write_json};
+use super::{ModelArgs, surrogate, table, write, write_json};
+use crate::Method;
 use crate::metrics::percent;
 use crate::results::{self, Journal, Name, Row, Settings, by_task};
 use crate::suite::{Group, Shard, Suite};
-use crate::tasks::ruler::TooShort;
-use crate::{Method, Runner};
+use crate::tasks::{published, ruler::TooShort};
 use anyhow::{Context, Result, ensure};
 use clap::builder::PossibleValuesParser;
 use kvzap::Surrogate;
-use models::{Model, Sampling, Specials, WINDOW};
+use models::{Model, Specials, WINDOW};
 use serde_json::{Value, json};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Which benchmarks, with which methods.
@@ -52,6 +54,9 @@ pub struct Args {
     /// 0 takes the likeliest token; AIME is sampled at 0.6
     #[arg(long)]
     temperature: Option<f32>,
+    /// Ask nothing: write the samples as JSON lines, which --data and other harnesses read
+    #[arg(long, value_name = "FILE")]
+    write_samples: Option<PathBuf>,
     /// Folder of result folders
     #[arg(long, value_name = "FOLDER", default_value = "results")]
     out: PathBuf,
@@ -93,12 +98,15 @@ pub fn run(args: &Args) -> Result<()> {
     let count = |text: &str| Ok(model.tokenizer.encode(text, Specials::Text)?.len());
     let suites = args.data.suites(&material, &count)?;
 
+    if let Some(path) = &args.write_samples {
+        return write_samples(args, &suites, path);
+    }
     let mut tables = Vec::new();
     for suite in &suites {
         let groups = suite.groups(args.data.samples);
         let open = |method: &Method| open(args, suite, *method, &model, surrogate.as_ref());
         let mut runs = methods.iter().map(open).collect::<Result<Vec<_>>>()?;
-        let refused = ask(args, suite, &groups, &mut runs, &model, surrogate.as_ref())?;
+        let refused = ask::ask(args, suite, &groups, &mut runs, &model, surrogate.as_ref())?;
         let kept = |group: &&Group| !refused.iter().any(|(task, _)| *task == group.task);
         let wanted: usize = groups.iter().filter(kept).map(|group| group.indices.len()).sum();
         tables.push(finish(args, suite, &runs, wanted, &refused)?);
@@ -107,6 +115,26 @@ pub fn run(args: &Args) -> Result<()> {
         write_json(path, &json!({"settings": args.model()?.json(), "suites": tables}))?;
     }
     Ok(())
+}
+
+/// The first samples of every task; of one that does not fit its length none.
+fn write_samples(args: &Args, suites: &[Suite<'_>], path: &Path) -> Result<()> {
+    let mut lines = Vec::new();
+    for suite in suites {
+        for group in suite.groups(args.data.samples) {
+            let task = &suite.tasks[group.task];
+            for index in group.indices {
+                match task.sample(index) {
+                    Ok(sample) => writeln!(lines, "{}", published::record(task.name(), &sample))?,
+                    Err(error) => {
+                        let short: TooShort = error.downcast()?;
+                        eprintln!("note: {} sample {index} is left out: it {short}", task.name());
+                    }
+                }
+            }
+        }
+    }
+    write(path, &lines)
 }
 
 impl Args {
@@ -206,87 +234,6 @@ fn temperature(args: &Args, suite: &Suite<'_>) -> f32 {
     args.temperature.unwrap_or(if suite.dataset == "aime25" { 0.6 } else { 0.0 })
 }
 
-/// Answers all groups of the shard with every method; says which tasks do not fit their length.
-fn ask(
-    args: &Args,
-    suite: &Suite<'_>,
-    groups: &[Group],
-    runs: &mut [Run],
-    model: &Model,
-    surrogate: Option<&Surrogate>,
-) -> Result<Vec<(usize, TooShort)>> {
-    let mine: Vec<&Group> = Suite::shard(groups, args.shard).collect();
-    let lacks = |run: &Run, group: &Group| {
-        let task = suite.tasks[group.task].name();
-        group.indices.iter().filter(|index| !run.journal.has(task, **index)).count()
-    };
-    let left: usize = mine.iter().flat_map(|group| runs.iter().map(|run| lacks(run, group))).sum();
-    let bar = progress(left as u64, suite.dataset.clone());
-    let mut scores: Vec<Vec<f64>> = vec![Vec::new(); runs.len()];
-    let mut refused: Vec<(usize, TooShort)> = Vec::new();
-    for group in mine {
-        if refused.iter().any(|(task, _)| *task == group.task) {
-            continue;
-        }
-        let task = suite.tasks[group.task].name();
-        for (run, scores) in runs.iter_mut().zip(&mut scores) {
-            let samples = match suite.left(group, &run.journal) {
-                Ok(samples) => samples,
-                Err(error) => {
-                    let short: TooShort = error.downcast()?;
-                    refused.push((group.task, short));
-                    bar.suspend(|| eprintln!("note: {task} is left out: it {short}"));
-                    break;
-                }
-            };
-            let Some((first, sample)) = samples.first() else { continue };
-            let named = || format!("{task} sample {first}");
-            let own = if sample.max_new_tokens > 0 { sample.max_new_tokens } else { 64 };
-            let runner = Runner {
-                model,
-                surrogate,
-                method: run.method,
-                window: args.window,
-                while_decoding: while_decoding(args, suite),
-                limit: args.max_tokens.unwrap_or(own),
-                sampling: Sampling::default(),
-            };
-            let cut = args.data.cut(sample, runner.limit, model).with_context(named)?;
-            let context = cut.as_deref().unwrap_or(&sample.context);
-            let mut reading = runner.read(context).with_context(named)?;
-            if samples.len() > 1 {
-                reading.mark()?;
-            }
-            for (index, mut sample) in samples.iter().cloned() {
-                if cut.is_some() {
-                    sample.facts.insert("cut".into(), args.data.cut_name().into());
-                }
-                let sampling = sampling(args, suite, index);
-                let answer = reading
-                    .answer(&sample, runner.limit, &sampling)
-                    .with_context(|| format!("{task} sample {index}"))?;
-                scores.push(suite.record(group, &mut run.journal, index, &sample, answer)?);
-                bar.inc(1);
-            }
-        }
-        let score = |scores: &Vec<f64>| format!("{:.1}", percent(scores.iter().copied()));
-        let running: Vec<String> = scores.iter().map(score).collect();
-        bar.set_message(format!("{task} {}", running.join(" ")));
-    }
-    bar.finish_and_clear();
-    Ok(refused)
-}
-
-fn sampling(args: &Args, suite: &Suite<'_>, index: u64) -> Sampling {
-    let temperature = temperature(args, suite);
-    let seed = args.data.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index);
-    match suite.dataset.as_str() {
-        // Qwen3's own settings, with which kvpress runs AIME.
-        "aime25" => Sampling { temperature, top_k: 20, top_p: 0.95, seed },
-        _ => Sampling { temperature, seed, ..Sampling::default() },
-    }
-}
-
 /// Writes the files of every run that is complete, prints the table, and returns it.
 fn finish(
     args: &Args,
@@ -321,6 +268,12 @@ fn finish(
             "samples": rows.len(),
             "removed": mean(rows, |row| row.compression_ratio),
             "score": score(rows),
+            "kv_bytes": mean(rows, |row| row.kv_bytes as f64),
+            "context_tokens": mean(rows, |row| row.context_tokens as f64),
+            "new_tokens": mean(rows, |row| row.new_tokens as f64),
+            "prefill_seconds": mean(rows, |row| row.prefill_seconds),
+            "decode_seconds": mean(rows, |row| row.decode_seconds),
+            "together": rows.iter().map(|row| row.together).max(),
             "metrics": suite.summary.metrics(rows),
         })
     });

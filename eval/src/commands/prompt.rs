@@ -27,8 +27,12 @@ impl PromptArgs {
                     .context("cannot read standard input as UTF-8")?;
                 text
             }
-            (None, Some(path)) => std::fs::read_to_string(path)
-                .with_context(|| format!("cannot read {}", path.display()))?,
+            (None, Some(path)) => std::fs::read_to_string(path).with_context(|| {
+                let path = path.display();
+                format!(
+                    "cannot read {path}; --file takes a file of UTF-8 text, or - for standard input"
+                )
+            })?,
             (None, None) => bail!("nothing to read: give --prompt TEXT or --file FILE"),
         };
         if text.trim().is_empty() {

@@ -5,6 +5,7 @@ use crate::records::{Record, answers, files, groups, read, text};
 use crate::task::{Sample, Task};
 use crate::tasks::ruler;
 use anyhow::{Context, Result};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -40,6 +41,18 @@ impl Published {
         };
         tasks.into_iter().map(published).collect()
     }
+}
+
+/// A sample of `task` as a line of such a data set.
+pub fn record(task: &str, sample: &Sample) -> Value {
+    json!({
+        "context": sample.context,
+        "question": sample.question,
+        "answer_prefix": sample.answer_prefix,
+        "answer": sample.answers,
+        "task": task,
+        "max_new_tokens": sample.max_new_tokens,
+    })
 }
 
 fn sample(record: &Record) -> Result<Sample> {
@@ -81,7 +94,6 @@ impl Task for Published {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
 
     fn load(lines: &[Value]) -> Result<Vec<Published>> {
         let folder = tempfile::tempdir().unwrap();
@@ -92,6 +104,20 @@ mod tests {
 
     fn record(task: &str, context: &str, answer: Value) -> Value {
         json!({"context": context, "question": "Q? ", "answer_prefix": "Answer:", "answer": answer, "task": task, "max_new_tokens": 32})
+    }
+
+    #[test]
+    fn samples_that_were_written_are_read_again() {
+        let written = Sample {
+            context: "Some \"text\",\nin lines.".into(),
+            question: "Who? ".into(),
+            answer_prefix: "It is".into(),
+            answers: vec!["a".into(), "b".into()],
+            max_new_tokens: 7,
+            ..Sample::default()
+        };
+        let tasks = load(&[super::record("vt", &written)]).unwrap();
+        assert_eq!((tasks[0].name(), tasks[0].sample(0).unwrap()), ("vt", written));
     }
 
     #[test]

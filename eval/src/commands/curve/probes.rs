@@ -1,6 +1,7 @@
 //! What is asked of a pruned context: the tokens of a right answer, or of the text that follows.
 
 use super::Args;
+use crate::runner::context_ids;
 use crate::{Ruler, Task, Texts, documents};
 use anyhow::{Context, Result, ensure};
 use models::{Model, Specials};
@@ -100,7 +101,7 @@ impl<'a> Probes<'a> {
 
     /// Sample `index`; the same index gives the same sample.
     pub fn sample(&self, index: u64) -> Result<Probe> {
-        let Model { tokenizer, template, .. } = self.model;
+        let tokenizer = &self.model.tokenizer;
         let scored = self.scored;
         let (texts, name) = match &self.source {
             Source::Ruler(texts, name) => (texts, name),
@@ -114,17 +115,12 @@ impl<'a> Probes<'a> {
         };
         let count = |text: &str| Ok(tokenizer.encode(text, Specials::Text)?.len());
         let sample = Ruler::new(name, texts, &count, self.tokens, self.seed)?.sample(index)?;
-        let around = |text: &str| match template {
-            Some(template) => template.around(text),
-            None => Ok((text.to_owned(), "\n".to_owned())),
-        };
-        let encode = |text: &str| tokenizer.encode(text, Specials::Parse);
-        let (context, after) = around(&sample.context)?;
+        let (context, after) = context_ids(self.model, &sample.context)?;
         // The template's own tokens; what merges with the text counts as text.
-        let empty = encode(&around("")?.0)?;
-        let context = encode(&context)?;
+        let (empty, _) = context_ids(self.model, "")?;
         let prefix = empty.iter().zip(&context).take_while(|(a, b)| a == b).count();
-        let question = encode(&[&*sample.question, &after, &sample.answer_prefix].concat())?;
+        let question = [&*sample.question, &after, &sample.answer_prefix].concat();
+        let question = tokenizer.encode(&question, Specials::Parse)?;
         let answer = sample.answers.first().context("a sample without an answer")?;
         let target = tokenizer.encode(&format!(" {answer}"), Specials::Text)?;
         Ok(Probe { context, prefix, question, target, scored })

@@ -1,5 +1,6 @@
 //! From the command's words to suites of tasks.
 
+use crate::fnv::Fnv;
 use crate::metrics::BoxRule;
 use crate::results::{Settings, Summary};
 use crate::suite::Suite;
@@ -285,12 +286,8 @@ pub fn cache() -> PathBuf {
 /// Tells files apart that have the same name: FNV-1a over the names and sizes of all files below, and over a thousand places
 /// spread over each, so that gigabytes of weights take no time.
 pub fn fingerprint(path: &Path) -> Result<String> {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut add = |bytes: &[u8]| {
-        for &byte in bytes {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    };
+    let mut hash = Fnv::default();
+    let mut add = |bytes: &[u8]| hash.extend(bytes.iter().copied());
     let mut files = vec![path.to_owned()];
     if path.is_dir() {
         let entries = std::fs::read_dir(path).and_then(|e| e.map(|e| Ok(e?.path())).collect());
@@ -315,5 +312,5 @@ pub fn fingerprint(path: &Path) -> Result<String> {
             at += step;
         }
     }
-    Ok(format!("{hash:016x}"))
+    Ok(format!("{:016x}", hash.0))
 }

@@ -3,6 +3,7 @@
 use super::heat;
 use super::pieces::{Lengths, Pieces};
 use crate::commands::{ModelArgs, beside, progress, table, write, write_json};
+use crate::fnv::Fnv;
 use anyhow::{Context, Result, ensure};
 use kvzap::{
     Affine, Collector, Dtype, MlpFit, MlpSettings, Ridge, Rows, Samples, Surrogate, Threshold,
@@ -258,14 +259,13 @@ fn projections(model: &Model) -> Vec<Tensor> {
 
 /// A number that other weights do not have: FNV-1a over a few of each layer's.
 fn fingerprint(projections: &[Tensor]) -> Result<u64> {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut hash = Fnv::default();
     for projection in projections {
         let some = projection.f_view([-1])?.f_slice(0, None, None, 997)?.f_to_kind(Kind::Float)?;
-        for number in Vec::<f32>::try_from(&some.f_to_device(Device::Cpu)?)? {
-            hash = (hash ^ u64::from(number.to_bits())).wrapping_mul(0x100_0000_01b3);
-        }
+        let numbers = Vec::<f32>::try_from(&some.f_to_device(Device::Cpu)?)?;
+        hash.extend(numbers.into_iter().map(f32::to_bits));
     }
-    Ok(hash)
+    Ok(hash.0)
 }
 
 /// Reads `ids`, for a collector or for nothing but the time it takes.

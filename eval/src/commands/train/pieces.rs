@@ -1,6 +1,8 @@
 //! Pieces of text, and what stands around a piece that the model repeats.
 
 use crate::documents;
+use crate::fnv::Fnv;
+use crate::runner::context_ids;
 use anyhow::{Context, Result, bail, ensure};
 use kvzap::Spans;
 use models::{Model, Specials};
@@ -65,14 +67,10 @@ impl Pieces {
         together: usize,
         seed: u64,
     ) -> Result<Self> {
-        let (before, after) = match &model.template {
-            Some(template) => template.around("")?,
-            None => (String::new(), "\n".to_owned()),
-        };
         let tokenizer = &model.tokenizer;
-        let encode = |text: &str| tokenizer.encode(text, Specials::Parse);
-        let before = encode(&before)?;
-        let between = encode(&format!("\n\nRepeat the previous context exactly.{after}"))?;
+        let (before, after) = context_ids(model, "")?;
+        let between = format!("\n\nRepeat the previous context exactly.{after}");
+        let between = tokenizer.encode(&between, Specials::Parse)?;
         let (longest, limit) =
             (2 * lengths.most + before.len() + between.len(), model.lm.config().max_positions);
         ensure!(
@@ -165,9 +163,9 @@ impl Pieces {
     /// A number that other pieces do not have: FNV-1a over all ids.
     pub fn fingerprint(&self) -> u64 {
         let ids = self.texts.iter().flatten().chain(&self.before).chain(&self.between);
-        ids.fold(0xcbf2_9ce4_8422_2325, |hash, &id| {
-            (hash ^ u64::from(id)).wrapping_mul(0x100_0000_01b3)
-        })
+        let mut hash = Fnv::default();
+        hash.extend(ids.copied());
+        hash.0
     }
 }
 
