@@ -7,6 +7,7 @@ mod choice;
 mod classes;
 mod code;
 mod difflib;
+pub mod infinite;
 mod numbers;
 mod rouge;
 mod ruler;
@@ -15,7 +16,7 @@ mod token_f1;
 mod zh;
 
 pub use boxed::{BoxRule, boxed, same_integer};
-pub use choice::letter;
+pub use choice::says_letter;
 pub use classes::classes;
 pub use code::code_similarity;
 pub use numbers::{count, retrieval};

@@ -54,6 +54,12 @@ pub struct Line {
     tasks: BTreeMap<String, f64>,
     prefill_seconds: f64,
     decode_tokens_per_second: f64,
+    /// How many methods shared these seconds.
+    together: usize,
+    /// The share of the context that each kv head of each layer kept, in percent, `[layers][kv_heads]`.
+    kept: Vec<Vec<f64>>,
+    /// The same as a picture; empty where it is not known.
+    kept_map: String,
     kv_megabytes: f64,
     folder: String,
     settings: Settings,
@@ -77,6 +83,8 @@ struct Benchmark {
     chart: String,
     task_charts: Vec<(String, String)>,
     sources: Vec<&'static str>,
+    /// Whether a line tells what each head kept.
+    kept: bool,
 }
 
 /// The runs below a folder: journals of ours, and `predictions.csv` files of kvpress where there is no journal.
@@ -222,6 +230,7 @@ pub fn report(runs: &[Run], mut notes: Vec<String>) -> Result<Report> {
                 .into_iter()
                 .collect(),
             tasks: tasks.into_iter().collect(),
+            kept: lines.iter().any(|line| !line.kept.is_empty()),
             lines,
             chart,
             task_charts,
@@ -239,6 +248,7 @@ fn line(run: &Run, full: Option<&Run>) -> Line {
         .map(|(task, rows)| (task.to_owned(), percent(rows.iter().map(|row| row.score))));
     let tasks: BTreeMap<String, f64> = tasks.collect();
     let difference = full.filter(|full| full.folder != run.folder);
+    let kept = kept(rows);
     Line {
         benchmark: run.benchmark.clone(),
         press: run.press.clone(),
@@ -252,10 +262,32 @@ fn line(run: &Run, full: Option<&Run>) -> Line {
         prefill_seconds: mean(&|row| row.prefill_seconds),
         decode_tokens_per_second: mean(&|row| row.new_tokens as f64)
             / mean(&|row| row.decode_seconds).max(1e-9),
+        together: rows.iter().map(|row| row.together).max().unwrap_or(0).max(1),
+        kept_map: if kept.is_empty() {
+            String::new()
+        } else {
+            chart::heads(&format!("{} {}", run.press, run.level), &kept)
+        },
+        kept,
         kv_megabytes: mean(&|row| row.kv_bytes as f64) / 1e6,
         folder: run.folder.display().to_string(),
         settings: run.settings.clone(),
     }
+}
+
+/// The mean share of the context that each head kept, in percent, over the samples that tell it.
+fn kept(rows: &[Row]) -> Vec<Vec<f64>> {
+    let telling: Vec<&Row> = rows.iter().filter(|row| !row.kept.is_empty()).collect();
+    let Some(first) = telling.first() else { return Vec::new() };
+    let mut sums: Vec<Vec<f64>> = first.kept.iter().map(|heads| vec![0.0; heads.len()]).collect();
+    for row in &telling {
+        for (sums, heads) in sums.iter_mut().zip(&row.kept) {
+            for (sum, &rows) in sums.iter_mut().zip(heads) {
+                *sum += 100.0 * rows as f64 / (row.context_tokens * telling.len()) as f64;
+            }
+        }
+    }
+    sums
 }
 
 fn maps(runs: &[Run]) -> Vec<(String, String)> {
@@ -347,6 +379,10 @@ impl Report {
             pictures.push((name(""), chart::alone(&benchmark.chart)));
             for (part, svg) in &benchmark.task_charts {
                 pictures.push((name(part), chart::alone(svg)));
+            }
+            for line in benchmark.lines.iter().filter(|line| !line.kept.is_empty()) {
+                let part = format!("kept by {} {}", line.press, line.level);
+                pictures.push((name(&part), chart::alone(&line.kept_map)));
             }
         }
         for (name, svg) in &self.maps {

@@ -115,13 +115,15 @@ fn boxes_are_found_as_each_version_finds_them() {
 #[test]
 fn a_letter_is_found_with_and_without_parentheses() {
     for (text, wanted) in [
-        ("The correct answer is (B).", Some('B')),
-        ("**The correct answer is** C", Some('C')),
-        ("The correct answer is A, no: The correct answer is (D)", Some('D')),
-        ("B", None),
-        ("The correct answer is E", None),
+        ("The correct answer is (B).", "B"),
+        ("**The correct answer is** C", "C"),
+        ("The correct answer is A, no: The correct answer is (D)", "AD"),
+        ("B", ""),
+        ("The correct answer is E", ""),
     ] {
-        assert_eq!(letter(text), wanted, "{text}");
+        for letter in ["A", "B", "C", "D"] {
+            assert_eq!(says_letter(text, letter), wanted.contains(letter), "{text}");
+        }
     }
 }
 
@@ -146,10 +148,87 @@ fn no_text_is_an_error() {
         retrieval(text, "Paragraph 1");
         code_similarity(text, "x = 1");
         boxed(text, BoxRule::V055, true);
-        letter(text);
+        says_letter(text, "A");
+        infinite::is_word(text, "x");
+        infinite::first_number(text, "1.5");
+        infinite::numbers_in_order(text, &["1".into()]);
+        infinite::chooses_function(text, "A", "f");
+        infinite::chooses_option(text, "A", "x");
         #[cfg(feature = "chinese")]
         for score in [token_f1_zh, rouge_l_zh] {
             score(text, "我");
         }
+    }
+}
+
+#[test]
+fn infinitebench_reads_answers_as_its_own_scorers_do() {
+    use infinite::*;
+    let yes = |found: bool, wanted: bool, text: &str| assert_eq!(found, wanted, "{text}");
+    for (text, reference, wanted) in
+        [("It is \"ab-1\".", "ab-1", true), ("ab-12", "ab-1", false), ("", "x", false)]
+    {
+        yes(is_word(text, reference), wanted, text);
+    }
+    for (text, reference, wanted) in [
+        (" 071432, not 5", "71432", false),
+        ("key 71432.", "71432", true),
+        ("22000 122", "22000122", false),
+    ] {
+        yes(first_digits(text, reference), wanted, text);
+    }
+    for (text, reference, wanted) in [
+        ("The value is: -7.", "-7", true),
+        ("7 apples", "7", false),
+        ("`12`", "12", true),
+        ("", "1", false),
+    ] {
+        yes(last_number(text, reference), wanted, text);
+    }
+    for (text, reference, wanted) in [
+        ("about 12.5", "12.5", true),
+        ("3 or 4", "3", true),
+        ("none", "3", false),
+        ("12", "12.0", true),
+        ("3.5", "3", false),
+    ] {
+        yes(first_number(text, reference), wanted, text);
+    }
+    let list = |items: &[&str]| items.iter().map(|item| (*item).to_owned()).collect::<Vec<_>>();
+    near(numbers_in_order("[1, 4, 9]", &list(&["1", "4", "8"])), 0.666667);
+    near(numbers_in_order("1 4 8 9", &list(&["1", "4", "8"])), 1.0);
+    near(numbers_in_order("x", &list(&["1"])), 0.0);
+    yes(names_one("it is ace!", &list(&["ACE ROTHSTEIN", "ACE"])), true, "ace");
+    yes(names_one("rothstein", &list(&["ACE"])), false, "rothstein");
+    near(best_f1("The cat, sat!", &list(&["x", "a cat sat down"])), 0.8);
+    #[cfg(feature = "chinese")]
+    near(best_f1_zh("我爱，北京！", &list(&["我爱天安门"])), 0.444444);
+    for (text, wanted) in [
+        ("B", true),
+        ("The answer is: fn_a", true),
+        ("A or B\nC", true),
+        ("A\nB", false),
+        ("option B", true),
+        ("fn_a", true),
+        ("answer:", false),
+        ("it is: \"fn_a\"", true),
+        ("is:  x", false),
+    ] {
+        yes(chooses_function(text, "B", "fn_a"), wanted, text);
+    }
+    for (text, wanted) in [
+        ("C", true),
+        ("A, then C", true),
+        ("C, then A", true),
+        ("Cabbage", true),
+        ("Totty", true),
+        ("the answer is: Totty here", true),
+        ("answer is Totty", true),
+        ("the option is", false),
+        ("perhaps BC", false),
+        ("", false),
+        ("a\nA\nC", false),
+    ] {
+        yes(chooses_option(text, "C", "Totty"), wanted, text);
     }
 }

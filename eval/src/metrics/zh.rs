@@ -28,7 +28,7 @@ fn cut(text: &str) -> Vec<&str> {
     JIEBA.cut(text, true).into_iter().map(|token| token.word).collect()
 }
 
-fn normal(word: &str) -> String {
+pub(super) fn normal(word: &str) -> String {
     let kept =
         |c: &char| !c.is_ascii_punctuation() && !PUNCTUATION.contains(*c) && !super::is_space(*c);
     word.to_lowercase().chars().filter(kept).collect()

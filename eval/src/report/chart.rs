@@ -163,6 +163,43 @@ pub fn heat(title: &str, map: &BTreeMap<(u64, u64), Vec<f64>>) -> String {
     svg + "</svg>"
 }
 
+/// What each kv head, downwards, of each layer, to the right, kept, in percent.
+pub fn heads(title: &str, kept: &[Vec<f64>]) -> String {
+    let rows = kept.iter().map(Vec::len).max().unwrap_or(0);
+    let cell = (WIDTH - LEFT - RIGHT) / kept.len().max(1) as f64;
+    let line = cell.clamp(10.0, 18.0);
+    let height = TOP + line * rows as f64 + 40.0;
+    let mut svg = open(height, &format!("{title}: the share that each head of each layer kept"));
+    for (layer, heads) in kept.iter().enumerate() {
+        for (head, percent) in heads.iter().enumerate() {
+            let _ = write!(
+                svg,
+                "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\" fill=\"var(--c0)\" fill-opacity=\"{:.2}\"><title>\
+                 layer {layer}, kv head {head}: {percent:.1} % kept</title></rect>",
+                LEFT + cell * layer as f64,
+                TOP + line * head as f64,
+                cell - 1.0,
+                line - 1.0,
+                0.06 + 0.94 * percent / 100.0,
+            );
+        }
+    }
+    let under = TOP + line * rows as f64 + 16.0;
+    for layer in (0..kept.len()).step_by((kept.len() / 6).max(1)) {
+        let middle = LEFT + cell * (layer as f64 + 0.5);
+        let _ = write!(
+            svg,
+            "<text x=\"{middle:.1}\" y=\"{under:.1}\" text-anchor=\"middle\">{layer}</text>"
+        );
+    }
+    let _ = write!(
+        svg,
+        "<text class=\"faint\" x=\"{LEFT}\" y=\"{:.1}\">layer; downwards its kv heads; full colour is all kept</text>",
+        under + 18.0
+    );
+    svg + "</svg>"
+}
+
 /// A chart with its colours, for a file of its own.
 pub fn alone(svg: &str) -> String {
     let at = svg.find('>').map_or(0, |at| at + 1);

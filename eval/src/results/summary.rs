@@ -14,6 +14,10 @@ pub enum Summary {
     Number,
     /// A number for each of three ranges of length: LongBench-E.
     Lengths,
+    /// A share of 1: InfiniteBench, a task a run.
+    Share,
+    /// The same, and of each difficulty and range of length: LongBench-v2.
+    Groups,
     /// Counts of right and of answered samples, and pass@k over rollouts: AIME.
     Rollouts,
 }
@@ -22,14 +26,14 @@ impl Summary {
     /// kvpress's name for the column of right answers.
     pub(super) fn answers(self) -> &'static str {
         match self {
-            Self::StringMatch | Self::Rollouts => "answer",
+            Self::StringMatch | Self::Share | Self::Groups | Self::Rollouts => "answer",
             Self::Number | Self::Lengths => "answers",
         }
     }
 
     /// Whether that column holds a text instead of a list.
     pub(super) fn one_answer(self) -> bool {
-        self == Self::Rollouts
+        matches!(self, Self::Groups | Self::Rollouts)
     }
 
     /// What goes into `metrics.json`.
@@ -50,6 +54,22 @@ impl Summary {
                 Value::Object(by_task(rows).into_iter().map(task).collect())
             }
             Self::Number => percent(scores()).into(),
+            Self::Share => mean(scores()).into(),
+            Self::Groups => {
+                let mut found = json!({"average": mean(scores())});
+                for name in ["difficulty", "length"] {
+                    let mut groups: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+                    for row in rows {
+                        let group = row.facts.get(name).and_then(Value::as_str);
+                        groups.entry(group.unwrap_or_default()).or_default().push(row.score);
+                    }
+                    for (group, scores) in groups.into_iter().filter(|(group, _)| !group.is_empty())
+                    {
+                        found[group] = mean(scores).into();
+                    }
+                }
+                found
+            }
             Self::Lengths => {
                 let length =
                     |row: &&Row| row.facts.get("length").and_then(Value::as_u64).unwrap_or(0);
@@ -82,6 +102,11 @@ impl Summary {
             }
         }
     }
+}
+
+fn mean(scores: impl IntoIterator<Item = f64>) -> f64 {
+    let scores: Vec<f64> = scores.into_iter().collect();
+    scores.iter().sum::<f64>() / scores.len().max(1) as f64
 }
 
 /// The rows of each task.

@@ -173,6 +173,14 @@ fn each_benchmark_prints_what_kvpress_prints() {
         Summary::Rollouts.metrics(&rows(&[0.0, 1.0, 0.0, 0.0], &problems)),
         json!({"correct": 1, "answered": 1, "accuracy": 0.25, "total": 4, "pass@2": 0.5})
     );
+    let groups = [("easy", "short"), ("hard", "short"), ("hard", "long"), ("hard", "long")];
+    let groups = groups.map(|(hard, long)| json!({"difficulty": hard, "length": long}));
+    let of_groups = rows(&[1.0, 1.0, 0.0, 0.0], &groups);
+    assert_eq!(Summary::Share.metrics(&of_groups), json!(0.5));
+    assert_eq!(
+        Summary::Groups.metrics(&of_groups),
+        json!({"average": 0.5, "easy": 1.0, "hard": 1.0 / 3.0, "short": 1.0, "long": 0.0})
+    );
     let mut likely = vec![row("q", 0, 1.0), row("q", 1, 0.0)];
     (likely[0].nll, likely[1].nll) = (Some(1.0), Some(2.0));
     assert_eq!(

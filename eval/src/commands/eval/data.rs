@@ -5,8 +5,8 @@ use crate::metrics::BoxRule;
 use crate::results::{Settings, Summary};
 use crate::suite::Suite;
 use crate::{
-    Aime, Haystack, LongBench, Needle, NoisyQa, Published, Ruler, Sample, SharedContext, Task,
-    Texts,
+    Aime, Haystack, InfiniteBench, LongBench, LongBenchV2, Needle, NoisyQa, Published, Ruler,
+    Sample, SharedContext, Task, Texts,
 };
 use anyhow::{Context, Result, bail, ensure};
 use models::{Model, Specials};
@@ -73,6 +73,8 @@ pub enum TaskName {
     NoisyQa,
     SharedContext,
     Longbench,
+    LongbenchV2,
+    Infinitebench,
     Aime25,
 }
 
@@ -193,6 +195,23 @@ impl DataArgs {
                 };
                 files.iter().map(suite).collect()
             }
+            TaskName::LongbenchV2 => {
+                let task = LongBenchV2::load(published("LongBench-v2")?)?;
+                one("longbench-v2", "0shot".to_owned(), Summary::Groups, vec![Box::new(task)])
+            }
+            TaskName::Infinitebench => {
+                let files = crate::records::files(published("InfiniteBench")?)?;
+                let suite = |file: &PathBuf| {
+                    let task = InfiniteBench::load(file)?;
+                    Ok(Suite {
+                        dataset: "infinitebench".to_owned(),
+                        data_dir: task.name().to_owned(),
+                        tasks: vec![Box::new(task)],
+                        summary: Summary::Share,
+                    })
+                };
+                files.iter().map(suite).collect()
+            }
             TaskName::Aime25 => {
                 let task =
                     Aime::load(published("AIME25")?, self.rollouts, self.boxed, self.integers)?;
@@ -209,7 +228,7 @@ impl DataArgs {
         set("data_dir", suite.data_dir.clone().into());
         set("seed", self.seed.into());
         let published = match suite.dataset.as_str() {
-            "longbench" | "longbench-e" | "aime25" => true,
+            "longbench" | "longbench-e" | "longbench-v2" | "infinitebench" | "aime25" => true,
             dataset => dataset == "ruler" && self.data.is_some(),
         };
         if published {

@@ -2,7 +2,7 @@
 
 use super::super::{DeviceName, DtypeName, ModelArgs, table};
 use super::data::{cache, texts_folder};
-use crate::{LongBench, Method, Ruler, Runner};
+use crate::{InfiniteBench, LongBench, Method, Reading, Ruler, Runner};
 use anyhow::Result;
 use models::{Sampling, WINDOW};
 use std::path::PathBuf;
@@ -20,6 +20,7 @@ struct Listed {
 pub fn list() -> Result<()> {
     let ruler: Vec<_> = Ruler::names().collect();
     let longbench: Vec<_> = LongBench::names().collect();
+    let infinitebench: Vec<_> = InfiniteBench::names().collect();
     let listed = [
         Listed {
             name: "ruler",
@@ -64,6 +65,20 @@ pub fn list() -> Result<()> {
             prompts: [420.0, 6000.0, 120.0],
         },
         Listed {
+            name: "longbench-v2",
+            tasks: "questions with four options".to_owned(),
+            needs: &[],
+            published: "--data PATH: THUDM/LongBench-v2's or simonjegou/LongBench-v2's JSON lines",
+            prompts: [20.0, 100_000.0, 16.0],
+        },
+        Listed {
+            name: "infinitebench",
+            tasks: infinitebench.join(", "),
+            needs: &[],
+            published: "--data PATH: InfiniteBench's or MaxJeblick/InfiniteBench's JSON lines",
+            prompts: [220.0, 120_000.0, 40.0],
+        },
+        Listed {
             name: "aime25",
             tasks: "thirty problems, four rollouts each".to_owned(),
             needs: &[],
@@ -79,9 +94,12 @@ pub fn list() -> Result<()> {
     );
     match &speed {
         Some(speed) => println!(
-            "Times are for a method, 20 samples a task, from a measurement just now: SmolLM2-135M reads {:.0} and writes \
-             {:.0} tokens a second here.",
-            speed.read, speed.write
+            "Times are for 20 samples a task and any number of methods, which share the reading, from a measurement just now: \
+             SmolLM2-135M reads 2,000 tokens in {:.1} s and writes {:.0} a second here. Contexts past its {:.0} tokens are cut \
+             (--cut), and counted so.",
+            speed.seconds(2000.0, 0.0),
+            1.0 / speed.write,
+            speed.most
         ),
         None => println!("Times need the default model, which `cargo xtask fetch` gets."),
     }
@@ -103,22 +121,43 @@ pub fn list() -> Result<()> {
             ),
             (_, missing) => format!("not there: {} {published}", missing.join(", ")),
         };
-        let time = speed.as_ref().map_or("-".to_owned(), |speed| {
-            minutes(count * (tokens / speed.read + answer / speed.write))
-        });
+        let time = speed
+            .as_ref()
+            .map_or("-".to_owned(), |speed| minutes(count * speed.seconds(tokens, answer)));
         table.add_row([name, &time, state.trim_end_matches([' ', ',']), &tasks]);
     }
     println!("{table}");
     Ok(())
 }
 
-/// Tokens a second.
+/// Seconds that a model takes here.
 struct Speed {
-    read: f64,
+    /// Of a token read, and of each token before it that it looks at.
+    read: [f64; 2],
+    /// Of a token written.
     write: f64,
+    /// The most tokens that it reads.
+    most: f64,
 }
 
-/// Of the default model, on a short text; a longer one is slower for each of its tokens.
+impl Speed {
+    /// To read `tokens`, or as many as the model can, and to write `answer`.
+    fn seconds(&self, tokens: f64, answer: f64) -> f64 {
+        let [token, before] = self.read;
+        let tokens = tokens.min(self.most);
+        tokens * (token + before * tokens / 2.0) + answer * self.write
+    }
+
+    /// From the seconds that a short and a long text took.
+    fn fitted(texts: [(f64, f64); 2], write: f64, most: f64) -> Self {
+        let [(short, first), (long, second)] = texts;
+        let before = 2.0 * (second / long - first / short) / (long - short);
+        let before = before.max(0.0); // another program may have slowed the short one
+        Self { read: [second / long - before * long / 2.0, before], write, most }
+    }
+}
+
+/// Of the default model, from two texts.
 fn speed() -> Result<Option<Speed>> {
     let path: PathBuf = cache().join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
     if !path.is_file() {
@@ -141,12 +180,17 @@ fn speed() -> Result<Option<Speed>> {
         limit: 16,
         sampling: Sampling::default(),
     };
-    let mut reading = runner.read(&"The grass is green. The sky is blue. ".repeat(200))?;
-    let answer = reading.ask("", "Once upon a time,", &mut |_| {})?;
-    Ok(Some(Speed {
-        read: answer.context_tokens as f64 / answer.prefill_seconds,
-        write: answer.decode.0.max(1) as f64 / answer.decode.1,
-    }))
+    let read = |times| runner.read(&"The grass is green. The sky is blue. ".repeat(times));
+    let took = |reading: &Reading<'_>| {
+        let read = reading.read();
+        (read.context_tokens as f64, read.prefill_seconds)
+    };
+    let short = took(&read(40)?);
+    let mut reading = read(200)?;
+    let long = took(&reading);
+    let (tokens, seconds) = reading.ask("", "Once upon a time,", &mut |_| {})?.decode;
+    let most = model.lm.config().max_positions as f64;
+    Ok(Some(Speed::fitted([short, long], seconds / tokens.max(1) as f64, most)))
 }
 
 fn minutes(seconds: f64) -> String {
@@ -154,5 +198,22 @@ fn minutes(seconds: f64) -> String {
         s if s < 90.0 => format!("{s:.0} s"),
         s if s < 5400.0 => format!("{:.0} min", s / 60.0),
         s => format!("{:.1} h", s / 3600.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fit_gives_back_what_was_measured_and_grows_with_the_square() {
+        let speed = Speed::fitted([(400.0, 0.5), (1600.0, 3.0)], 0.02, 8192.0);
+        assert!((speed.seconds(400.0, 0.0) - 0.5).abs() < 1e-9);
+        assert!((speed.seconds(1600.0, 10.0) - 3.2).abs() < 1e-9);
+        assert!(speed.seconds(6400.0, 0.0) > 4.0 * 3.0);
+        assert_eq!(speed.seconds(1e6, 0.0), speed.seconds(8192.0, 0.0));
+        // Where the short text was slower for each token, no more than the long one tells.
+        let speed = Speed::fitted([(400.0, 2.0), (1600.0, 3.0)], 0.02, 8192.0);
+        assert!((speed.seconds(3200.0, 0.0) - 6.0).abs() < 1e-9);
     }
 }
