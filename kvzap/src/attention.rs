@@ -11,6 +11,23 @@ pub(crate) struct Attention {
     past: i64,
 }
 
+/// Elements that a scale is made of: three hold an f32 in 16 bits each, and rows stay aligned.
+const PARTS: i64 = 8;
+
+/// `x` as a sum of [`PARTS`] tensors of a kind.
+fn parts(x: Tensor, kind: Kind) -> Result<Vec<Tensor>> {
+    let (mut rest, mut parts) = (x, Vec::new());
+    for _ in 0..3 {
+        let part = rest.f_to_kind(kind)?;
+        rest = rest.f_sub(&part.f_to_kind(Kind::Float)?)?;
+        parts.push(part);
+    }
+    let mut zeros = rest.size();
+    zeros[rest.dim() - 1] = PARTS - 3;
+    parts.push(Tensor::f_zeros(zeros, (kind, rest.device()))?);
+    Ok(parts)
+}
+
 impl Attention {
     /// For `queries` `[batch, query_heads, rows, head_dim]` and `keys` `[batch, kv_heads, past +
     /// rows, head_dim]`: row j sees the keys `..= past + j`.
@@ -47,6 +64,45 @@ impl Attention {
             .f_narrow(3, self.past + rows.start, count)?
             .f_masked_fill_(&later, f64::NEG_INFINITY)?;
         Ok(logits)
+    }
+
+    /// `[batch * kv_heads, group, columns]`: the maximum over `rows`, taken in `blocks`, of logits less `scales`
+    /// `[batch * kv_heads, group, rows]`. All `columns` come before `rows`.
+    ///
+    /// A scale is some more elements of its row, which meet ones in each key: a product and a maximum are all that passes over
+    /// `[rows, columns]`. On a card the product is of 16-bit elements if queries are, whose sums are f32 and exact.
+    pub fn most(
+        &self,
+        rows: Range<i64>,
+        columns: Range<i64>,
+        scales: &Tensor,
+        blocks: impl Iterator<Item = Range<i64>>,
+    ) -> Result<Tensor> {
+        let [heads, group, _, dim] = dims(&self.queries, "queries", "")?;
+        let (kind, device) = (self.queries.kind(), self.queries.device());
+        let half = device.is_cuda() && matches!(kind, Kind::Half | Kind::BFloat16);
+        let kind = if half { kind } else { Kind::Float };
+        let (scale, width) = ((dim as f64).powf(-0.5), columns.end - columns.start);
+        let ones = Tensor::f_ones([heads, PARTS, width], (kind, device))?;
+        let keys = self.keys.f_narrow(2, columns.start, width)?.f_to_kind(kind)?;
+        let keys = Tensor::f_cat(&[keys, ones], 1)?;
+        let less = scales.f_multiply_scalar(-1.0 / scale)?.f_unsqueeze(3)?;
+        let less = Tensor::f_cat(&parts(less, kind)?, 3)?; // [heads, group, rows, PARTS]
+        let most = Tensor::f_full([heads, group, width], f64::NEG_INFINITY, (Kind::Float, device))?;
+        blocks.into_iter().try_fold(most, |most, block| {
+            let (start, count) = (block.start, block.end - block.start);
+            let queries = self.queries.f_narrow(2, start, count)?.f_to_kind(kind)?;
+            let less = less.f_narrow(2, start - rows.start, count)?;
+            let queries = Tensor::f_cat(&[queries, less], 3)?;
+            let queries = queries.f_view([heads, group * count, dim + PARTS])?;
+            let logits = if half {
+                queries.f_bmm_dtype(&keys, Kind::Float)?
+            } else {
+                queries.f_bmm(&keys)?
+            };
+            let weights = logits.f_view([heads, group, count, width])?.f_amax([2], false)?;
+            Ok(most.f_maximum(&weights.f_multiply_scalar(scale)?)?)
+        })
     }
 
     /// [`logits`](Self::logits) after softmax.

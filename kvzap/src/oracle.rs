@@ -2,7 +2,7 @@ use crate::attention::Attention;
 use crate::torch::{dims, expect};
 use crate::{Error, LayerInput, Result};
 use std::ops::Range;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Where a text stands twice in one sequence: first as the user gives it, then as the model repeats
 /// it.
@@ -55,39 +55,65 @@ pub fn kvzip_plus(
         return Err(Error::Spans { original, repeat, tokens: tokens as usize });
     }
     let rows = repeat.start as i64..repeat.end as i64;
-    let weights = most_attended(&attention, input.hidden, spans, attention.blocks_of(rows))?;
+    let sums = log_sums(input, &attention, rows.clone())?;
+    let norms = input.hidden.f_narrow(1, rows.start, repeat.len() as i64)?;
+    let norms = norms.f_to_kind(Kind::Float)?.f_norm_scalaropt_dim(2, [-1].as_slice(), false)?;
+    let norms = norms.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?; // [batch, rows]
+    let scales =
+        sums.f_add(&norms.f_repeat_interleave_self_int(heads, 0, None)?.f_unsqueeze(1)?)?;
+    let columns = original.start as i64..original.end as i64;
+    let weights = attention.most(rows.clone(), columns, &scales, attention.blocks_of(rows))?;
     let values = input.values.f_narrow(2, original.start as i64, original.len() as i64)?;
     let norms = projected_norms(&values, output_projection, group)?;
     Ok(weights.f_view_as(&norms)?.f_add(&norms)?.f_amax([2], false)?)
 }
 
-/// `[batch * kv_heads, group, original]`: the maximum over the rows j of `blocks` of
-/// `log a[g, j, i] - log |h_j|`.
-fn most_attended(
+/// `[batch * kv_heads, group, rows]` f32: the logarithm of what softmax divides a row by.
+///
+/// Fused attention finds it on the way, without writing the logits down, which is most of what the target costs. Its
+/// sums are f32; on a card it is taken for 16-bit queries alone, since its products of f32 are not.
+fn log_sums(
+    input: LayerInput<'_, Tensor>,
     attention: &Attention,
-    hidden: &Tensor,
-    spans: &Spans,
-    blocks: impl Iterator<Item = Range<i64>>,
+    rows: Range<i64>,
 ) -> Result<Tensor> {
-    let norms = hidden.f_to_kind(Kind::Float)?.f_norm_scalaropt_dim(2, [-1].as_slice(), true)?;
-    let norms = norms.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?; // [batch, tokens, 1]
-    let (first, columns) = (spans.original.start as i64, spans.original.len() as i64);
-    let mut most: Option<Tensor> = None;
-    for rows in blocks {
-        let (start, count) = (rows.start, rows.end - rows.start);
-        let logits = attention.logits(rows)?; // [batch * kv_heads, group, count, end]
-        let heads = logits.size()[0] / norms.size()[0];
-        let norms =
-            norms.f_narrow(1, start, count)?.f_repeat_interleave_self_int(heads, 0, None)?;
-        let scale = logits.f_logsumexp([3], true)?.f_add(&norms.f_unsqueeze(1)?)?;
-        let weights = logits.f_narrow(3, first, columns)?.f_sub(&scale)?.f_amax([2], false)?;
-        most = Some(match most {
-            Some(most) => most.f_maximum(&weights)?,
-            None => weights,
-        });
-    }
-    let Spans { original, repeat } = spans.clone();
-    most.ok_or(Error::Spans { original, repeat, tokens: hidden.size()[1] as usize })
+    let (kind, device) = (input.queries.kind(), input.queries.device());
+    let half = matches!(kind, Kind::Half | Kind::BFloat16);
+    let group = input.queries.size()[1] / input.keys.size()[1].max(1);
+    let each = |rows: &Tensor| rows.f_repeat_interleave_self_int(group, 1, None);
+    let none = None::<&Tensor>;
+    let sums = if device == Device::Cpu && kind == Kind::Float {
+        let (keys, values) = (each(input.keys)?, each(input.values)?);
+        Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
+            input.queries,
+            &keys,
+            &values,
+            0.0,
+            true,
+            none,
+            None,
+        )?
+        .1
+    } else if device.is_cuda() && half {
+        let (keys, values) = (each(input.keys)?, each(input.values)?);
+        Tensor::f_internal_scaled_dot_product_efficient_attention(
+            input.queries,
+            &keys,
+            &values,
+            none,
+            true,
+            0.0,
+            true,
+            None,
+        )?
+        .1
+    } else {
+        let blocks = attention.blocks_of(rows);
+        let sums = blocks.map(|rows| Ok(attention.logits(rows)?.f_logsumexp([3], false)?));
+        return Ok(Tensor::f_cat(&sums.collect::<Result<Vec<_>>>()?, 2)?);
+    };
+    let sums = sums.f_narrow(2, rows.start, rows.end - rows.start)?;
+    Ok(sums.f_to_kind(Kind::Float)?.f_reshape([-1, group, rows.end - rows.start])?)
 }
 
 /// `[…, kv_heads, group, tokens]` f32: `log |W_O^(g) v_i|`, for `values` `[…, kv_heads, tokens,
@@ -117,22 +143,39 @@ pub(crate) fn projected_norms(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
 
     #[test]
     fn blocks_of_rows_of_any_size_give_the_same_maximum() {
         tch::manual_seed(1);
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
         let (queries, keys) = (random(&[1, 6, 40, 8]), random(&[1, 2, 40, 8]));
-        let hidden = random(&[1, 40, 16]);
-        let spans = Spans { original: 3..18, repeat: 20..37 };
+        let scales = random(&[2, 3, 17]);
         let attention = Attention::new(&queries, &keys).unwrap();
-        let most = |block: usize| {
+        let logits = attention.logits(20..37).unwrap().narrow(3, 3, 15);
+        let expected = (logits - scales.unsqueeze(3)).amax([2], false);
+        for block in [1, 4, 16, 17] {
             let blocks = (20..37).step_by(block).map(|start| start..37.min(start + block as i64));
-            most_attended(&attention, &hidden, &spans, blocks).unwrap()
-        };
-        for block in [1, 4, 16] {
-            assert!(most(block).allclose(&most(17), 1e-6, 1e-6, false), "{block} rows at a time");
+            let found = attention.most(20..37, 3..18, &scales, blocks).unwrap();
+            assert!(found.allclose(&expected, 1e-5, 1e-6, false), "{block} rows at a time");
         }
+    }
+
+    #[test]
+    fn fused_attention_gives_the_sums_that_blocks_give() {
+        tch::manual_seed(2);
+        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3;
+        let (queries, keys) = (random(&[2, 6, 70, 8]), random(&[2, 2, 70, 8]));
+        let hidden = random(&[2, 70, 16]);
+        let input = LayerInput {
+            layer: 0,
+            hidden: &hidden,
+            queries: &queries,
+            keys: &keys,
+            values: &random(&[2, 2, 70, 8]),
+        };
+        let attention = Attention::new(&queries, &keys).unwrap();
+        let found = log_sums(input, &attention, 40..70).unwrap();
+        let expected = attention.logits(40..70).unwrap().logsumexp([3], false);
+        assert!(found.allclose(&expected, 1e-6, 1e-6, false));
     }
 }

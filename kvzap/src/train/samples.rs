@@ -3,7 +3,9 @@
 use crate::error::{Error, Result};
 use crate::file;
 use crate::torch::{dims, expect};
-use safetensors::tensor::{Metadata, TensorInfo, TensorView};
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Metadata, TensorInfo, View};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -55,33 +57,35 @@ impl Samples {
     /// [`Error::Rows`] if a number is NaN or infinite, also after rounding; then nothing is written.
     pub fn write(&self, shard: usize, rows: &Rows) -> Result<()> {
         let mut tensors = Vec::new();
+        let mut finite = Vec::new();
         for (layer, (hidden, scores)) in rows.iter().enumerate() {
             let kind = if hidden.kind() == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Half };
             for (name, tensor, kind) in [("hidden", hidden, kind), ("scores", scores, Kind::Float)]
             {
                 let [rows, size] = dims(tensor, name, "[rows, size]")?;
-                let tensor = tensor.f_to_kind(kind)?;
-                if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-                    return Err(Error::Rows { layer });
-                }
-                let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
-                let mut bytes = vec![0; tensor.numel() * kind.elt_size_in_bytes()];
-                tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
-                let shape = vec![rows as usize, size as usize];
-                tensors.push((format!("{name}.{layer}"), dtype(kind), shape, bytes));
+                let tensor = tensor.f_to_kind(kind)?.f_contiguous()?;
+                finite.push(tensor.f_isfinite()?.f_all()?);
+                let shape = [rows as usize, size as usize];
+                tensors.push((format!("{name}.{layer}"), Stored { tensor, shape }));
             }
         }
+        // Asked once: each answer waits for the card.
+        let finite = Vec::<bool>::try_from(&Tensor::f_stack(&finite, 0)?)?;
+        if let Some(odd) = finite.iter().position(|finite| !finite) {
+            return Err(Error::Rows { layer: odd / 2 });
+        }
+        for (_, stored) in &mut tensors {
+            stored.tensor = to_host(&stored.tensor)?;
+        }
         let path = self.path(shard);
-        let wrong = |source| Error::Safetensors { path: path.clone(), source };
-        let views = tensors
-            .iter()
-            .map(|(name, dtype, shape, bytes)| {
-                Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
-            })
-            .collect::<std::result::Result<Vec<_>, _>>()
-            .map_err(wrong)?;
         let metadata = HashMap::from([(SETTINGS.to_owned(), self.settings.clone())]);
-        file::write(&path, &safetensors::serialize(views, Some(metadata)).map_err(wrong)?)
+        file::write_with(&path, |beside| {
+            safetensors::serialize_to_file(tensors, Some(metadata), beside)
+        })
+        .map_err(|error| match error {
+            SafeTensorError::IoError(cause) => Error::File { path: path.clone(), cause },
+            source => Error::Safetensors { path: path.clone(), source },
+        })
     }
 
     /// One layer's rows of the first `shards` shards, in their order, on `device`.
@@ -166,6 +170,43 @@ impl Shard {
         let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
         Ok(Tensor::f_from_data_size(&bytes, &shape, kind)?.f_to_device(device)?)
     }
+}
+
+/// A tensor in host memory on its way to a file, a copy at a time: all of a shard's would be its size once more.
+struct Stored {
+    tensor: Tensor,
+    shape: [usize; 2],
+}
+
+impl View for Stored {
+    fn dtype(&self) -> safetensors::Dtype {
+        dtype(self.tensor.kind())
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut bytes = vec![0; self.data_len()];
+        self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
+        bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
+    }
+}
+
+/// From a card into memory that it can write to by itself: copies to any other go piecemeal, and hold up its work.
+fn to_host(tensor: &Tensor) -> Result<Tensor> {
+    if tensor.device() == Device::Cpu {
+        return Ok(tensor.shallow_clone());
+    }
+    let host = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?;
+    let mut host = host.f_pin_memory(tensor.device())?;
+    host.f_copy_(tensor)?;
+    Ok(host)
 }
 
 fn dtype(kind: Kind) -> safetensors::Dtype {

@@ -86,8 +86,12 @@ enum SaveAs {
     Bf16,
 }
 
-/// Pieces of a shard: what an interruption loses at most.
-const SHARD: usize = 8;
+/// Pieces of a shard, which are read together where they are of one length: what an interruption loses at most. A card
+/// wants many, since each launch costs it what a piece does.
+fn shard(device: Device) -> usize {
+    if device.is_cuda() { 32 } else { 8 }
+}
+
 /// Shards that are written at once: a card collects faster than one thread writes.
 const WRITERS: usize = 4;
 
@@ -117,7 +121,7 @@ pub fn run(args: &Args) -> Result<()> {
         &args.text,
         args.pieces + args.held_out,
         args.tokens,
-        SHARD,
+        shard(model.device),
         args.seed,
     )?
     .split_at(args.pieces);
@@ -132,8 +136,14 @@ pub fn run(args: &Args) -> Result<()> {
     let train = collect("text", &text)?;
     let mut measured = vec![collect("held-out", &held_out)?];
     if !args.unseen.is_empty() {
-        let pieces =
-            Pieces::cut(&model, &args.unseen, args.held_out, args.tokens, SHARD, args.seed)?;
+        let pieces = Pieces::cut(
+            &model,
+            &args.unseen,
+            args.held_out,
+            args.tokens,
+            shard(model.device),
+            args.seed,
+        )?;
         measured.push(collect("unseen", &pieces)?);
     }
     let collecting = start.elapsed().as_secs_f64();
@@ -205,14 +215,14 @@ fn collect(
     pieces: &Pieces,
     folder: &Path,
 ) -> Result<(Set, usize)> {
-    let projections = projections(model);
+    let (projections, size) = (projections(model), shard(model.device));
     let settings = serde_json::json!({
         "model": format!("{:016x}", fingerprint(&projections)?),
         "pieces": pieces.len(), "text": format!("{:016x}", pieces.fingerprint()),
-        "rows": args.rows, "seed": args.seed, "dtype": format!("{:?}", model.kind),
+        "rows": args.rows, "seed": args.seed, "dtype": format!("{:?}", model.kind), "shard": size,
     });
     let samples = Samples::open(folder.join(name), settings.to_string())?;
-    let shards = pieces.len().div_ceil(SHARD);
+    let shards = pieces.len().div_ceil(size);
     let collector = Collector::new(projections, args.rows);
     let bar = progress(pieces.len() as u64, name);
     let mut tokens = 0;
@@ -226,7 +236,7 @@ fn collect(
             })
             .collect();
         for shard in 0..shards {
-            let range = shard * SHARD..pieces.len().min((shard + 1) * SHARD);
+            let range = shard * size..pieces.len().min((shard + 1) * size);
             if samples.has(shard)? {
                 bar.inc(range.len() as u64);
                 bar.reset_eta();
@@ -287,7 +297,9 @@ fn forward(model: &Model, ids: &[Vec<u32>], collector: Option<&Collector>) -> Re
 
 /// Tokens a second that the model reads without collecting, in pieces of the same lengths.
 fn prefill_speed(model: &Model, pieces: &Pieces) -> Result<f64> {
-    let batches: Vec<_> = pieces.alike(0..pieces.len().min(SHARD)).collect();
+    let (all, size) = (pieces.len(), shard(model.device));
+    let shards = (0..all).step_by(size).take(3);
+    let batches: Vec<_> = shards.flat_map(|at| pieces.alike(at..all.min(at + size))).collect();
     let read = |texts: &&[Vec<u32>]| -> Result<usize> {
         let ids = pieces.repeated(texts).0;
         let hidden = forward(model, &ids, None)?;
