@@ -24,6 +24,8 @@ pub struct Runner<'a> {
     pub method: Method,
     /// The newest tokens that always stay.
     pub window: usize,
+    /// The first tokens that always stay.
+    pub protect: usize,
     /// Whether question and answer are pruned too.
     pub while_decoding: bool,
     /// The most tokens of an answer.
@@ -70,8 +72,9 @@ impl Runner<'_> {
     /// Reads a context and prunes it.
     pub fn read(&self, context: &str) -> Result<Reading<'_>> {
         let (context, after) = context_ids(self.model, context)?;
-        let (hooks, first_token) =
+        let (mut hooks, first_token) =
             self.method.hooks(self.model, self.surrogate, self.window, self.while_decoding)?;
+        hooks.protect = self.protect;
         let mut session = self.session(hooks)?;
 
         let start = Instant::now();

@@ -11,6 +11,9 @@ use tch::Tensor;
 pub struct Hooks {
     /// Decides which tokens leave the cache; `None` keeps all.
     pub pruning: Option<Pruning>,
+    /// The first tokens of a context, which always stay, as the newest do. Models lean on theirs, and no surrogate has seen
+    /// any; KVzap protects none.
+    pub protect: usize,
     /// Real-valued positions in place of the model's own; layers for which it returns `None` use the token's index.
     /// Without it each layer stands as its config says.
     pub repositioner: Option<Box<dyn Repositioner<Tensor> + Send>>,
@@ -73,6 +76,9 @@ impl Hooks {
         let drops = pruning.drops(input)?;
         if judged < tokens {
             let _ = drops.f_narrow(2, judged, tokens - judged)?.f_zero_()?;
+        }
+        if whose == Whose::Context && self.protect > 0 {
+            let _ = drops.f_narrow(2, 0, tokens.min(self.protect as i64))?.f_zero_()?;
         }
         Ok(Some(drops))
     }

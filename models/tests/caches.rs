@@ -84,6 +84,25 @@ fn a_pruned_prefill_holds_the_kept_pages_and_never_more() -> Result<()> {
 }
 
 #[test]
+fn the_first_tokens_of_a_context_stay_where_they_are_protected() -> Result<()> {
+    let lm = model()?;
+    let (scorer, policy) = (Box::new(Random::new(1)), Box::new(Threshold::new(f32::INFINITY)?));
+    let pruning = Pruning { scorer, policy, while_decoding: true };
+    let hooks = Hooks { protect: 4, ..Hooks::pruning(pruning) };
+    let heads = lm.config().layers * lm.config().kv_heads;
+    let mut paged = cpu(&lm, 300)?;
+    // Of later passes nothing is protected: they have no first tokens.
+    let mut dense = Dense::new(lm.config().layers, WINDOW);
+    let wanted = passes(&lm, &mut dense, &hooks, &[100, 7, 1, 150])?;
+    assert_close(&passes(&lm, &mut paged, &hooks, &[100, 7, 1, 150])?, &wanted, 2e-5, "protected");
+    let _ = passes(&lm, &mut paged, &hooks, &[1])?;
+    assert_eq!(paged.usage().rows, heads * (4 + WINDOW + 1));
+    let masked = dense.masked(0)?.expect("it was attended").to_kind(tch::Kind::Int64);
+    assert_eq!(masked.narrow(2, 0, 4).sum(tch::Kind::Int64).int64_value(&[]), 0);
+    Ok(())
+}
+
+#[test]
 fn decoding_with_pruning_stops_growing() -> Result<()> {
     let lm = model()?;
     let (scorer, policy) = (Box::new(Random::new(1)), Box::new(Threshold::new(f32::INFINITY)?));

@@ -90,6 +90,7 @@ pub fn run(args: &Args) -> Result<()> {
             surrogate: surrogate.as_ref(),
             method,
             window: args.window,
+            protect: 0,
             while_decoding: false,
             limit: if args.prompt.is_some() { 4 * args.max_tokens } else { args.max_tokens },
             sampling: Sampling::default(),

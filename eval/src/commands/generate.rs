@@ -40,6 +40,9 @@ pub struct Args {
     /// The newest tokens, which always stay
     #[arg(long, default_value_t = WINDOW)]
     window: usize,
+    /// The first tokens, which always stay as well; a surrogate has seen none, and past three quarters removed 4 help
+    #[arg(long, default_value_t = 0)]
+    protect: usize,
     /// Prune question and answer too
     #[arg(long)]
     prune_while_decoding: bool,
@@ -102,6 +105,7 @@ pub fn run(args: &Args) -> Result<()> {
         surrogate: surrogate.as_ref(),
         method,
         window: args.window,
+        protect: args.protect,
         while_decoding: args.prune_while_decoding,
         limit: args.max_tokens,
         sampling,
@@ -145,6 +149,7 @@ pub fn run(args: &Args) -> Result<()> {
             "threshold": method.threshold(),
             "budget": args.budget,
             "window": args.window,
+            "protect": args.protect,
             "prune_while_decoding": args.prune_while_decoding,
             "context_tokens": read.context_tokens,
             "removed": read.removed,

@@ -136,6 +136,7 @@ impl Asking<'_> {
                 surrogate,
                 method,
                 window: args.window,
+                protect: 0,
                 while_decoding: while_decoding(args, suite),
                 limit,
                 sampling: Sampling::default(),

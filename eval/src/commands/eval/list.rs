@@ -176,6 +176,7 @@ fn speed() -> Result<Option<Speed>> {
         surrogate: None,
         method: Method::Full,
         window: WINDOW,
+        protect: 0,
         while_decoding: false,
         limit: 16,
         sampling: Sampling::default(),
