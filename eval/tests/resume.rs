@@ -1,6 +1,8 @@
 //! `longctx eval` on a tiny model: killed again and again, sharded, resumed, refused. Needs no fetched files.
 #![cfg(feature = "models")]
 
+mod common;
+
 use eval::results::{Journal, Row, read_predictions};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -19,13 +21,7 @@ struct Bench(tempfile::TempDir);
 impl Bench {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden");
-        let model = folder.path().join("model");
-        fs::create_dir(&model).unwrap();
-        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
-            fs::copy(golden.join("tokenizer/tiny").join(name), model.join(name)).unwrap();
-        }
-        write_model(&model);
+        common::tiny_model(&folder.path().join("model"));
         let mut lines = String::new();
         for task in TASKS {
             for n in 0..SAMPLES {
@@ -83,40 +79,6 @@ impl Bench {
             rows
         })
     }
-}
-
-/// A Llama of chance with the tokenizer's vocabulary.
-fn write_model(folder: &Path) {
-    let config = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 40, "head_dim": 16,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 512, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 512, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": true,
-        "bos_token_id": 0, "eos_token_id": 1,
-    });
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    tch::manual_seed(3);
-    let random =
-        |shape: &[i64]| tch::Tensor::randn(shape, (tch::Kind::Float, tch::Device::Cpu)) * 0.3;
-    let mut tensors = vec![
-        ("model.embed_tokens.weight".to_owned(), random(&[512, 32])),
-        ("model.norm.weight".to_owned(), random(&[32]) + 1.0),
-    ];
-    for layer in 0..2 {
-        for (name, shape) in [
-            ("input_layernorm", &[32][..]),
-            ("post_attention_layernorm", &[32]),
-            ("self_attn.q_proj", &[32, 32]),
-            ("self_attn.k_proj", &[32, 32]),
-            ("self_attn.v_proj", &[32, 32]),
-            ("self_attn.o_proj", &[32, 32]),
-            ("mlp.gate_proj", &[40, 32]),
-            ("mlp.up_proj", &[40, 32]),
-            ("mlp.down_proj", &[32, 40]),
-        ] {
-            tensors.push((format!("model.layers.{layer}.{name}.weight"), random(shape)));
-        }
-    }
-    tch::Tensor::write_safetensors(&tensors, folder.join("model.safetensors")).unwrap();
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::config::{Architecture, Config};
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::layers::{self, GatedMlp, Linear, RmsNorm};
+use crate::memory;
 use crate::positions::{self, LayerPositions};
 use crate::weights::Weights;
 use kvzap::LayerInput;
@@ -51,6 +52,9 @@ impl Decoder {
 
     /// The same, with learned positions rounded as `round` says and angles as `precision`.
     pub fn load_with(weights: &Weights, round: RoundZ, precision: Precision) -> Result<Self> {
+        if weights.device() == Device::Cpu {
+            memory::check("the model's weights", weights.bytes())?;
+        }
         let config = weights.config().clone();
         let (hidden, vocab) = (config.hidden_size as i64, config.vocab_size as i64);
         let embedding = weights.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
@@ -124,8 +128,8 @@ impl Decoder {
 
     /// Cosines and sines of positions; of few tokens' on the CPU without a dozen calls into libtorch.
     fn turned(&self, positions: &Tensor) -> Result<Angles> {
-        let (heads, tokens) = (positions.size()[1], positions.size()[2]);
-        if tokens > layers::FEW as i64 {
+        let (batch, heads, tokens) = positions.size3()?;
+        if batch * tokens > layers::FEW as i64 {
             return Ok(self.rotary.angles(positions)?);
         }
         let Some(row) = bridge::floats(positions) else {

@@ -361,16 +361,16 @@ pub enum Error {
         advice: &'static str,
     },
 
-    /// Weights and pages do not fit the memory.
+    /// What does not fit the memory.
     #[error(
-        "the model takes {weights} bytes and the smallest cache for one text {cache}, of memory {free} bytes are free; use \
-         a smaller model or dtype, a shorter context, or a machine with more memory"
+        "{what} take {wanted} bytes, of memory {free} are free; use a smaller model, dtype or cache, or a machine with more \
+         memory"
     )]
     Memory {
-        /// Bytes of the weights.
-        weights: u64,
-        /// Bytes of the cache.
-        cache: u64,
+        /// What was to be loaded or made.
+        what: &'static str,
+        /// Its bytes.
+        wanted: u64,
         /// Bytes that are free.
         free: u64,
     },

@@ -59,33 +59,40 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     Ok(x.f_linear(weight, bias)?)
 }
 
-/// Rotates some heads of few tokens in place, as [`repo_pos::rotate`] does, and says whether it could: `x`, `[1, tokens,
-/// all heads * head_dim]`, is f32 on the CPU. For a decode step, whose work is less than calls into libtorch.
+/// Rotates some heads of few tokens in place, as [`repo_pos::rotate`] does, and says whether it could: `x`,
+/// `[batch, tokens, all heads * head_dim]`, is f32 on the CPU. For a decode step, whose work is less than calls into libtorch.
 pub(crate) fn rotate_few(
     x: &mut Tensor,
     heads: Range<i64>,
     head_dim: usize,
-    (cos, sin): &(Tensor, Tensor), // [1, 1 or kv_heads, tokens, head_dim / 2]
+    angles: &(Tensor, Tensor), // [1 or batch, 1 or kv_heads, tokens, head_dim / 2]
 ) -> bool {
-    let (Some(cos), Some(sin)) = (bridge::floats(cos), bridge::floats(sin)) else { return false };
+    let (&[batch, tokens, width], &[texts, runs, _, pairs]) =
+        (x.size().as_slice(), angles.0.size().as_slice())
+    else {
+        return false;
+    };
+    let [batch, tokens, width, texts, runs, pairs] =
+        [batch, tokens, width, texts, runs, pairs].map(|n| n as usize);
+    let (Some(cos), Some(sin)) = (bridge::floats(&angles.0), bridge::floats(&angles.1)) else {
+        return false;
+    };
     let heads = heads.start as usize..heads.end as usize;
-    let pairs = head_dim / 2;
-    let [1, tokens, width] = x.size()[..] else { return false };
-    let (tokens, width) = (tokens as usize, width as usize);
-    let rows = cos.len() / (pairs * tokens); // one for each run of heads
-    let fits = (1..=FEW).contains(&tokens) && cos.len() == rows * pairs * tokens;
-    if !fits || sin.len() != cos.len() || rows == 0 || !heads.len().is_multiple_of(rows) {
+    let fits = (1..=FEW).contains(&(batch * tokens)) && (texts == 1 || texts == batch);
+    let whole = runs > 0 && heads.len().is_multiple_of(runs) && 2 * pairs == head_dim;
+    if !fits || !whole || [cos.len(), sin.len()] != [texts * runs * tokens * pairs; 2] {
         return false;
     }
-    let group = heads.len() / rows;
+    let group = heads.len() / runs;
     let Some(x) = bridge::floats_mut(x) else { return false };
-    for (token, row) in x.chunks_exact_mut(width).enumerate() {
+    for (i, row) in x.chunks_exact_mut(width).enumerate() {
+        let (text, token) = (i / tokens % texts, i % tokens);
         let row = &mut row[heads.start * head_dim..heads.end * head_dim];
         for (head, x) in row.chunks_exact_mut(head_dim).enumerate() {
-            let start = (head / group * tokens + token) * pairs;
-            let angles = start..start + pairs;
+            let start = ((text * runs + head / group) * tokens + token) * pairs;
+            let own = start..start + pairs;
             let (first, second) = x.split_at_mut(pairs);
-            let turns = cos[angles.clone()].iter().zip(&sin[angles]);
+            let turns = cos[own.clone()].iter().zip(&sin[own]);
             for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(turns) {
                 (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }

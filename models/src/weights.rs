@@ -151,6 +151,15 @@ impl Weights {
         self.device
     }
 
+    /// Bytes that all of the model's tensors take in this dtype.
+    pub fn bytes(&self) -> u64 {
+        let elements = |stored: Stored<'_>| {
+            stored.shape.iter().map(|&n| n as u64).fold(1, u64::saturating_mul)
+        };
+        let elements = self.source.all().into_iter().map(elements).fold(0, u64::saturating_add);
+        elements.saturating_mul(self.kind.elt_size_in_bytes() as u64)
+    }
+
     /// Reads one tensor by its Hugging Face name, rows of queries and keys in Hugging Face's order.
     ///
     /// Beside the tensor itself only a few hundred kilobytes are held. Errors if it is missing, of

@@ -1,12 +1,15 @@
 //! `longctx generate`: an answer from a pruned cache.
 
+mod batch;
+mod lines;
+
 use super::prompt::PromptArgs;
 use super::{ModelArgs, megabytes, surrogate};
 use crate::runner::context_ids;
 use crate::{Method, Runner};
 use anyhow::{Result, bail};
 use clap::builder::PossibleValuesParser;
-use kvzap::Calibration;
+use kvzap::{Calibration, Surrogate};
 use models::{Sampling, WINDOW};
 use std::io::Write;
 use std::path::PathBuf;
@@ -18,6 +21,8 @@ pub struct Args {
     model: ModelArgs,
     #[command(flatten)]
     prompt: PromptArgs,
+    #[command(flatten)]
+    batch: batch::BatchArgs,
     /// A question about the prompt, asked after the prompt was read and pruned; give it again to ask another
     #[arg(long)]
     question: Vec<String>,
@@ -66,49 +71,75 @@ pub struct Args {
     json: bool,
 }
 
+impl Args {
+    fn sampling(&self) -> Sampling {
+        let Self { temperature, top_k, top_p, seed, .. } = *self;
+        Sampling { temperature, top_k, top_p, seed }
+    }
+}
+
+/// A method, whose threshold may be found once the length of the text is known.
+struct Forgetting {
+    method: Method,
+    surrogate: Option<Surrogate>,
+    /// What was found out about the surrogate, and the share to remove.
+    calibration: Option<(Calibration, f64)>,
+}
+
+impl Forgetting {
+    fn of(args: &Args) -> Result<Self> {
+        let method = match (args.threshold, args.budget) {
+            (Some(threshold), _) => Method::Kvzap { threshold },
+            (None, Some(remove)) => match &args.method {
+                Some(name) => Method::baseline(name, remove)?,
+                None if args.surrogate.is_some() => Method::KvzapBudget { remove },
+                None => bail!("--budget: say whose scores, by --surrogate FOLDER or --method NAME"),
+            },
+            (None, None) if args.surrogate.is_some() && args.remove.is_none() => {
+                bail!(
+                    "a surrogate alone forgets nothing: give --remove, --threshold or --budget as well"
+                )
+            }
+            (None, None) => Method::Full,
+        };
+        let surrogate = surrogate(args.surrogate.as_deref())?;
+        let calibration = match (&args.surrogate, args.remove) {
+            (Some(folder), Some(remove)) => Some((Calibration::load(folder)?, remove)),
+            _ => None,
+        };
+        Ok(Self { method, surrogate, calibration })
+    }
+
+    /// The method for a text of `tokens` tokens.
+    fn method(&self, tokens: usize, window: usize) -> Result<Method> {
+        match &self.calibration {
+            Some((calibration, remove)) => {
+                let threshold = calibration.threshold(*remove, tokens, window)?;
+                Ok(Method::Kvzap { threshold })
+            }
+            None => Ok(self.method),
+        }
+    }
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let context = args.prompt.read()?;
-    let mut method = match (args.threshold, args.budget) {
-        (Some(threshold), _) => Method::Kvzap { threshold },
-        (None, Some(remove)) => match &args.method {
-            Some(name) => Method::baseline(name, remove)?,
-            None if args.surrogate.is_some() => Method::KvzapBudget { remove },
-            None => bail!("--budget: say whose scores, by --surrogate FOLDER or --method NAME"),
-        },
-        (None, None) if args.surrogate.is_some() && args.remove.is_none() => {
-            bail!(
-                "a surrogate alone forgets nothing: give --remove, --threshold or --budget as well"
-            )
-        }
-        (None, None) => Method::Full,
-    };
-    let surrogate = surrogate(args.surrogate.as_deref())?;
-    let calibration = match (&args.surrogate, args.remove) {
-        (Some(folder), Some(remove)) => Some((Calibration::load(folder)?, remove)),
-        _ => None,
-    };
-    let model = args.model.load()?;
-    if let Some((calibration, remove)) = calibration {
-        let tokens = context_ids(&model, &context)?.0.len();
-        let threshold = calibration.threshold(remove, tokens, args.window)?;
-        method = Method::Kvzap { threshold };
+    if let Some(file) = args.batch.file() {
+        return batch::run(args, file);
     }
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        seed: args.seed,
-    };
+    let context = args.prompt.read()?;
+    let forgetting = Forgetting::of(args)?;
+    let model = args.model.load()?;
+    let method = forgetting.method(context_ids(&model, &context)?.0.len(), args.window)?;
     let runner = Runner {
         model: &model,
-        surrogate: surrogate.as_ref(),
+        surrogate: forgetting.surrogate.as_ref(),
         method,
         window: args.window,
         protect: args.protect,
         while_decoding: args.prune_while_decoding,
         limit: args.max_tokens,
-        sampling,
+        sampling: args.sampling(),
     };
     let mut reading = runner.read(&context)?;
     let nothing = [String::new()];

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::layers::FEW;
+use crate::memory;
 use crate::paged::{attend, cache_shape};
 use crate::sampling::{Sampler, Sampling};
 use crate::session::awake;
@@ -89,7 +90,8 @@ impl CpuExecutor {
     /// `lm`, in `kind` on the CPU, with pages for `room` and what `hooks` forgets.
     ///
     /// # Errors
-    /// [`Error::Room`] for a batch of no or too many texts, and for pages that do not hold one token.
+    /// [`Error::Room`] for a batch of no or too many texts, and for pages that do not hold one token; [`Error::Memory`] for more
+    /// than there is memory for.
     pub fn new(lm: Box<dyn CausalLm>, kind: Kind, hooks: Hooks, room: Room) -> Result<Self> {
         let config = lm.config();
         let wrong = |field, found, advice| Err(Error::Room { field, found, advice });
@@ -101,6 +103,7 @@ impl CpuExecutor {
         if room.bytes < least {
             return wrong("bytes", room.bytes, "give enough for a page a head and layer");
         }
+        memory::check("pages", room.bytes as u64)?;
         shape.pages = room.bytes / shape.page_bytes();
         let room = Room {
             tokens: room.tokens.min(config.max_positions),

@@ -3,4 +3,5 @@
 mod cpu;
 mod fake;
 mod scheduler;
+mod soak;
 mod threads;
