@@ -206,6 +206,37 @@ fn in_a_step_of_several_texts_no_bit_of_one_depends_on_the_others() -> Result<()
     Ok(())
 }
 
+/// In a batch too what is dropped is freed: by the pool's own count, not by what a method says of itself.
+#[test]
+fn a_batch_holds_the_windows_and_no_more() -> Result<()> {
+    let hooks = |lm: &Decoder| {
+        let scorer = Box::new(ByHidden { kv_heads: lm.config().kv_heads as i64 });
+        let policy = Box::new(Threshold::new(f32::INFINITY)?);
+        Ok(Hooks::pruning(Pruning { scorer, policy, while_decoding: true }))
+    };
+    let mut scheduler = Scheduler::new(machine(MODELS[0], &hooks, 1000)?, Settings::default());
+    let request = |first| Request { limit: 30, ..Request::new(vec![first; 300]) };
+    for first in [1, 2] {
+        scheduler.submit(request(first), Duration::ZERO)?;
+    }
+    let (mut most, mut ends) = (0, 0);
+    while !scheduler.is_idle() {
+        let events = scheduler.tick(Duration::ZERO);
+        let stats = scheduler.machine().backend().stats();
+        most = most.max(stats.rows);
+        for (_, event) in events {
+            let Event::End(end) = event else { continue };
+            let heads = 3 * 2;
+            assert_eq!(end.usage.held.rows, heads * (WINDOW + 1));
+            assert_eq!(end.usage.held.dense_rows, heads * (300 + 29));
+            assert_eq!(end.usage.held.pages, heads * 2);
+            ends += 1;
+        }
+    }
+    assert_eq!((ends, most), (2, 2 * 3 * 2 * (WINDOW + 1)));
+    Ok(())
+}
+
 #[test]
 fn calls_that_do_not_follow_are_refused_and_change_nothing() -> Result<()> {
     let plain = |_: &Decoder| Ok(Hooks::default());

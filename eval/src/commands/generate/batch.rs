@@ -17,7 +17,8 @@ use tch::Device;
 #[derive(clap::Args, Debug)]
 pub struct BatchArgs {
     /// Answer every line of a file of JSON lines, many at once: {"prompt": …} or {"messages": […]}, and "question",
-    /// "max_tokens", "temperature", "top_k", "top_p", "seed", "priority", "id" where they differ; `-` reads standard input
+    /// "max_tokens", "temperature", "top_k", "top_p", "seed", "priority", "id" where they differ; `-` reads standard
+    /// input
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "file", "question"])]
     batch: Option<PathBuf>,
     /// Where the answers of a batch go, a JSON object a line; standard output if left out

@@ -1,6 +1,6 @@
 //! The requests of a batch: a JSON object a line.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::Path;
@@ -67,13 +67,7 @@ pub fn read(path: &Path) -> Result<Vec<(usize, Line)>> {
         if bytes.iter().all(u8::is_ascii_whitespace) {
             continue;
         }
-        let line = serde_json::from_slice::<Line>(bytes).map_err(|error| {
-            // serde counts lines too, from 1 in each of ours.
-            let text = error.to_string();
-            let what = text.split(" at line ").next().unwrap_or_default().to_owned();
-            anyhow::anyhow!("{what}, at column {}", error.column())
-        });
-        let line = line.and_then(|line| line.check().map(|()| line));
+        let line = parse(bytes).and_then(|line| line.check().map(|()| line));
         let line = line.with_context(|| {
             format!(
                 "{} line {number}: wanted {{\"prompt\": TEXT}} or {{\"messages\": [{{\"role\": …, \"content\": …}}]}}, \
@@ -85,6 +79,17 @@ pub fn read(path: &Path) -> Result<Vec<(usize, Line)>> {
     }
     ensure!(!lines.is_empty(), "{} holds no requests; give a JSON object a line", path.display());
     Ok(lines)
+}
+
+fn parse(bytes: &[u8]) -> Result<Line> {
+    // serde would take a list for a struct too.
+    ensure!(bytes.trim_ascii_start().starts_with(b"{"), "it is no JSON object");
+    serde_json::from_slice(bytes).map_err(|error| {
+        // Its text ends in a line and a column, and the line is 1 in each of ours.
+        let text = error.to_string();
+        let what = text.split(" at line ").next().unwrap_or_default();
+        anyhow!("{what}, at column {}", error.column())
+    })
 }
 
 #[cfg(test)]
@@ -103,7 +108,7 @@ mod tests {
         let good = "{\"prompt\": \"Hello\"}\n\n";
         for (line, wrong) in [
             ("{\"prompt\": \"a\"", "EOF while parsing an object, at column 14"),
-            ("[1]", "invalid type"),
+            ("[1]", "it is no JSON object"),
             ("{\"promt\": \"a\"}", "unknown field `promt`, expected one of `id`, `prompt`"),
             ("{\"prompt\": 7}", "invalid type: integer `7`, expected a string"),
             ("{\"question\": \"a\"}", "neither prompt nor messages"),
@@ -117,7 +122,8 @@ mod tests {
             ),
             ("{\"prompt\": \"a\", \"max_tokens\": 0}", "at least 1"),
             ("{\"prompt\": \"a\", \"max_tokens\": -1}", "invalid value: integer `-1`"),
-            ("\u{1}", "expected value"),
+            ("\u{1}", "it is no JSON object"),
+            ("{\"prompt\": \"a\"} {", "trailing characters, at column 17"),
         ] {
             let text = refused(&format!("{good}{line}\n{good}"));
             assert!(text.contains("batch.jsonl line 3: wanted"), "{text}");
