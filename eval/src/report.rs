@@ -58,7 +58,7 @@ pub struct Line {
     together: usize,
     /// The share of the context that each kv head of each layer kept, in percent, `[layers][kv_heads]`.
     kept: Vec<Vec<f64>>,
-    /// The same as a picture; empty where it is not known.
+    /// The same as a picture; empty where it is not known or all.
     kept_map: String,
     kv_megabytes: f64,
     folder: String,
@@ -83,7 +83,7 @@ struct Benchmark {
     chart: String,
     task_charts: Vec<(String, String)>,
     sources: Vec<&'static str>,
-    /// Whether a line tells what each head kept.
+    /// Whether a line shows what each head kept.
     kept: bool,
 }
 
@@ -230,7 +230,7 @@ pub fn report(runs: &[Run], mut notes: Vec<String>) -> Result<Report> {
                 .into_iter()
                 .collect(),
             tasks: tasks.into_iter().collect(),
-            kept: lines.iter().any(|line| !line.kept.is_empty()),
+            kept: lines.iter().any(|line| !line.kept_map.is_empty()),
             lines,
             chart,
             task_charts,
@@ -263,7 +263,7 @@ fn line(run: &Run, full: Option<&Run>) -> Line {
         decode_tokens_per_second: mean(&|row| row.new_tokens as f64)
             / mean(&|row| row.decode_seconds).max(1e-9),
         together: rows.iter().map(|row| row.together).max().unwrap_or(0).max(1),
-        kept_map: if kept.is_empty() {
+        kept_map: if kept.iter().flatten().all(|&percent| percent > 99.9) {
             String::new()
         } else {
             chart::heads(&format!("{} {}", run.press, run.level), &kept)
@@ -283,10 +283,11 @@ fn kept(rows: &[Row]) -> Vec<Vec<f64>> {
     for row in &telling {
         for (sums, heads) in sums.iter_mut().zip(&row.kept) {
             for (sum, &rows) in sums.iter_mut().zip(heads) {
-                *sum += 100.0 * rows as f64 / (row.context_tokens * telling.len()) as f64;
+                *sum += 100.0 * rows as f64 / row.context_tokens as f64;
             }
         }
     }
+    sums.iter_mut().flatten().for_each(|sum| *sum /= telling.len() as f64);
     sums
 }
 
@@ -380,7 +381,7 @@ impl Report {
             for (part, svg) in &benchmark.task_charts {
                 pictures.push((name(part), chart::alone(svg)));
             }
-            for line in benchmark.lines.iter().filter(|line| !line.kept.is_empty()) {
+            for line in benchmark.lines.iter().filter(|line| !line.kept_map.is_empty()) {
                 let part = format!("kept by {} {}", line.press, line.level);
                 pictures.push((name(&part), chart::alone(&line.kept_map)));
             }

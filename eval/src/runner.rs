@@ -48,9 +48,16 @@ pub struct Reading<'a> {
 
 /// The ids of a context, what the chat template puts before it included, and what the template puts after a question.
 pub(crate) fn context_ids(model: &Model, context: &str) -> Result<(Vec<u32>, String)> {
+    sample_ids(model, &Sample { context: context.to_owned(), ..Sample::default() })
+}
+
+/// The same of a sample's context.
+pub(crate) fn sample_ids(model: &Model, sample: &Sample) -> Result<(Vec<u32>, String)> {
+    let context = &sample.context;
     let (context, after) = match &model.template {
+        Some(template) if sample.thinking => template.around_thinking(context)?,
         Some(template) => template.around(context)?,
-        None => (context.to_owned(), "\n".to_owned()),
+        None => (context.clone(), "\n".to_owned()),
     };
     Ok((model.tokenizer.encode(&context, Specials::Parse)?, after))
 }
@@ -71,7 +78,12 @@ impl Runner<'_> {
 
     /// Reads a context and prunes it.
     pub fn read(&self, context: &str) -> Result<Reading<'_>> {
-        let (context, after) = context_ids(self.model, context)?;
+        self.read_sample(&Sample { context: context.to_owned(), ..Sample::default() })
+    }
+
+    /// Reads a sample's context and prunes it.
+    pub fn read_sample(&self, sample: &Sample) -> Result<Reading<'_>> {
+        let (context, after) = sample_ids(self.model, sample)?;
         let (mut hooks, first_token) =
             self.method.hooks(self.model, self.surrogate, self.window, self.while_decoding)?;
         hooks.protect = self.protect;
@@ -179,6 +191,6 @@ impl Reading<'_> {
 impl Generate for Runner<'_> {
     fn generate(&mut self, sample: &Sample) -> Result<Answer> {
         let limit = if sample.max_new_tokens > 0 { sample.max_new_tokens } else { self.limit };
-        self.read(&sample.context)?.answer(sample, limit.min(self.limit), &self.sampling)
+        self.read_sample(sample)?.answer(sample, limit.min(self.limit), &self.sampling)
     }
 }

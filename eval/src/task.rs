@@ -19,6 +19,8 @@ pub struct Sample {
     pub max_new_tokens: usize,
     /// A text whose likelihood as the answer is measured beside; empty for none.
     pub likelihood_of: String,
+    /// Whether the model may think before it answers.
+    pub thinking: bool,
     /// What else the data set says of the sample, for its score and for the results.
     pub facts: Map<String, Value>,
 }

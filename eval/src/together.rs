@@ -2,7 +2,7 @@
 
 use crate::generate::Answer;
 use crate::method::{Method, TorchPolicy, TorchScorer};
-use crate::runner::context_ids;
+use crate::runner::sample_ids;
 use crate::task::Sample;
 use anyhow::Result;
 use kvzap::{LayerInput, Policy, Scorer, Surrogate};
@@ -52,10 +52,10 @@ pub struct Asked<'s> {
 }
 
 impl Together<'_> {
-    /// Reads a context, and prunes it as each method does.
-    pub fn read(&self, context: &str) -> Result<Shared<'_>> {
+    /// Reads a sample's context, and prunes it as each method does.
+    pub fn read(&self, sample: &Sample) -> Result<Shared<'_>> {
         let model = self.model;
-        let (context, after) = context_ids(model, context)?;
+        let (context, after) = sample_ids(model, sample)?;
         let turn = Turn::default();
         let hooks = Hooks::pruning(Pruning {
             scorer: Box::new(Ways::new(self, turn.clone())?),

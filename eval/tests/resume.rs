@@ -146,6 +146,20 @@ fn methods_that_share_a_reading_answer_as_each_does_alone() {
 }
 
 #[test]
+fn samples_that_were_written_for_others_are_the_ones_that_are_asked() {
+    let bench = Bench::new();
+    let written = bench.path("written.jsonl");
+    bench.finish("none", &["--samples", "3", "--write-samples", written.to_str().unwrap()]);
+    assert!(!bench.path("none").exists(), "nothing is asked");
+    let lines = |path: &std::path::Path| -> BTreeSet<String> {
+        let text = fs::read_to_string(path).unwrap();
+        text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap().to_string()).collect()
+    };
+    let (some, all) = (lines(&written), lines(&bench.path("samples.jsonl")));
+    assert!(some.len() == 9 && some.is_subset(&all));
+}
+
+#[test]
 fn shards_give_what_the_whole_gives_and_the_last_one_writes_the_files() {
     let bench = Bench::new();
     bench.finish("whole", &[]);

@@ -191,10 +191,19 @@ impl ChatTemplate {
     ///
     /// This is kvpress's split: no system message but the template's own, and `enable_thinking` is false.
     pub fn around(&self, content: &str) -> Result<(String, String)> {
+        self.split(content, false)
+    }
+
+    /// The same for an answer before which the model thinks, if it can: `enable_thinking` is true.
+    pub fn around_thinking(&self, content: &str) -> Result<(String, String)> {
+        self.split(content, true)
+    }
+
+    fn split(&self, content: &str, thinking: bool) -> Result<(String, String)> {
         let mark = "#".repeat(content.chars().count() + 10); // longer than any run of # in it
         let options = RenderOptions {
             add_generation_prompt: true,
-            variables: [("enable_thinking".to_owned(), false.into())].into_iter().collect(),
+            variables: [("enable_thinking".to_owned(), thinking.into())].into_iter().collect(),
             ..Default::default()
         };
         let prompt = self.render(&[Message::user([content, &mark].concat())], &options)?;

@@ -153,6 +153,8 @@ fn the_prompt_is_split_behind_the_context() -> Result<()> {
     let (before, after) = thinking.around(" context ")?;
     assert_eq!(before, "<|im_start|>user\n context ");
     assert_eq!(after, "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n");
+    let (_, after) = thinking.around_thinking(" context ")?;
+    assert_eq!(after, "<|im_end|>\n<|im_start|>assistant\n");
     let header = template(&std::fs::read_to_string(golden("templates/header.jinja"))?)?;
     let (before, after) = header.around(" context ")?;
     assert!(before.starts_with("<s>") && before.ends_with("\n\ncontext "), "{before}");

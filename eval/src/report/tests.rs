@@ -16,6 +16,9 @@ fn run(out: &Path, press: &str, removed: f64, tokens: u64, right: &dyn Fn(u64) -
                 index,
                 score: f64::from(right(index)),
                 compression_ratio: removed,
+                context_tokens: 40,
+                kept: if removed > 0.0 { vec![vec![10, 20]; 3] } else { Vec::new() },
+                together: 2,
                 facts: json!({"depth": depth}).as_object().unwrap().clone(),
                 ..Row::default()
             };
@@ -54,6 +57,8 @@ fn means_intervals_and_paired_differences_are_those_of_the_rows() {
     // The mean of 60 coins: half a percent's standard error is 6.5, so about 37 to 63.
     let [low, high] = random.interval;
     assert!((34.0..41.0).contains(&low) && (59.0..66.0).contains(&high), "{low} {high}");
+    assert_eq!(random.kept, vec![vec![25.0, 50.0]; 3]);
+    assert_eq!((random.together, needle.lines[0].kept.len()), (2, 0));
     let difference = random.difference.unwrap();
     assert_eq!(difference.mean, -50.0);
     assert!(
@@ -97,6 +102,7 @@ fn the_page_is_whole_escaped_and_needs_nothing_from_elsewhere() {
         "Grey: ",
         "NVIDIA/kvpress pull request 143",
         "depth_050",
+        "layer 2, kv head 1: 50.0 % kept",
     ] {
         assert!(page.contains(wanted), "{wanted}");
     }
@@ -124,4 +130,37 @@ fn results_that_cannot_be_read_are_notes_and_a_folder_of_none_is_refused() {
     assert!(notes[0].contains("not longbench"), "{notes:?}");
     let empty = tempfile::tempdir().unwrap();
     assert!(load(empty.path()).unwrap_err().to_string().contains("holds no results"));
+}
+
+/// In windows of a desk and of a phone, in both schemes: nothing is wider than the window, and dark is dark.
+#[test]
+#[ignore = "needs chromium"]
+fn a_browser_draws_the_page_in_both_schemes_and_nothing_is_cut_off() {
+    let (folder, report) = made_up();
+    let path = folder.path().join("report.html");
+    fs::write(&path, report.html().unwrap()).unwrap();
+    // Chromium's own windows are 500 wide at least: a frame is as narrow as it is told to be.
+    let frame = folder.path().join("frame.html");
+    let read = "const d=contentDocument,r=d.documentElement;document.title=[r.scrollWidth-r.clientWidth,\
+                d.querySelectorAll('svg').length,getComputedStyle(d.body).backgroundColor].join(' ')";
+    let charts = report.html().unwrap().matches("<svg").count();
+    for (scheme, paper) in [(0, "rgb(21, 24, 28)"), (1, "rgb(255, 255, 255)")] {
+        for width in [1280, 390] {
+            let inner = "<iframe src=\"report.html\" style=\"border:0;height:900px;width:";
+            fs::write(&frame, format!("{inner}{width}px\" onload=\"{read}\"></iframe>")).unwrap();
+            let run = std::process::Command::new("chromium")
+                .args(["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"])
+                .args(["--allow-file-access-from-files", "--window-size=1400,1000"])
+                .args(["--enable-logging=stderr", "--log-level=0"])
+                .arg(format!("--blink-settings=preferredColorScheme={scheme}"))
+                .arg(format!("--user-data-dir={}", folder.path().join("profile").display()))
+                .arg(format!("file://{}", frame.display()))
+                .output()
+                .expect("chromium is installed");
+            let page = String::from_utf8_lossy(&run.stdout);
+            assert!(page.contains(&format!("<title>0 {charts} {paper}</title>")), "{page}");
+            let said = String::from_utf8_lossy(&run.stderr);
+            assert!(!said.contains("CONSOLE"), "{said}");
+        }
+    }
 }

@@ -66,6 +66,7 @@ impl Task for Aime {
             context: text.clone(),
             answers: vec![answer.clone()],
             max_new_tokens: NEW_TOKENS,
+            thinking: true,
             ..Sample::default()
         };
         sample.facts.insert("problem".into(), problem.into());
@@ -119,6 +120,7 @@ mod tests {
         assert_eq!(strict.samples(), Some(8));
         assert_eq!([0, 3, 4, 7].map(|index| strict.group(index)), [0, 0, 1, 1]);
         let sample = strict.sample(2).unwrap();
+        assert!(sample.thinking);
         assert_eq!((&sample.facts["problem"], &sample.facts["rollout"]), (&0.into(), &2.into()));
         let loose = aime(lines, BoxRule::V055, true).unwrap();
         let old = aime(lines, BoxRule::V054, false).unwrap();

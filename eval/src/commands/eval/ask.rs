@@ -106,7 +106,7 @@ impl Asking<'_> {
         let Self { args, suite, model, surrogate, .. } = *self;
         let while_decoding = while_decoding(args, suite);
         let all = Together { model, surrogate, methods, window: args.window, while_decoding };
-        let mut shared = all.read(&samples[0].sample.context)?;
+        let mut shared = all.read(&samples[0].sample)?;
         if samples.len() > 1 {
             shared.mark()?;
         }
@@ -141,7 +141,7 @@ impl Asking<'_> {
                 limit,
                 sampling: Sampling::default(),
             };
-            let mut reading = runner.read(&samples[0].sample.context)?;
+            let mut reading = runner.read_sample(&samples[0].sample)?;
             if samples.len() > 1 {
                 reading.mark()?;
             }

@@ -240,6 +240,7 @@ impl DataArgs {
         match suite.dataset.as_str() {
             "shared_context" => set("questions", self.questions.into()),
             "aime25" => {
+                set("thinking", true.into());
                 set("scoring", json!([self.rollouts, format!("{:?}", self.boxed), self.integers]))
             }
             _ => None,
