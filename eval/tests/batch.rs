@@ -26,7 +26,10 @@ impl Batch {
     fn command(&self, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
         command.args(["generate", "--threads", "1", "--window", "16", "--method", "recency"]);
-        command.args(["--budget", "0.5", "--model"]).arg(self.path("model")).args(more);
+        command
+            .args(["--budget", "0.5", "--protect", "9", "--model"])
+            .arg(self.path("model"))
+            .args(more);
         command
     }
 

@@ -71,7 +71,8 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
     let longest = requests.iter().map(|request| request.context.len()).max().unwrap_or(0);
     let method = forgetting.method(longest, args.window)?;
     let surrogate = forgetting.surrogate.as_ref();
-    let (hooks, _) = method.hooks(&model, surrogate, args.window, args.prune_while_decoding)?;
+    let (mut hooks, _) = method.hooks(&model, surrogate, args.window, args.prune_while_decoding)?;
+    hooks.protect = args.protect;
     let Model { lm, tokenizer, kind, .. } = model;
     let room = Room {
         batch: args.batch.at_once,
