@@ -26,6 +26,14 @@ impl TorchSurrogate {
         Ok(Self { modules, hidden: surrogate.hidden() as i64, kind })
     }
 
+    /// The same tensors once more.
+    pub fn shallow_clone(&self) -> Self {
+        let twice =
+            |(weight, bias): &(Tensor, Tensor)| (weight.shallow_clone(), bias.shallow_clone());
+        let modules = self.modules.iter().map(|maps| maps.iter().map(twice).collect()).collect();
+        Self { modules, hidden: self.hidden, kind: self.kind }
+    }
+
     /// Of each layer, its maps: weights `[outputs, inputs]` and biases `[outputs]`.
     pub fn modules(&self) -> &[Vec<(Tensor, Tensor)>] {
         &self.modules

@@ -2,9 +2,9 @@
 // as fast as memory. Mirrored in src/card/driver.rs.
 //
 // A product's tile is 16 rows of a weight for all columns. Eight warps share its inner dimension and meet in shared memory,
-// so what a column gets is the same whatever its neighbours and however many they are. A block fills a multiprocessor's half
-// and goes from tile to tile, each warp with a ring of asynchronous copies of its own that runs on over their ends: so the
-// next kernel's blocks lie beside this one's, and their rings are full when they may begin. Columns are the rows of mma.sync,
+// so what a column gets is the same whatever its neighbours and however many they are. A block fills a multiprocessor and goes
+// from tile to tile, each warp with a ring of asynchronous copies of its own that runs on over their ends, so deep that memory
+// is busy while the warps meet. Weights are asked for before the kernel before has ended. Columns are the rows of mma.sync,
 // and the order of the inner dimension is free as long as both sides have the same, so a lane takes eight neighbouring
 // elements where the instruction's own order would give it pairs.
 //
@@ -24,6 +24,7 @@ constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * LANES;
 constexpr int ROWS = 16;     // of a tile
 constexpr int COLUMNS = 8;   // of a group
+constexpr int PARTS = 4;     // of a column's squares that a tile, or a token, brings: a warp each
 constexpr int CHUNK = 32;   // of the inner dimension: eight elements for each lane of four
 
 using bf16 = __nv_bfloat16;
@@ -76,7 +77,7 @@ struct Product {
     float *residual;        // [columns][rows]
     const bf16 *norm;       // [rows]: the next norm's weight
     bf16 *normed;           // [columns][rows]: residual * norm
-    float *next_squares;    // [columns][tiles]
+    float *next_squares;    // [columns][PARTS * tiles]
     unsigned long long *best;  // [columns]
     uint32_t tiles;
     uint32_t rows;
@@ -89,7 +90,7 @@ struct Product {
     uint32_t parts;
     uint32_t vocabulary;  // tokens below it may be the best
     float epsilon;
-    uint32_t unused;
+    uint32_t stages;  // of a ring
 };
 
 template <int KIND>
@@ -101,8 +102,13 @@ __device__ uint32_t row_of(const Product &call, uint32_t tile, uint32_t i) {
 
 // The factor of a column's norm, by a warp.
 __device__ float factor(const Product &call, uint32_t column) {
+    const float4 *parts = reinterpret_cast<const float4 *>(call.squares + column * call.parts);
     float sum = 0.0f;
-    for (uint32_t i = threadIdx.x % LANES; i < call.parts; i += LANES) sum += call.squares[column * call.parts + i];
+#pragma unroll 8
+    for (uint32_t i = threadIdx.x % LANES; i < call.parts / PARTS; i += LANES) {
+        const float4 part = parts[i];
+        sum += (part.x + part.y) + (part.z + part.w);
+    }
     return rsqrtf(warp_sum(sum) / float(call.inner) + call.epsilon);
 }
 
@@ -119,14 +125,38 @@ __device__ void columns_of(const Product &call, uint32_t inner, uint4 (&a)[GROUP
     }
 }
 
+// What a thread adds to its rows, on its way while the tile is multiplied. A thread a row and column; four warps take a group
+// of columns, and every second one.
+template <int GROUPS>
+struct Added {
+    float residual[(GROUPS + 1) / 2];
+    float bias;
+    float norm;
+};
+
+template <int GROUPS>
+__device__ void ask_added(const Product &call, uint32_t tile, Added<GROUPS> &added) {
+    const uint32_t row = tile * ROWS + threadIdx.x % 128 / COLUMNS;
+    if (row >= call.rows) return;
+    added.bias = call.bias ? __bfloat162float(call.bias[row]) : 0.0f;
+    added.norm = __bfloat162float(call.norm[row]);
+#pragma unroll
+    for (int i = 0; i < (GROUPS + 1) / 2; i++) {
+        const uint32_t g = threadIdx.x / 128 + 2 * i, column = g * COLUMNS + threadIdx.x % COLUMNS;
+        if (g < GROUPS && column < call.columns) added.residual[i] = call.residual[uint64_t(column) * call.rows + row];
+    }
+}
+
 // What becomes of a tile's sums.
 template <int KIND, int GROUPS>
 __device__ void finish(const Product &call, uint32_t tile, const float *sums, const float *factors,
-                       float (&squares)[GROUPS][4][COLUMNS]) {
+                       const Added<GROUPS> &added) {
     const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, total = call.rows + call.more_rows;
-    // A thread a row and column; four warps take a group of columns.
     const uint32_t i = threadIdx.x % 128 / COLUMNS, within = threadIdx.x % COLUMNS, row = row_of<KIND>(call, tile, i);
-    for (uint32_t g = threadIdx.x / 128; g < GROUPS; g += 2) {
+#pragma unroll
+    for (int n = 0; n < (GROUPS + 1) / 2; n++) {
+        const uint32_t g = threadIdx.x / 128 + 2 * n;
+        if (g >= GROUPS) break;
         const uint32_t column = g * COLUMNS + within;
         const bool there = row < total && column < call.columns;
         const auto sum_of = [&](uint32_t i) {
@@ -161,47 +191,49 @@ __device__ void finish(const Product &call, uint32_t tile, const float *sums, co
             float square = 0.0f;
             if (there) {
                 const uint64_t at = uint64_t(column) * call.rows + row;
-                sum += call.residual[at] + (call.bias ? __bfloat162float(call.bias[row]) : 0.0f);
+                sum += added.residual[n] + added.bias;
                 call.residual[at] = sum;
-                call.normed[at] = __float2bfloat16(sum * __bfloat162float(call.norm[row]));
+                call.normed[at] = __float2bfloat16(sum * added.norm);
                 square = sum * sum;
             }
             square += __shfl_xor_sync(~0u, square, 8);
             square += __shfl_xor_sync(~0u, square, 16);
-            if (lane < 8) squares[g][warp % 4][lane] = square;
-        }
-    }
-    if (KIND == ADD) {
-        __syncthreads();
-        for (uint32_t column = threadIdx.x; column < call.columns; column += THREADS) {
-            const auto &all = squares[column / COLUMNS];
-            const uint32_t at = column % COLUMNS;
-            call.next_squares[column * call.tiles + tile] = all[0][at] + all[1][at] + all[2][at] + all[3][at];
+            if (lane < 8 && column < call.columns)
+                call.next_squares[(column * call.tiles + tile) * PARTS + warp % 4] = square;
         }
     }
 }
 
 // A warp's part of the ring: stages of 16 rows of 128 elements, whose 16-byte pieces lie so that no two lanes that read at once
 // meet in a bank.
-constexpr int STAGES = 3;
 constexpr int PIECE = 128;                     // of the inner dimension
 constexpr int STAGE_BYTES = ROWS * PIECE * 2;  // of a warp
 constexpr int LINES = STAGE_BYTES / (16 * LANES);  // copies of a lane for a stage
 
 __device__ uint32_t place_of(uint32_t row, uint32_t sixteenth) { return row * (PIECE * 2) + (sixteenth ^ (row & 1) << 2) * 16; }
 
+// Waits for the oldest of as many stages as are under way.
+__device__ void await(uint32_t stages) {
+    switch (stages) {
+    case 2: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 3: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    case 4: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+    case 5: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
+    }
+}
+
 template <int KIND, int GROUPS>
 __device__ void product(const Product &call) {
     constexpr int SUMS = WARPS * ROWS * GROUPS * COLUMNS;
     extern __shared__ __align__(128) char shared[];
-    float *const sums = reinterpret_cast<float *>(shared + STAGES * WARPS * STAGE_BYTES);  // [2][warp][row][column]
+    float *const sums = reinterpret_cast<float *>(shared + call.stages * WARPS * STAGE_BYTES);  // [2][warp][row][column]
     __shared__ float factors[GROUPS * COLUMNS];
-    __shared__ float squares[2][GROUPS][4][COLUMNS];
     const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quad = lane % 4;
     const uint32_t total = call.rows + call.more_rows, pieces = (call.inner + PIECE - 1) / PIECE;
     const uint32_t first = warp * pieces / WARPS, own = (warp + 1) * pieces / WARPS - first;
     const uint32_t tiles = (call.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
-    const uint32_t ring = uint32_t(__cvta_generic_to_shared(shared)) + warp * STAGES * STAGE_BYTES;
+    const uint32_t ring = uint32_t(__cvta_generic_to_shared(shared)) + warp * call.stages * STAGE_BYTES;
     start_next();
 
     // What is asked for next: it runs ahead of what is multiplied, over the ends of tiles too.
@@ -222,22 +254,18 @@ __device__ void product(const Product &call) {
                              "r"(at < call.inner ? 16 : 0) : "memory");
             }
             if (++asked == own) asked = 0, asked_tile += gridDim.x;
-            if (++asked_stage == STAGES) asked_stage = 0;
+            if (++asked_stage == call.stages) asked_stage = 0;
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
-#pragma unroll
-    for (int i = 0; i < STAGES; i++) ask();
+    for (uint32_t i = 0; i < call.stages; i++) ask();
     settle();
-    if (KIND != ADD)
-        for (uint32_t column = warp; column < call.columns; column += WARPS) {
-            const float x = call.squares ? factor(call, column) : 1.0f;
-            if (lane == 0) factors[column] = x;
-        }
 
     uint32_t stage = 0;
     for (uint32_t n = 0; n < tiles; n++) {
         const uint32_t tile = blockIdx.x + n * gridDim.x;
+        Added<GROUPS> added = {};
+        if (KIND == ADD && GROUPS <= 2) ask_added(call, tile, added);
         float c[(GROUPS + 1) / 2][2][4] = {};
         for (uint32_t piece = first; piece < first + own; piece++) {
             uint4 a[PIECE / CHUNK][GROUPS];
@@ -245,7 +273,7 @@ __device__ void product(const Product &call) {
 #pragma unroll
                 for (int j = 0; j < PIECE / CHUNK; j++) columns_of<GROUPS>(call, piece * PIECE + j * CHUNK, a[j]);
             }
-            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+            await(call.stages);
             __syncwarp();
 #pragma unroll
             for (int j = 0; j < PIECE / CHUNK; j++) {
@@ -266,7 +294,7 @@ __device__ void product(const Product &call) {
             }
             __syncwarp();
             ask();
-            if (++stage == STAGES) stage = 0;
+            if (++stage == call.stages) stage = 0;
         }
         float *const mine = sums + n % 2 * SUMS;
 #pragma unroll
@@ -277,17 +305,23 @@ __device__ void product(const Product &call) {
                 mine[(warp * ROWS + row) * GROUPS * COLUMNS + column] = c[g / 2][i / 2][g % 2 * 2 + i % 2];
             }
         }
+        if (KIND != ADD && n == 0)
+            for (uint32_t column = warp; column < call.columns; column += WARPS) {
+                const float x = call.squares ? factor(call, column) : 1.0f;
+                if (lane == 0) factors[column] = x;
+            }
+        if (KIND == ADD && GROUPS > 2) ask_added(call, tile, added);
         __syncthreads();
-        finish<KIND, GROUPS>(call, tile, mine, factors, squares[n % 2]);
+        finish<KIND, GROUPS>(call, tile, mine, factors, added);
     }
 }
 
 // By the columns that they have room for.
 #define PRODUCT(name, kind)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) step_##name##_8(Product call) {             \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_8(Product call) {             \
         product<kind, 1>(call);                                                                          \
     }                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) step_##name##_16(Product call) {            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_16(Product call) {            \
         product<kind, 2>(call);                                                                          \
     }                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_32(Product call) {            \
@@ -308,7 +342,7 @@ struct Embed {
     float *residual;         // [columns][width]
     const bf16 *norm;        // [width]: of the first layer
     bf16 *normed;            // [columns][width]
-    float *squares;          // [columns]
+    float *squares;          // [columns][PARTS]
     uint32_t width;
     uint32_t vocabulary;
 };
@@ -334,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) step_embed(Embed call) {
     __syncthreads();
     if (threadIdx.x > 0) return;
     for (int i = 1; i < WARPS; i++) sum += sums[i];
-    call.squares[blockIdx.x] = sum;
+    reinterpret_cast<float4 *>(call.squares)[blockIdx.x] = make_float4(sum, 0.0f, 0.0f, 0.0f);
 }
 
 struct Seat {

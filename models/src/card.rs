@@ -7,11 +7,14 @@
 mod cache;
 mod driver;
 mod executor;
+mod measure;
 mod memory;
 mod step;
 
 pub use cache::CardCache;
 pub use executor::{CardExecutor, Room};
+pub use measure::{Bench, Capacity, Decoded, Prefilled};
+pub use paged_kernels::Mode;
 pub use step::{Gates, Place, Step, StepTokens, Token};
 
 use crate::error::Result;

@@ -33,7 +33,10 @@ mod weights;
 pub use branches::{Branches, Turn};
 pub use cache::{Dense, KvCache, Usage};
 #[cfg(feature = "cuda")]
-pub use card::{CardCache, CardExecutor, Gates, Place, Room, Step, StepTokens, Token, resident};
+pub use card::{
+    Bench, Capacity, CardCache, CardExecutor, Decoded, Gates, Mode, Place, Prefilled, Room, Step,
+    StepTokens, Token, resident,
+};
 pub use causal_lm::{Attend, CausalLm, Pass, Whose};
 pub use chat::{ChatTemplate, Message, RenderOptions};
 pub use config::{Architecture, Config, RopeScaling};

@@ -24,9 +24,14 @@ const DRAWERS: u32 = 1024;
 pub(super) const ROWS: usize = 16;
 /// Columns that the kernels of a product have room for.
 const WIDTHS: [usize; 4] = [8, 16, 32, 64];
-/// Bytes of a block's ring of weights, and, for each column, of its warps' sums, twice: of kernels/step.cu.
-const RING: usize = 3 * 8 * 4096;
+/// Parts of a column's squares that a tile, or a token, brings.
+pub(super) const PARTS: usize = 4;
+/// Bytes of a stage of a block's ring of weights, and, for each column, of its warps' sums, twice: of kernels/step.cu.
+const STAGE: usize = 8 * 4096;
 const COLUMN_SUMS: usize = 2 * 8 * ROWS * 4;
+/// Stages of a ring, at most and at least; and shared memory that is the compiler's.
+const STAGES: [usize; 2] = [6, 2];
+const ASIDE: usize = 1024;
 /// The most columns of a step.
 pub(super) const MOST_COLUMNS: usize = 64;
 
@@ -50,6 +55,8 @@ pub(super) struct Kernels {
     /// Whether a kernel may start while the one before it ends.
     overlaps: bool,
     multiprocessors: usize,
+    /// Of a ring, by width.
+    stages: [usize; 4],
 }
 
 // SAFETY: the raw handles name a module and its functions, which any thread may use once the context is bound to it, as
@@ -65,6 +72,18 @@ impl Kernels {
         let multiprocessors = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(failed("cuDeviceGetAttribute"))?;
+        let shared = context
+            .attribute(
+                sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )
+            .map_err(failed("cuDeviceGetAttribute"))?;
+        let stages = WIDTHS
+            .map(|width| (shared as usize).saturating_sub(width * COLUMN_SUMS + ASIDE) / STAGE);
+        if stages[0] < STAGES[1] {
+            let what = "ring of weights that fits this card's shared memory";
+            return Err(Error::Step { what, advice: "take one with 80 KB a block or more" });
+        }
+        let stages = stages.map(|stages| stages.min(STAGES[0]));
         context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
         let [step, sample] =
             if overlaps { [PTX_HOPPER, SAMPLE_HOPPER] } else { [PTX, SAMPLE] }.map(load);
@@ -72,17 +91,16 @@ impl Kernels {
         let [step, sample] = modules;
         let kinds = ["store", "gated", "add", "score"];
         let products = kinds.map(|kind| {
-            let width = |width| {
+            let width = |(width, stages): (usize, usize)| {
                 let product = function(step, &format!("step_{kind}_{width}"))?;
                 use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+                let bytes = room(width, stages) as i32;
                 // SAFETY: the function is loaded.
-                unsafe {
-                    result::function::set_function_attribute(product, SHARED, room(width) as i32)
-                }
-                .map_err(failed("cuFuncSetAttribute"))?;
+                unsafe { result::function::set_function_attribute(product, SHARED, bytes) }
+                    .map_err(failed("cuFuncSetAttribute"))?;
                 Ok(product)
             };
-            WIDTHS.map(width).into_iter().collect()
+            WIDTHS.into_iter().zip(stages).map(width).collect()
         });
         let kernels = Self {
             products: products.into_iter().collect::<Result<_>>()?,
@@ -93,6 +111,7 @@ impl Kernels {
             modules,
             overlaps,
             multiprocessors: multiprocessors as usize,
+            stages,
         };
         let sizes = Tensor::f_zeros([4], (Kind::Int, device(&kernels.stream)))?;
         after_torch(&kernels.stream)?;
@@ -163,7 +182,7 @@ impl Kernels {
                 raw.residual = address(residual, Kind::Float, columns * rows)?;
                 raw.norm = address(norm, Kind::BFloat16, rows)?;
                 raw.normed = address(normed, Kind::BFloat16, columns * rows)?;
-                raw.next_squares = address(squares, Kind::Float, columns * tiles)?;
+                raw.next_squares = address(squares, Kind::Float, columns * tiles * PARTS)?;
                 2
             }
             End::Score { scores, best, vocabulary } => {
@@ -173,14 +192,23 @@ impl Kernels {
                 3
             }
         };
-        let width = WIDTHS.iter().position(|&width| columns <= width).expect("batches are bounded");
+        let width = self.width(columns)?;
+        raw.stages = self.stages[width] as u32;
         raw.tiles = tiles as u32;
         let grid = Grid {
             blocks: tiles.min(self.multiprocessors),
             threads: THREADS,
-            shared: room(WIDTHS[width]),
+            shared: room(WIDTHS[width], self.stages[width]),
         };
         self.launch(self.products[kind][width], grid, &raw)
+    }
+
+    /// Which kernels have room for so many columns.
+    fn width(&self, columns: usize) -> Result<usize> {
+        let mut widths = WIDTHS.iter().zip(self.stages);
+        widths.position(|(&width, stages)| columns <= width && stages >= STAGES[1]).ok_or(
+            Error::Step { what: "batch so large on this card", advice: "take a smaller one" },
+        )
     }
 
     /// What the first layer reads of each column's token.
@@ -194,7 +222,7 @@ impl Kernels {
             residual: address(residual, Kind::Float, call.columns * width)?,
             norm: address(call.norm, Kind::BFloat16, width)?,
             normed: address(normed, Kind::BFloat16, call.columns * width)?,
-            squares: address(squares, Kind::Float, call.columns)?,
+            squares: address(squares, Kind::Float, call.columns * PARTS)?,
             width: width as u32,
             vocabulary: vocabulary as u32,
         };
@@ -321,8 +349,8 @@ fn grid(blocks: usize, threads: u32) -> Grid {
 }
 
 /// Bytes of a product's shared memory for so many columns.
-fn room(width: usize) -> usize {
-    RING + width * COLUMN_SUMS
+fn room(width: usize, stages: usize) -> usize {
+    stages * STAGE + width * COLUMN_SUMS
 }
 
 /// A product of few columns with a weight, or with two whose rows follow each other.
@@ -439,7 +467,7 @@ struct ProductCall {
     parts: u32,
     vocabulary: u32,
     epsilon: f32,
-    unused: u32,
+    stages: u32,
 }
 
 #[repr(C)]

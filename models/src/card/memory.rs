@@ -194,3 +194,25 @@ impl Mailbox {
         Ok(Some(memory[..2 + columns].to_vec()))
     }
 }
+
+/// Seconds that the card takes for what `work` queues on a stream. Waits for it.
+pub(super) fn timed(stream: &CudaStream, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT as TIMED;
+    let mark = || stream.record_event(Some(TIMED)).map_err(failed("cuEventRecord"));
+    let start = mark()?;
+    work()?;
+    let end = mark()?;
+    wait(stream)?;
+    Ok(f64::from(start.elapsed_ms(&end).map_err(failed("cuEventElapsedTime"))?) / 1e3)
+}
+
+/// Waits for what a stream was asked.
+pub(super) fn wait(stream: &CudaStream) -> Result<()> {
+    stream.synchronize().map_err(failed("cuStreamSynchronize"))
+}
+
+/// Bytes of the card in use, by whomever.
+pub(super) fn used(stream: &CudaStream) -> Result<usize> {
+    let (free, total) = stream.context().mem_get_info().map_err(failed("cuMemGetInfo"))?;
+    Ok(total - free)
+}

@@ -1,7 +1,7 @@
 //! A step of one token for each text of a batch, as a graph.
 
 use super::driver::{
-    self, Draw, Draws, Embed, End, Input, Kernels, MOST_COLUMNS, Norm, Product, ROWS, Stream,
+    self, Draw, Draws, Embed, End, Input, Kernels, MOST_COLUMNS, Norm, PARTS, Product, ROWS, Stream,
 };
 use super::memory::{self, Mailbox};
 use crate::config::{Architecture, Config};
@@ -141,7 +141,7 @@ impl Buffers {
             positions: room(1, Kind::Float)?,
             residual: room(width, Kind::Float)?,
             normed: room(width, bf16)?,
-            squares: room(width.div_ceil(ROWS), Kind::Float)?,
+            squares: room(width.div_ceil(ROWS) * PARTS, Kind::Float)?,
             projected: room(projected, bf16)?,
             queries: room(queries, bf16)?,
             attended: room(queries, bf16)?,
@@ -321,10 +321,10 @@ impl Step {
             stream: self.buffers.stream(),
             columns,
         })?;
-        let mut parts = 1;
+        let mut parts = PARTS;
         for (i, layer) in self.layers.iter().enumerate() {
             self.attention(cache, i, parts, columns)?;
-            parts = hidden_size.div_ceil(ROWS);
+            parts = hidden_size.div_ceil(ROWS) * PARTS;
             let next = self.layers.get(i + 1).map_or(&self.norm, |next| &next.attention_norm);
             self.mlp(layer, next, parts, columns)?;
         }
