@@ -82,6 +82,16 @@ impl ModelArgs {
         Ok(model)
     }
 
+    fn is_cuda(&self) -> bool {
+        matches!(self.device, DeviceName::Cuda)
+    }
+
+    /// The file or folder.
+    #[cfg(feature = "cuda")]
+    fn path(&self) -> &Path {
+        &self.model
+    }
+
     /// The model's file or folder, with the overlay's, for a title.
     fn name(&self) -> String {
         let last = |path: &Path| {

@@ -1,5 +1,8 @@
 //! `longctx bench`: how fast a model reads and writes, beside what the machine allows.
 
+#[cfg(feature = "cuda")]
+mod card;
+
 use super::{ModelArgs, megabytes, spinner, table};
 use crate::Method;
 use anyhow::{Result, ensure};
@@ -15,20 +18,46 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Tokens to read
-    #[arg(long, default_value_t = 2048)]
-    context: usize,
+    #[arg(long, num_args = 1.., default_values_t = [2048])]
+    context: Vec<usize>,
     /// Tokens to write after them
     #[arg(long, default_value_t = 64)]
     decode: usize,
     /// Shares of the cache to remove, by chance: what is removed does not matter for speed
     #[arg(long, num_args = 1.., default_values_t = [0.0, 0.6])]
     remove: Vec<f64>,
+    /// Texts that are written at once, on a card
+    #[arg(long, num_args = 1.., default_values_t = [1])]
+    batch: Vec<usize>,
+    /// What to measure on a card
+    #[arg(long, value_enum, num_args = 1.., default_values = ["decode", "prefill"])]
+    parts: Vec<Part>,
+    /// Draw the weights from a seed: the model folder need hold no more than config.json. On a card
+    #[arg(long)]
+    random_weights: bool,
+    /// Cut each head by its own length alone, so that a text's bits are the same whatever its neighbours. On a card
+    #[arg(long)]
+    batch_invariant: bool,
+    /// A date for the rows of --json
+    #[arg(long)]
+    date: Option<String>,
     /// How often; the best counts, and the median is beside it
     #[arg(long, default_value_t = 3)]
     repeat: usize,
     /// Print one JSON object instead of the table
     #[arg(long)]
     json: bool,
+}
+
+/// What can be measured on a card.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Steps of one token a text.
+    Decode,
+    /// Prompts.
+    Prefill,
+    /// Texts that fit 72 GB, and what they write together.
+    Capacity,
 }
 
 /// What the machine can do, measured in the same run.
@@ -41,6 +70,7 @@ struct Machine {
 /// One share removed.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
+    context: usize,
     removed: f64,
     kv_bytes: usize,
     prefill_tps: f64,
@@ -59,19 +89,30 @@ pub fn run(args: &Args) -> Result<()> {
         args.repeat > 0 && args.decode > 1,
         "--repeat must be 1 or more and --decode 2 or more"
     );
+    if args.model.is_cuda() {
+        #[cfg(feature = "cuda")]
+        return card::run(args);
+        #[cfg(not(feature = "cuda"))]
+        anyhow::bail!("this longctx was built without the feature cuda; build it with it");
+    }
+    ensure!(
+        args.batch == [1] && !args.random_weights && !args.batch_invariant,
+        "--batch, --random-weights and --batch-invariant are for a card: give --device cuda"
+    );
     let start = Instant::now();
     let model = args.model.load()?;
     let load_seconds = start.elapsed().as_secs_f64();
     let bar = spinner("measuring");
     let machine = machine(model.kind)?;
     let mut rows = Vec::new();
-    for &remove in &args.remove {
-        rows.push(row(args, &model, machine, remove)?);
+    for &context in &args.context {
+        for &remove in &args.remove {
+            rows.push(row(args, &model, machine, context, remove)?);
+        }
     }
     bar.finish_and_clear();
     if args.json {
         let json = serde_json::json!({
-            "context": args.context,
             "decode": args.decode,
             "repeat": args.repeat,
             "load_seconds": load_seconds,
@@ -82,10 +123,11 @@ pub fn run(args: &Args) -> Result<()> {
         println!("{json:#}");
         return Ok(());
     }
-    let header = ["removed", "KV held", "prefill", "over floor", "decode", "over floor"];
-    let mut table = table(&header, &[0, 1, 2, 3, 4, 5]);
+    let header = ["context", "removed", "KV held", "prefill", "over floor", "decode", "over floor"];
+    let mut table = table(&header, &[0, 1, 2, 3, 4, 5, 6]);
     for row in &rows {
         table.add_row([
+            row.context.to_string(),
             format!("{:.0} %", 100.0 * row.removed),
             megabytes(row.kv_bytes),
             format!("{:.0}/s", row.prefill_tps),
@@ -96,8 +138,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     println!("{table}");
     println!(
-        "{} tokens read, {} written, best of {}; loaded in {load_seconds:.1} s; floors from {:.1} GB/s and {:.0} GFLOP/s measured here",
-        args.context,
+        "{} tokens written, best of {}; loaded in {load_seconds:.1} s; floors from {:.1} GB/s and {:.0} GFLOP/s measured here",
         args.decode,
         args.repeat,
         machine.read_bytes_per_second / 1e9,
@@ -106,15 +147,15 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn row(args: &Args, model: &Model, machine: Machine, remove: f64) -> Result<Row> {
+fn row(args: &Args, model: &Model, machine: Machine, context: usize, remove: f64) -> Result<Row> {
     let config = model.lm.config();
     let method = if remove > 0.0 { Method::Random { remove, seed: 1 } } else { Method::Full };
-    let ids: Vec<u32> = (0..args.context as u64)
+    let ids: Vec<u32> = (0..context as u64)
         .map(|i| (i * 7919 % (config.vocab_size as u64 - 100) + 50) as u32)
         .collect();
     let (mut reads, mut writes, mut usage) = (Vec::new(), Vec::new(), Usage::default());
     for _ in 0..args.repeat {
-        let shape = cache_shape(config, args.context + args.decode, WINDOW, model.kind)?;
+        let shape = cache_shape(config, context + args.decode, WINDOW, model.kind)?;
         let (hooks, _) = method.hooks(model, None, WINDOW, false)?;
         let cache = Paged::new(Cpu::new(shape)?)?;
         let mut session = Session::new(model.lm.as_ref(), model.device, cache, hooks);
@@ -131,14 +172,15 @@ fn row(args: &Args, model: &Model, machine: Machine, remove: f64) -> Result<Row>
     let ([read, read_median], [write, write_median]) =
         (best_and_median(reads), best_and_median(writes));
     let blocks = matrix_elements(config) - config.vocab_size * config.hidden_size;
-    let attention = config.layers * config.query_heads * config.head_dim * args.context.pow(2);
-    let flops = 2 * blocks * args.context + 2 * attention;
+    let attention = config.layers * config.query_heads * config.head_dim * context.pow(2);
+    let flops = 2 * blocks * context + 2 * attention;
     let bytes = matrix_elements(config) * model.kind.elt_size_in_bytes() + usage.bytes;
     Ok(Row {
+        context,
         removed: usage.removed(),
         kv_bytes: usage.bytes,
-        prefill_tps: args.context as f64 / read,
-        prefill_tps_median: args.context as f64 / read_median,
+        prefill_tps: context as f64 / read,
+        prefill_tps_median: context as f64 / read_median,
         prefill_over_floor: read * machine.flops_per_second / flops as f64,
         decode_tps: 1.0 / write,
         decode_tps_median: 1.0 / write_median,

@@ -68,6 +68,11 @@ impl Bench {
         Ok(Self { scorer, copy_bytes_per_second: copies(device)?, model })
     }
 
+    /// The card's name.
+    pub fn card(&self) -> Result<String> {
+        memory::name(&*memory::stream(self.model.embedding.device())?)
+    }
+
     /// Steps of `batch` texts of `tokens` tokens each, of which heads keep a share of `keep` in the mean beside the window.
     ///
     /// # Errors

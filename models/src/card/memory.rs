@@ -216,3 +216,8 @@ pub(super) fn used(stream: &CudaStream) -> Result<usize> {
     let (free, total) = stream.context().mem_get_info().map_err(failed("cuMemGetInfo"))?;
     Ok(total - free)
 }
+
+/// The name of a stream's card.
+pub(super) fn name(stream: &CudaStream) -> Result<String> {
+    stream.context().name().map_err(failed("cuDeviceGetName"))
+}

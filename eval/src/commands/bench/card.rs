@@ -1,0 +1,148 @@
+//! `longctx bench --device cuda`: decode, prefill, memory and capacity on a card, for models that may lie in no file.
+
+use super::super::{spinner, table};
+use super::{Args, Part};
+use anyhow::{Result, ensure};
+use models::{Bench, Decoder, Mode, Random, Source, Weights, open};
+use serde::Serialize;
+use tch::Kind;
+
+/// Seed of random weights.
+const SEED: i64 = 1;
+/// What the capacity is asked of.
+const CAPACITY_BYTES: usize = 72_000_000_000;
+
+/// One number, as models/benches/results has them.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    what: &'static str,
+    engine: &'static str,
+    model: String,
+    case: String,
+    keep: f64,
+    value: f64,
+    unit: &'static str,
+    floor: Option<f64>,
+    card: String,
+    date: String,
+}
+
+/// Runs it.
+pub fn run(args: &Args) -> Result<()> {
+    ensure!(args.remove.iter().all(|share| (0.0..1.0).contains(share)), "--remove takes 0 up to 1");
+    let device = models::cuda()?;
+    let source = if args.random_weights {
+        Source::Random(Random::open(args.model.path(), SEED)?)
+    } else {
+        open(args.model.path())?
+    };
+    let bar = spinner("loading the model");
+    let bench = Bench::new(Decoder::load(&Weights::new(source, Kind::BFloat16, device)?)?)?;
+    let mut rows = Rows { args, card: bench.card()?, rows: Vec::new() };
+    let mode = if args.batch_invariant { Mode::BatchInvariant } else { Mode::Fast };
+    for &tokens in &args.context {
+        for &remove in &args.remove {
+            let keep = 1.0 - remove;
+            if args.parts.contains(&Part::Prefill) {
+                bar.set_message(format!("reading {tokens} tokens, keeping {keep}"));
+                let found = bench.prefill(tokens, keep, args.repeat)?;
+                let median = found.seconds[found.seconds.len() / 2];
+                rows.add("prefill", &format!("1x{tokens}"), keep, 1e3 * median, "ms", None);
+            }
+            let batches = args.batch.iter().filter(|_| args.parts.contains(&Part::Decode));
+            for &batch in batches {
+                bar.set_message(format!(
+                    "writing {batch} times after {tokens} tokens, keeping {keep}"
+                ));
+                let found = bench.decode(batch, tokens, keep, mode, args.decode)?;
+                let (case, median) =
+                    (format!("{batch}x{tokens}"), found.seconds[found.seconds.len() / 2]);
+                let floor = Some(1e3 * found.floor_seconds);
+                rows.add("decode step", &case, keep, 1e3 * median, "ms", floor);
+                rows.add("decode wall", &case, keep, 1e3 * found.wall_seconds, "ms", floor);
+                rows.add("KV held", &case, keep, found.kv_bytes as f64 / 1e9, "GB", None);
+                rows.add("card in use", &case, keep, found.used_bytes as f64 / 1e9, "GB", None);
+            }
+            if args.parts.contains(&Part::Capacity) {
+                bar.set_message(format!(
+                    "filling the card with {tokens} tokens each, keeping {keep}"
+                ));
+                let found = bench.capacity(tokens, keep, CAPACITY_BYTES)?;
+                let case = format!("{tokens} tokens in 72 GB");
+                rows.add("capacity", &case, keep, found.texts as f64, "texts", None);
+                if found.texts > 0 {
+                    let batch = found.texts.min(64);
+                    let step = bench.decode(batch, tokens, keep, mode, args.decode)?;
+                    let second = step.seconds[step.seconds.len() / 2];
+                    let case = format!("{batch}x{tokens}");
+                    let floor = Some(batch as f64 / step.floor_seconds);
+                    rows.add("throughput", &case, keep, batch as f64 / second, "tokens/s", floor);
+                }
+            }
+        }
+    }
+    bar.finish_and_clear();
+    rows.print(bench.copy_bytes_per_second)
+}
+
+struct Rows<'a> {
+    args: &'a Args,
+    card: String,
+    rows: Vec<Row>,
+}
+
+impl Rows<'_> {
+    fn add(
+        &mut self,
+        what: &'static str,
+        case: &str,
+        keep: f64,
+        value: f64,
+        unit: &'static str,
+        floor: Option<f64>,
+    ) {
+        let engine = if self.args.batch_invariant { "longctx, batch-invariant" } else { "longctx" };
+        let round = |x: f64| (x * 1e3).round() / 1e3;
+        self.rows.push(Row {
+            what,
+            engine,
+            model: self.args.model.name(),
+            case: case.to_owned(),
+            keep: round(keep),
+            value: round(value),
+            unit,
+            floor: floor.map(round),
+            card: self.card.clone(),
+            date: self.args.date.clone().unwrap_or_default(),
+        });
+    }
+
+    fn print(&self, copies: f64) -> Result<()> {
+        if self.args.json {
+            println!("{:#}", serde_json::to_value(&self.rows)?);
+            return Ok(());
+        }
+        let mut table = table(&["", "case", "kept", "", "", "over floor"], &[2, 3, 5]);
+        for row in &self.rows {
+            let over = row.floor.map_or_else(String::new, |floor| {
+                let over = if row.unit == "ms" { row.value / floor } else { floor / row.value };
+                format!("{over:.2}×")
+            });
+            table.add_row([
+                row.what.to_owned(),
+                row.case.clone(),
+                format!("{:.0} %", 100.0 * row.keep),
+                format!("{:.2}", row.value),
+                row.unit.to_owned(),
+                over,
+            ]);
+        }
+        println!("{table}");
+        println!(
+            "{}, whose copies reach {:.0} GB/s: the floor is weights and kept rows at that rate",
+            self.card,
+            copies / 1e9
+        );
+        Ok(())
+    }
+}
