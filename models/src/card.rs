@@ -12,7 +12,7 @@ mod memory;
 mod step;
 
 pub use cache::CardCache;
-pub use executor::{CardExecutor, Room};
+pub use executor::{CardExecutor, CardRoom};
 pub use measure::{Bench, Capacity, Decoded, Prefilled};
 pub use paged_kernels::Mode;
 pub use step::{Gates, Place, Step, StepTokens, Token};

@@ -34,8 +34,8 @@ pub use branches::{Branches, Turn};
 pub use cache::{Dense, KvCache, Usage};
 #[cfg(feature = "cuda")]
 pub use card::{
-    Bench, Capacity, CardCache, CardExecutor, Decoded, Gates, Mode, Place, Prefilled, Room, Step,
-    StepTokens, Token, resident,
+    Bench, Capacity, CardCache, CardExecutor, CardRoom, Decoded, Gates, Mode, Place, Prefilled,
+    Step, StepTokens, Token, resident,
 };
 pub use causal_lm::{Attend, CausalLm, Pass, Whose};
 pub use chat::{ChatTemplate, Message, RenderOptions};

@@ -17,7 +17,7 @@ const PAGE_SIZE: usize = 16;
 
 /// What a [`CardExecutor`] has room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
+pub struct CardRoom {
     /// Pages of all texts.
     pub pages: usize,
     /// Texts at once.
@@ -113,7 +113,12 @@ impl CardExecutor {
     ///
     /// # Errors
     /// [`Error::Step`]; a cache that the card has no memory for.
-    pub fn new(model: Decoder, hooks: Hooks, gates: Option<&Gates>, room: Room) -> Result<Self> {
+    pub fn new(
+        model: Decoder,
+        hooks: Hooks,
+        gates: Option<&Gates>,
+        room: CardRoom,
+    ) -> Result<Self> {
         let config = &model.config;
         let shape = CacheShape {
             layers: config.layers,
@@ -125,7 +130,7 @@ impl CardExecutor {
             pages: room.pages,
             dtype: paged_kernels::Dtype::Bf16,
         };
-        let Room { seats: texts, tokens, question: pass, mode, .. } = room;
+        let CardRoom { seats: texts, tokens, question: pass, mode, .. } = room;
         let cache = resident(model.embedding.device(), shape, Seats { texts, tokens, pass, mode })?;
         let step = Step::new(&model, gates, &cache, config.vocab_size)?;
         let limits = Limits {

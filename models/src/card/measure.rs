@@ -17,7 +17,7 @@ use crate::sampling::Sampling;
 use kvzap::{Affine, LayerInput, Scorer, Surrogate, Threshold, TorchSurrogate, WINDOW};
 use paged_kernels::{CacheShape, Mode, Resident, Seats};
 use std::time::Instant;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// Hidden units of the surrogate, as the published ones for models of this size have.
 const WIDTH: usize = 512;
@@ -65,7 +65,7 @@ impl Bench {
         let device = model.embedding.device();
         let surrogate = random_surrogate(&model.config)?;
         let scorer = TorchSurrogate::new(&surrogate, Kind::BFloat16, device)?;
-        Ok(Self { scorer, copy_bytes_per_second: copies(device)?, model })
+        Ok(Self { scorer, copy_bytes_per_second: memory::copies(&memory::stream(device)?)?, model })
     }
 
     /// The card's name.
@@ -290,22 +290,4 @@ fn random_surrogate(config: &Config) -> Result<Surrogate> {
         layers.push([first, second]);
     }
     Ok(Surrogate::mlp(layers)?)
-}
-
-/// Bytes a second of copies of 2 GiB, read and written.
-fn copies(device: Device) -> Result<f64> {
-    const BYTES: i64 = 2 << 30;
-    let from = Tensor::f_zeros([BYTES], (Kind::Uint8, device))?;
-    let mut to = Tensor::f_zeros([BYTES], (Kind::Uint8, device))?;
-    let mut best = f64::INFINITY;
-    for _ in 0..6 {
-        tch::Cuda::synchronize(0);
-        let start = Instant::now();
-        for _ in 0..8 {
-            to.f_copy_(&from)?;
-        }
-        tch::Cuda::synchronize(0);
-        best = best.min(start.elapsed().as_secs_f64() / 8.0);
-    }
-    Ok(2.0 * BYTES as f64 / best)
 }

@@ -221,3 +221,16 @@ pub(super) fn used(stream: &CudaStream) -> Result<usize> {
 pub(super) fn name(stream: &CudaStream) -> Result<String> {
     stream.context().name().map_err(failed("cuDeviceGetName"))
 }
+
+/// Bytes a second of a copy of 2 GiB on the card, read and written.
+pub(super) fn copies(stream: &Arc<CudaStream>) -> Result<f64> {
+    const BYTES: usize = 2 << 30;
+    let room = || stream.alloc_zeros::<u8>(BYTES).map_err(failed("cuMemAlloc"));
+    let (from, mut to) = (room()?, room()?);
+    let mut best = f64::INFINITY;
+    for _ in 0..10 {
+        let copy = || stream.memcpy_dtod(&from, &mut to).map_err(failed("cuMemcpyDtoDAsync"));
+        best = best.min(timed(stream, copy)?);
+    }
+    Ok(2.0 * BYTES as f64 / best)
+}

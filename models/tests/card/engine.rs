@@ -4,14 +4,14 @@ use crate::{ids, load, pruning, random_surrogate, wide};
 use anyhow::Result;
 use kvzap::TorchSurrogate;
 use models::engine::{Admission, Event, Executor, Request, Scheduler, Settings};
-use models::{CardExecutor, CausalLm, Gates, Random, Room, Sampling, Source, cuda};
+use models::{CardExecutor, CardRoom, CausalLm, Gates, Random, Sampling, Source, cuda};
 use paged_kernels::Mode;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 use tch::Kind;
 
-const ROOM: Room = Room {
+const ROOM: CardRoom = CardRoom {
     pages: 3000,
     seats: 20,
     batch: 16,
@@ -21,7 +21,7 @@ const ROOM: Room = Room {
     mode: Mode::BatchInvariant,
 };
 
-fn machine(folder: &Path, room: Room) -> Result<CardExecutor> {
+fn machine(folder: &Path, room: CardRoom) -> Result<CardExecutor> {
     let device = cuda()?;
     let model = load(Source::Random(Random::open(folder, 3)?), Kind::BFloat16, device)?;
     let surrogate = random_surrogate(model.config(), 24)?;
@@ -92,7 +92,7 @@ fn each_of_many_texts_gets_what_it_gets_alone() -> Result<()> {
     assert!(alone.iter().map(Vec::len).sum::<usize>() > 1000, "there is something to compare");
     // With room for all, and with so little that texts are moved to host memory and back.
     for pages in [3000, 700] {
-        let room = Room { pages, ..ROOM };
+        let room = CardRoom { pages, ..ROOM };
         let mut all = Scheduler::new(machine(folder.path(), room)?, settings.clone());
         let found = run(&mut all, &requests, 3)?;
         for (i, (found, alone)) in found.iter().zip(&alone).enumerate() {
