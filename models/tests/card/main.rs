@@ -3,8 +3,12 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod engine;
-mod step;
+
+/// What wants a card says so in its path.
+mod cuda {
+    mod engine;
+    mod step;
+}
 
 use anyhow::Result;
 use kvzap::{Affine, Surrogate, Threshold, TorchSurrogate};
