@@ -5,6 +5,7 @@ pub mod calibrate;
 pub mod curve;
 pub mod demo;
 pub mod eval;
+pub mod facts;
 pub mod generate;
 pub mod positions;
 mod prompt;
@@ -16,6 +17,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvzap::Surrogate;
 use models::Model;
+use serde_json::Value;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -31,6 +33,13 @@ pub struct ModelArgs {
     /// RePo's positions for this model: an overlay that was made for it
     #[arg(long, value_name = "FILE")]
     repo: Option<PathBuf>,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// Where and in what it computes.
+#[derive(clap::Args, Debug)]
+struct Machine {
     /// Where it runs
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceName,
@@ -54,9 +63,9 @@ enum DtypeName {
     Bf16,
 }
 
-impl ModelArgs {
-    /// Loads the model; says so on a terminal.
-    fn load(&self) -> Result<Model> {
+impl Machine {
+    /// The dtype and the device, after the threads are set.
+    fn prepare(&self) -> Result<(Kind, Device)> {
         if self.threads == Some(0) {
             bail!("--threads 0: give 1 or more, or leave it out for all cores");
         }
@@ -73,6 +82,23 @@ impl ModelArgs {
             DeviceName::Cpu => Device::Cpu,
             DeviceName::Cuda => models::cuda()?,
         };
+        Ok((kind, device))
+    }
+
+    /// These settings, for a report.
+    fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "device": format!("{:?}", self.device).to_lowercase(),
+            "dtype": format!("{:?}", self.dtype).to_lowercase(),
+            "threads": tch::get_num_threads(),
+        })
+    }
+}
+
+impl ModelArgs {
+    /// Loads the model; says so on a terminal.
+    fn load(&self) -> Result<Model> {
+        let (kind, device) = self.machine.prepare()?;
         let bar = spinner("loading the model");
         let model = Model::load_overlaid(&self.model, self.repo.as_deref(), kind, device)?;
         bar.finish_and_clear();
@@ -105,13 +131,14 @@ impl ModelArgs {
 
     /// These settings, for a report.
     fn json(&self) -> serde_json::Value {
-        serde_json::json!({
+        let mut json = serde_json::json!({
             "model": self.model.display().to_string(),
             "repo": self.repo.as_ref().map(|path| path.display().to_string()),
-            "device": format!("{:?}", self.device).to_lowercase(),
-            "dtype": format!("{:?}", self.dtype).to_lowercase(),
-            "threads": tch::get_num_threads(),
-        })
+        });
+        if let (Some(json), Value::Object(machine)) = (json.as_object_mut(), self.machine.json()) {
+            json.extend(machine);
+        }
+        json
     }
 }
 

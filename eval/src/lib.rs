@@ -29,6 +29,7 @@ pub use generate::{Answer, Generate, run};
 pub use haystack::{Haystack, documents};
 pub use task::{Sample, Task};
 pub use tasks::aime::Aime;
+pub use tasks::facts::{Facts, Family, Words};
 pub use tasks::infinitebench::InfiniteBench;
 pub use tasks::longbench::LongBench;
 pub use tasks::longbench_v2::LongBenchV2;

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use eval::commands::{
-    bench, calibrate, curve, demo, eval as benchmarks, generate, positions, report, train,
+    bench, calibrate, curve, demo, eval as benchmarks, facts, generate, positions, report, train,
 };
 use std::process::ExitCode;
 
@@ -32,7 +32,9 @@ enum Command {
     Curve(curve::Args),
     /// Show where a model with learned positions puts the tokens of a text, as a page
     Positions(positions::Args),
-    /// Fit a KVzap surrogate for a model
+    /// Ask for facts scattered in noise, within the trained length and beyond, and compare models
+    Facts(facts::Args),
+    /// Train what longctx adds to a model: KVzap surrogates, RePo's positions
     Train(train::Args),
 }
 
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Curve(args) => curve::run(&args),
         Command::Positions(args) => positions::run(&args),
+        Command::Facts(args) => facts::run(&args),
         Command::Train(args) => train::run(&args),
     };
     match result {

@@ -1,6 +1,7 @@
 //! The benchmarks, one a file.
 
 pub(crate) mod aime;
+pub(crate) mod facts;
 pub(crate) mod infinitebench;
 pub(crate) mod longbench;
 pub(crate) mod longbench_v2;

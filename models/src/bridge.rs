@@ -73,8 +73,10 @@ pub(crate) fn floats_mut(tensor: &mut Tensor) -> Option<&mut [f32]> {
     is_floats(tensor).then(|| unsafe { std::slice::from_raw_parts_mut(data, length) })
 }
 
+/// What a gradient is wanted of stays with libtorch, which sees nothing of work done here.
 fn is_floats(tensor: &Tensor) -> bool {
-    tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous()
+    !tensor.requires_grad()
+        && tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous()
 }
 
 /// # Safety

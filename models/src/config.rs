@@ -1,8 +1,10 @@
 //! The shapes and constants of a model, whatever file they come from.
 
 use crate::error::{Error, Result};
-use crate::positions::LayerPositions;
+use crate::folder::Fields;
+use crate::positions::{self, LayerPositions};
 use repo_pos::{Frequencies, Yarn};
+use serde_json::{Map, Value};
 use std::path::Path;
 
 /// A family of models: grouped-query attention with rotary positions and a gated MLP, in all of them.
@@ -97,6 +99,18 @@ pub struct Config {
 }
 
 impl Config {
+    /// That of a Hugging Face folder, whether or not it has weights yet.
+    pub fn of_folder(path: &Path) -> Result<Self> {
+        crate::folder::config(path)
+    }
+
+    /// The same model with positions as `pe_config` says, an object as config.json has it.
+    pub fn with_positions(self, pe_config: &Value) -> Result<Self> {
+        let map = Map::from_iter([("pe_config".to_owned(), pe_config.clone())]);
+        let fields = Fields::new(Path::new("pe_config"), map);
+        Ok(Self { positions: positions::planned(&fields, self.layers)?, ..self })
+    }
+
     /// Query heads that share a key/value head.
     pub fn group(&self) -> usize {
         self.query_heads / self.kv_heads

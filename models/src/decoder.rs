@@ -10,10 +10,9 @@ use crate::hooks::Hooks;
 use crate::layers::{self, GatedMlp, Linear, RmsNorm};
 use crate::memory;
 use crate::positions::{self, LayerPositions};
-use crate::weights::Weights;
+use crate::weights::{Tensors, Weights};
 use kvzap::LayerInput;
 use repo_pos::{Frequencies, Precision, Rotary, RoundZ, rotate};
-use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// A model of one of the families of [`Architecture`](crate::Architecture), its weights in one dtype on one device.
@@ -55,6 +54,15 @@ impl Decoder {
         if weights.device() == Device::Cpu {
             memory::check("the model's weights", weights.bytes())?;
         }
+        Self::assemble(weights, round, precision)
+    }
+
+    /// The same of tensors from anywhere. Where these are being trained, what [`CausalLm::forward`] gives can be differentiated.
+    pub(crate) fn assemble(
+        weights: &dyn Tensors,
+        round: RoundZ,
+        precision: Precision,
+    ) -> Result<Self> {
         let config = weights.config().clone();
         let (hidden, vocab) = (config.hidden_size as i64, config.vocab_size as i64);
         let embedding = weights.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
@@ -188,20 +196,18 @@ impl Decoder {
         let heads = projected
             .f_view([batch, tokens, query_heads + 2 * kv_heads, head_dim])?
             .f_transpose(1, 2)?; // [batch, query_heads + 2 kv_heads, tokens, head_dim]
-        let rotated = |span: Range<i64>| -> Result<Tensor> {
-            let x = heads.f_narrow(1, span.start, span.end - span.start)?;
+        let parts = heads.f_split_with_sizes([query_heads, kv_heads, kv_heads], 1)?;
+        let rotated = |x: &Tensor| -> Result<Tensor> {
             match &angles {
-                Some((cos, sin)) if !turned => Ok(rotate(&x, cos, sin)?),
-                _ => Ok(x),
+                Some((cos, sin)) if !turned => Ok(rotate(x, cos, sin)?),
+                _ => Ok(x.shallow_clone()),
             }
         };
-        let [queries, keys] = spans.map(rotated);
-        let (queries, keys) = (queries?, keys?);
-        let values = heads.f_narrow(1, query_heads + kv_heads, kv_heads)?;
+        let (queries, keys, values) = (rotated(&parts[0])?, rotated(&parts[1])?, &parts[2]);
 
-        let input = LayerInput { layer, hidden, queries: &queries, keys: &keys, values: &values };
+        let input = LayerInput { layer, hidden, queries: &queries, keys: &keys, values };
         let drops = hooks.drops(input, pass.whose, window)?;
-        let mixed = attend(&queries, &keys, &values, drops.as_ref())?;
+        let mixed = attend(&queries, &keys, values, drops.as_ref())?;
         let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, tokens, -1])?;
         self.blocks[layer].output.forward(&mixed)
     }
@@ -250,7 +256,7 @@ impl CausalLm for Decoder {
 }
 
 impl Block {
-    fn load(weights: &Weights, layer: usize) -> Result<Self> {
+    fn load(weights: &dyn Tensors, layer: usize) -> Result<Self> {
         let config = weights.config();
         let [hidden, intermediate] =
             [config.hidden_size, config.intermediate_size].map(|n| n as i64);
@@ -300,23 +306,34 @@ impl Block {
     /// Queries (`widths[0]` wide), keys (`widths[1]`) and values side by side, the first two normed.
     fn project(&self, hidden: &Tensor, widths: [i64; 2]) -> Result<Tensor> {
         let projected = self.qkv.forward(hidden)?; // [batch, tokens, queries + keys + values]
-        let mut start = 0;
-        for (norm, width) in self.qk_norms.iter().flatten().zip(widths) {
+        let Some(norms) = &self.qk_norms else { return Ok(projected) };
+        let (mut start, mut normed) = (0, Vec::new());
+        for (norm, width) in norms.iter().zip(widths) {
             let mut part = projected.f_narrow(2, start, width)?;
             let runs = part.f_unflatten(2, [-1, norm.weight.size()[0]])?;
-            part.f_copy_(&norm.forward(&runs)?.f_flatten(2, 3)?)?;
+            let runs = norm.forward(&runs)?.f_flatten(2, 3)?;
+            // In place saves a copy of all; a gradient needs what was there before.
+            if projected.requires_grad() {
+                normed.push(runs);
+            } else {
+                part.f_copy_(&runs)?;
+            }
             start += width;
         }
-        Ok(projected)
+        if normed.is_empty() {
+            return Ok(projected);
+        }
+        normed.push(projected.f_narrow(2, start, projected.size()[2] - start)?);
+        Ok(Tensor::f_cat(&normed, 2)?)
     }
 }
 
-fn linear(weights: &Weights, name: &str, out: i64, input: i64, bias: bool) -> Result<Linear> {
+fn linear(weights: &dyn Tensors, name: &str, out: i64, input: i64, bias: bool) -> Result<Linear> {
     let bias = bias.then(|| weights.tensor(&format!("{name}.bias"), &[out])).transpose()?;
     Ok(Linear { weight: weights.tensor(&format!("{name}.weight"), &[out, input])?, bias })
 }
 
-fn norm(weights: &Weights, name: &str, width: i64) -> Result<RmsNorm> {
+fn norm(weights: &dyn Tensors, name: &str, width: i64) -> Result<RmsNorm> {
     let weight = weights.tensor(name, &[width])?;
     Ok(RmsNorm { weight, epsilon: weights.config().norm_epsilon })
 }

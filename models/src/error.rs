@@ -229,6 +229,24 @@ pub enum Error {
         advice: &'static str,
     },
 
+    /// A training was asked for in which no number would change.
+    #[error(
+        "nothing would be trained: the model has no position maps; give it some, or train more than the maps"
+    )]
+    NothingToTrain,
+
+    /// A file holds the state of a training with other settings.
+    #[error(
+        "{}: it was written by a training with other settings ({found}); go on with those, or remove it to begin anew",
+        path.display()
+    )]
+    OtherTraining {
+        /// The file.
+        path: PathBuf,
+        /// Its settings.
+        found: String,
+    },
+
     /// There is nothing to continue.
     #[error("the prompt is empty; give at least one token")]
     EmptyPrompt,

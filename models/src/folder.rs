@@ -3,7 +3,7 @@
 
 mod config;
 mod fields;
-mod shard;
+pub(crate) mod shard;
 
 use crate::config::Config;
 use crate::error::{Error, Result};

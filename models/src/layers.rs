@@ -114,10 +114,9 @@ impl RmsNorm {
         if let Some(out) = self.rows(x)? {
             return Ok(out);
         }
-        if x.device().is_cuda() {
-            // One kernel, whose product with the weight is rounded once.
-            let width = self.weight.size();
-            return Ok(x.f_internal_fused_rms_norm(width, Some(&self.weight), self.epsilon)?.0);
+        if x.device().is_cuda() || self.weight.requires_grad() || x.requires_grad() {
+            // One kernel each way where eight would be, whose product with the weight is rounded once.
+            return Ok(x.f_rms_norm(self.weight.size(), Some(&self.weight), self.epsilon)?);
         }
         let (kind, wide) = (x.kind(), x.f_to_kind(tch::Kind::Float)?);
         let scale = wide
@@ -184,7 +183,7 @@ impl GatedMlp {
             let gated = gated.f_view([x.size()[0], x.size()[1], width])?;
             return self.down.forward(&gated);
         }
-        let gate = both.f_narrow(2, 0, width)?.f_silu()?;
-        self.down.forward(&gate.f_mul(&both.f_narrow(2, width, width)?)?)
+        let parts = both.f_chunk(2, 2)?;
+        self.down.forward(&parts[0].f_silu()?.f_mul(&parts[1])?)
     }
 }

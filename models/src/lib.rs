@@ -28,6 +28,7 @@ mod random;
 mod sampling;
 mod session;
 mod tokenizer;
+mod training;
 mod weights;
 
 pub use branches::{Branches, Turn};
@@ -56,6 +57,7 @@ pub use random::Random;
 pub use sampling::{Sampler, Sampling};
 pub use session::{Generated, Session, Stop};
 pub use tokenizer::{GgufVocabulary, Specials, Tokenizer};
+pub use training::{AdamW, Rates, Trainable, Trained};
 pub use weights::{Source, Weights, open};
 
 pub use kvzap::WINDOW;

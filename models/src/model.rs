@@ -46,16 +46,7 @@ impl Model {
         device: Device,
     ) -> Result<Self> {
         let source = open(path)?;
-        let (tokenizer, template) = match &source {
-            Source::Gguf(file) => from_gguf(file)?,
-            Source::Folder(_) | Source::Random(_) => {
-                let path = source.path();
-                (
-                    Tokenizer::from_file(&path.join("tokenizer.json"))?,
-                    ChatTemplate::from_folder(path)?,
-                )
-            }
-        };
+        let (tokenizer, template) = texts(&source)?;
         let mut notes = source.notes().to_vec();
         if template.is_none() {
             notes.push("the model brings no chat template: prompts are plain text".to_owned());
@@ -67,6 +58,22 @@ impl Model {
         let lm = Box::new(Decoder::load(&weights)?);
         let stop = lm.config().eos_tokens.clone();
         Ok(Self { lm, tokenizer, template, stop, kind, device, notes })
+    }
+
+    /// The tokenizer of a model that is not loaded.
+    pub fn tokenizer_of(source: &Source) -> Result<Tokenizer> {
+        Ok(texts(source)?.0)
+    }
+}
+
+fn texts(source: &Source) -> Result<(Tokenizer, Option<ChatTemplate>)> {
+    match source {
+        Source::Gguf(file) => from_gguf(file),
+        Source::Folder(_) | Source::Random(_) => {
+            let path = source.path();
+            let tokenizer = Tokenizer::from_file(&path.join("tokenizer.json"))?;
+            Ok((tokenizer, ChatTemplate::from_folder(path)?))
+        }
     }
 }
 

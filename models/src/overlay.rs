@@ -6,17 +6,14 @@
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::folder::{Fields, Shard};
+use crate::folder::{Fields, Shard, shard};
 use crate::positions;
 use crate::weights::{Source, Stored};
-use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 const FORMAT: &str = "longctx-repo";
 /// Bytes of a large tensor that go into a fingerprint, at its begin, middle and end.
@@ -63,30 +60,12 @@ impl Overlay {
         pe_config: &Value,
         tensors: &[(String, Tensor)],
     ) -> Result<()> {
-        let stored = tensors.iter().map(|(name, tensor)| Ok((name, bytes(tensor)?)));
-        let stored = stored.collect::<Result<Vec<_>>>()?;
-        let views = stored.iter().map(|(name, (dtype, shape, bytes))| {
-            Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
-        });
         let metadata = HashMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("base".to_owned(), base.fingerprint()),
             ("pe_config".to_owned(), pe_config.to_string()),
         ]);
-        let refused = |cause: std::io::Error| Error::Write { path: path.to_owned(), cause };
-        let file = views
-            .collect::<std::result::Result<Vec<_>, _>>()
-            .and_then(|views| safetensors::serialize(views, Some(metadata)))
-            .map_err(|error| refused(std::io::Error::other(error)))?;
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
-        let mut beside = tempfile::Builder::new()
-            .permissions(readable)
-            .tempfile_in(folder.unwrap_or(Path::new(".")))
-            .map_err(refused)?;
-        beside.write_all(&file).map_err(refused)?;
-        beside.persist(path).map_err(|error| refused(error.error))?;
-        Ok(())
+        shard::write(path, tensors, metadata)
     }
 
     /// The config of `base` with this over it, if it was made for `base` and fits it.
@@ -152,21 +131,4 @@ impl Source {
         }
         digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
-}
-
-fn bytes(tensor: &Tensor) -> Result<(Dtype, Vec<usize>, Vec<u8>)> {
-    let shape = tensor.size().iter().map(|&n| n as usize).collect();
-    let flat = tensor.f_to_device(tch::Device::Cpu)?.f_reshape([-1])?;
-    Ok(match tensor.f_kind()? {
-        Kind::Float => {
-            let values = Vec::<f32>::try_from(&flat)?;
-            (Dtype::F32, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect())
-        }
-        Kind::BFloat16 => {
-            // As their bits: tch takes bf16 for f16 when it copies.
-            let values = Vec::<i16>::try_from(&flat.f_view_dtype(Kind::Int16)?)?;
-            (Dtype::BF16, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect())
-        }
-        other => return Err(Error::WeightKind(format!("{other:?}"))),
-    })
 }

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::folder::Fields;
 use crate::layers::{GatedMlp, Linear};
-use crate::weights::Weights;
+use crate::weights::Tensors;
 use repo_pos::RoundZ;
 use std::path::Path;
 
@@ -89,7 +89,7 @@ pub(crate) fn reconcile(
 /// The position modules of the layers that have one: `final(silu(gate(h)) * content(h))`, as [`repo_pos::Module`] says, which
 /// is a gated MLP. As one of ours it has a decode step's fast path. Its width is that of the tensors: `hidden / 8` in the
 /// published models.
-pub(crate) fn load(weights: &Weights, round: RoundZ) -> Result<Vec<Option<GatedMlp>>> {
+pub(crate) fn load(weights: &dyn Tensors, round: RoundZ) -> Result<Vec<Option<GatedMlp>>> {
     let config = weights.config();
     let [hidden, heads] = [config.hidden_size, config.kv_heads].map(|n| n as i64);
     let kind = round.kind(weights.kind());

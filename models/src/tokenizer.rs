@@ -1,5 +1,7 @@
 //! Text to token ids and back.
 
+mod train;
+
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

@@ -103,6 +103,26 @@ impl Source {
     }
 }
 
+/// Where a decoder's tensors come from: files, or what is being trained.
+pub(crate) trait Tensors {
+    fn config(&self) -> &Config;
+
+    /// What tensors are in unless one is asked for in another dtype.
+    fn kind(&self) -> Kind;
+
+    fn device(&self) -> Device;
+
+    /// The shape of a tensor as it is stored.
+    fn shape(&self, name: &str) -> Result<Vec<usize>>;
+
+    /// A tensor by its Hugging Face name, refused if it has another shape.
+    fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor>;
+
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        self.tensor_as(name, shape, self.kind())
+    }
+}
+
 /// The weights of an opened model, in the dtype and on the device of a run.
 #[derive(Debug)]
 pub struct Weights {
@@ -168,8 +188,37 @@ impl Weights {
         self.tensor_as(name, shape, self.kind)
     }
 
-    /// The same in a dtype of its own.
-    pub(crate) fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    /// Whether there is a tensor of this name, in the model or in what is laid over it.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.overlay.as_ref().is_some_and(|overlay| overlay.has(name)) || self.source.has(name)
+    }
+
+    fn stored(&self, name: &str) -> Result<Stored<'_>> {
+        match &self.overlay {
+            Some(overlay) if overlay.has(name) => overlay.stored(name),
+            _ => self.source.stored(name),
+        }
+    }
+}
+
+impl Tensors for Weights {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn device(&self) -> Device {
+        self.device
+    }
+
+    fn shape(&self, name: &str) -> Result<Vec<usize>> {
+        Ok(self.stored(name)?.shape)
+    }
+
+    fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
         if let (Source::Random(random), None) = (&self.source, &self.overlay) {
             return random.tensor(name, shape, kind, self.device);
         }
@@ -183,18 +232,6 @@ impl Weights {
             });
         }
         Ok(stored.read(kind)?.f_to_device(self.device)?)
-    }
-
-    /// The shape of a tensor as it is stored.
-    pub(crate) fn shape(&self, name: &str) -> Result<Vec<usize>> {
-        Ok(self.stored(name)?.shape)
-    }
-
-    fn stored(&self, name: &str) -> Result<Stored<'_>> {
-        match &self.overlay {
-            Some(overlay) if overlay.has(name) => overlay.stored(name),
-            _ => self.source.stored(name),
-        }
     }
 }
 
@@ -217,7 +254,7 @@ pub(crate) struct Stored<'a> {
 const CHUNK: usize = 1 << 15;
 
 impl Stored<'_> {
-    fn read(&self, kind: Kind) -> Result<Tensor> {
+    pub(crate) fn read(&self, kind: Kind) -> Result<Tensor> {
         let shape: Vec<i64> = self.shape.iter().map(|&n| n as i64).collect();
         let out = Tensor::f_empty(&shape, (kind, Device::Cpu))?;
         let (rows, columns) = self.matrix();

@@ -80,10 +80,10 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let kind = x.f_kind()?;
     let (cos, sin) = (cos.f_to_kind(kind)?, sin.f_to_kind(kind)?);
-    let pairs = x.size().last().map_or(0, |head_dim| head_dim / 2);
-    let (first, second) = (x.f_narrow(-1, 0, pairs)?, x.f_narrow(-1, pairs, pairs)?);
-    let a = first.f_mul(&cos)?.f_addcmul_(&second, &sin.f_neg()?)?;
-    let b = second.f_mul(&cos)?.f_addcmul_(&first, &sin)?;
+    let halves = x.f_chunk(2, -1)?;
+    let [first, second] = &halves[..] else { return refuse("x", "an even head dim".into(), x) };
+    let a = first.f_mul(&cos)?.f_addcmul_(second, &sin.f_neg()?)?;
+    let b = second.f_mul(&cos)?.f_addcmul_(first, &sin)?;
     Ok(Tensor::f_cat(&[a, b], -1)?)
 }
 

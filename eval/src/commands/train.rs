@@ -1,8 +1,12 @@
 //! `longctx train`: makes what longctx adds to a model.
 
+pub(super) mod corpus;
+mod curve;
 mod heat;
 mod kvzap;
 pub(super) mod pieces;
+mod repo;
+mod rows;
 
 use anyhow::Result;
 
@@ -17,11 +21,14 @@ pub struct Args {
 enum What {
     /// A KVzap surrogate: fitted to what KVzip+ says of a model's tokens
     Kvzap(kvzap::Args),
+    /// Position maps (RePo), or the same training without them; for a model, or a new one from scratch
+    Repo(Box<repo::Args>),
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     match &args.what {
         What::Kvzap(args) => kvzap::run(args),
+        What::Repo(args) => repo::run(args),
     }
 }

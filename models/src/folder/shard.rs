@@ -1,12 +1,16 @@
-//! One safetensors file: its header parsed, its data mapped.
+//! One safetensors file: its header parsed, its data mapped; and how one is written.
 
 use crate::bridge;
 use crate::error::{Error, Result};
 use crate::weights::{Encoding, Stored};
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo, TensorView};
+use std::collections::HashMap;
 use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use tch::{Kind, Tensor};
 
 #[derive(Debug)]
 pub(crate) struct Shard {
@@ -119,4 +123,48 @@ fn parse(bytes: &[u8]) -> std::result::Result<(Metadata, usize), (&'static str, 
         ));
     }
     Ok((header, data))
+}
+
+/// Writes `tensors`, f32 or bf16, with `metadata`: beside `path` first, so that a half-written file is never found.
+pub(crate) fn write(
+    path: &Path,
+    tensors: &[(String, Tensor)],
+    metadata: HashMap<String, String>,
+) -> Result<()> {
+    let stored = tensors.iter().map(|(name, tensor)| Ok((name, bytes(tensor)?)));
+    let stored = stored.collect::<Result<Vec<_>>>()?;
+    let views = stored.iter().map(|(name, (dtype, shape, bytes))| {
+        Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
+    });
+    let refused = |cause: std::io::Error| Error::Write { path: path.to_owned(), cause };
+    let file = views
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .and_then(|views| safetensors::serialize(views, Some(metadata)))
+        .map_err(|error| refused(std::io::Error::other(error)))?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
+    let mut beside = tempfile::Builder::new()
+        .permissions(readable)
+        .tempfile_in(folder.unwrap_or(Path::new(".")))
+        .map_err(refused)?;
+    beside.write_all(&file).map_err(refused)?;
+    beside.persist(path).map_err(|error| refused(error.error))?;
+    Ok(())
+}
+
+fn bytes(tensor: &Tensor) -> Result<(Dtype, Vec<usize>, Vec<u8>)> {
+    let shape = tensor.size().iter().map(|&n| n as usize).collect();
+    let flat = tensor.f_to_device(tch::Device::Cpu)?.f_reshape([-1])?;
+    Ok(match tensor.f_kind()? {
+        Kind::Float => {
+            let values = Vec::<f32>::try_from(&flat)?;
+            (Dtype::F32, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect())
+        }
+        Kind::BFloat16 => {
+            // As their bits: tch takes bf16 for f16 when it copies.
+            let values = Vec::<i16>::try_from(&flat.f_view_dtype(Kind::Int16)?)?;
+            (Dtype::BF16, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect())
+        }
+        other => return Err(Error::WeightKind(format!("{other:?}"))),
+    })
 }

@@ -1,6 +1,6 @@
 //! `longctx eval --list`: what there is, what it needs, and how long it takes here.
 
-use super::super::{DeviceName, DtypeName, ModelArgs, table};
+use super::super::{DeviceName, DtypeName, Machine, ModelArgs, table};
 use super::data::{cache, texts_folder};
 use crate::{InfiniteBench, LongBench, Method, Reading, Ruler, Runner};
 use anyhow::Result;
@@ -166,9 +166,7 @@ fn speed() -> Result<Option<Speed>> {
     let args = ModelArgs {
         model: path,
         repo: None,
-        device: DeviceName::Cpu,
-        dtype: DtypeName::F32,
-        threads: None,
+        machine: Machine { device: DeviceName::Cpu, dtype: DtypeName::F32, threads: None },
     };
     let model = args.load()?;
     let runner = Runner {

@@ -81,10 +81,8 @@ impl Pieces {
         );
 
         let mut texts = Vec::new();
-        for path in paths {
-            for file in files(path)? {
-                texts.extend(documents(&file)?);
-            }
+        for file in files_of(paths)? {
+            texts.extend(documents(&file)?);
         }
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         texts.shuffle(&mut random);
@@ -167,6 +165,11 @@ impl Pieces {
         hash.extend(ids.copied());
         hash.0
     }
+}
+
+/// All files of files and folders.
+pub fn files_of(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    Ok(paths.iter().map(|path| files(path)).collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// A file, or all files of a folder and its folders, by name.

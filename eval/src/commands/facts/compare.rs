@@ -1,0 +1,192 @@
+//! Models beside one another.
+
+use super::difference::{self, Difference};
+use super::{Cell, Measured, Text, picture};
+use crate::commands::{beside, table, write, write_json};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// What to compare.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Files that `longctx facts measure` wrote
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// The arm that others are compared with
+    #[arg(long, default_value = "rope")]
+    against: String,
+    /// A name for the rows
+    #[arg(long, default_value = "facts")]
+    experiment: String,
+    /// The rows as JSON: one for each arm, seed, task and length, then the differences
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// A picture of score against length, as SVG
+    #[arg(long, value_name = "FILE")]
+    picture: Option<PathBuf>,
+    /// Print the rows instead of the tables
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which lengths are taken together.
+const SPANS: [(&str, Option<bool>); 3] =
+    [("inside", Some(true)), ("outside", Some(false)), ("all", None)];
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    let read = |path: &PathBuf| -> Result<Measured> {
+        let text =
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_slice(&text)
+            .with_context(|| format!("{}: not what longctx facts measure writes", path.display()))
+    };
+    let all: Vec<Measured> = args.files.iter().map(read).collect::<Result<_>>()?;
+    for path in args.output.iter().chain(&args.picture) {
+        drop(beside(path)?);
+    }
+    let mut arms: Vec<&str> = Vec::new();
+    for measured in &all {
+        if !arms.contains(&&*measured.arm) {
+            arms.push(&measured.arm);
+        }
+    }
+    let of = |arm: &str| -> Vec<&Measured> { all.iter().filter(|m| m.arm == arm).collect() };
+    let control = of(&args.against);
+    ensure!(
+        !control.is_empty(),
+        "no file is of arm {}; there are {}",
+        args.against,
+        arms.join(", ")
+    );
+
+    let mut rows: Vec<Value> = all.iter().flat_map(|m| rows_of(&args.experiment, m)).collect();
+    for arm in arms.iter().filter(|arm| **arm != args.against) {
+        for (span, inside) in SPANS {
+            let Some(found) = span_difference(&of(arm), &control, inside) else { continue };
+            rows.push(json!({
+                "experiment": args.experiment, "arm": arm, "against": args.against, "task": "mean of all",
+                "context": span, "points": found.points, "low": found.low, "high": found.high,
+                "each_seed": found.seeds, "n": found.pairs,
+            }));
+        }
+    }
+    if let Some(path) = &args.output {
+        write_json(path, &json!(rows))?;
+    }
+    if let Some(path) = &args.picture {
+        let of_arms: Vec<(&str, Vec<&Measured>)> = arms.iter().map(|arm| (*arm, of(arm))).collect();
+        write(path, picture::draw(&of_arms)?.as_bytes())?;
+    }
+    if args.json {
+        println!("{:#}", json!(rows));
+    } else {
+        print(&arms, &args.against, &of);
+    }
+    Ok(())
+}
+
+fn is_inside(measured: &Measured, cell: &Cell) -> bool {
+    cell.context <= measured.trained
+}
+
+fn span_difference(
+    arm: &[&Measured],
+    other: &[&Measured],
+    inside: Option<bool>,
+) -> Option<Difference> {
+    let trained = arm.first()?.trained;
+    difference::of(arm, other, |cell| {
+        inside.is_none_or(|inside| (cell.context <= trained) == inside)
+    })
+}
+
+fn rows_of(experiment: &str, measured: &Measured) -> Vec<Value> {
+    let mut rows: Vec<Value> = Vec::new();
+    for cell in &measured.cells {
+        let (low, high) = wilson(cell.scores().sum(), cell.marks.len());
+        rows.push(json!({
+            "experiment": experiment, "arm": measured.arm, "seed": measured.seed, "tokens": measured.tokens,
+            "task": cell.task, "context": cell.context, "inside": is_inside(measured, cell),
+            "score": 100.0 * cell.score(), "low": 100.0 * low, "high": 100.0 * high, "n": cell.marks.len(),
+        }));
+    }
+    for text in &measured.text {
+        rows.push(json!({
+            "experiment": experiment, "arm": measured.arm, "seed": measured.seed, "tokens": measured.tokens,
+            "task": "perplexity", "context": text.context, "inside": text.context <= measured.trained,
+            "score": text.nll.exp(), "n": text.tokens,
+        }));
+    }
+    rows
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let values: Vec<f64> = values.collect();
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
+fn print<'a>(arms: &[&'a str], against: &str, of: &dyn Fn(&str) -> Vec<&'a Measured>) {
+    let control = of(against);
+    let Some(first) = control.first() else { return };
+    let mut contexts: Vec<usize> = first.cells.iter().map(|cell| cell.context).collect();
+    contexts.sort_unstable();
+    contexts.dedup();
+    let mut tasks: Vec<&str> = first.cells.iter().map(|cell| &*cell.task).collect();
+    tasks.dedup();
+    let header: Vec<&str> = ["task", "tokens"].into_iter().chain(arms.iter().copied()).collect();
+    let numbers: Vec<usize> = (1..header.len()).collect();
+    let shown = |value: Option<f64>, digits: usize| {
+        value.map_or("-".to_owned(), |v| format!("{v:.digits$}"))
+    };
+    let mut scores = table(&header, &numbers);
+    for (task, context) in tasks.iter().flat_map(|task| contexts.iter().map(move |c| (*task, *c))) {
+        let score = |arm: &&str| {
+            let measured = of(arm);
+            let cells = measured.iter().flat_map(|m| &m.cells);
+            let alike = cells.filter(|cell| cell.task == task && cell.context == context);
+            shown(mean(alike.map(|cell| 100.0 * cell.score())), 1)
+        };
+        scores.add_row(
+            [task.to_owned(), context.to_string()].into_iter().chain(arms.iter().map(score)),
+        );
+    }
+    for Text { context, .. } in &first.text {
+        let perplexity = |arm: &&str| {
+            let measured = of(arm);
+            let texts = measured.iter().flat_map(|m| &m.text).filter(|t| t.context == *context);
+            shown(mean(texts.map(|text| text.nll)).map(f64::exp), 2)
+        };
+        let row = ["perplexity".to_owned(), context.to_string()];
+        scores.add_row(row.into_iter().chain(arms.iter().map(perplexity)));
+    }
+    println!("{scores}\n");
+    let mut ahead =
+        table(&["points ahead", "of", "lengths", "mean", "95 %", "each seed"], &[3, 4, 5]);
+    for arm in arms.iter().filter(|arm| **arm != against) {
+        for (span, inside) in SPANS {
+            let Some(found) = span_difference(&of(arm), &control, inside) else { continue };
+            let seeds: Vec<String> =
+                found.seeds.iter().map(|points| format!("{points:+.1}")).collect();
+            ahead.add_row([
+                (*arm).to_owned(),
+                against.to_owned(),
+                span.to_owned(),
+                format!("{:+.1}", found.points),
+                format!("{:+.1} to {:+.1}", found.low, found.high),
+                seeds.join(" "),
+            ]);
+        }
+    }
+    println!("{ahead}");
+}
+
+/// Wilson's 95 % interval for `right` of `n`.
+fn wilson(right: f64, n: usize) -> (f64, f64) {
+    const Z: f64 = 1.96;
+    let n = n as f64;
+    let (p, z2) = (right / n, Z * Z / n);
+    let (middle, half) = (p + z2 / 2.0, Z * (p * (1.0 - p) / n + z2 / (4.0 * n)).sqrt());
+    ((middle - half) / (1.0 + z2), (middle + half) / (1.0 + z2))
+}

@@ -1,0 +1,194 @@
+//! `longctx train repo` and `longctx facts`, as a user runs them: a tiny model from scratch, killed and gone on with.
+#![cfg(feature = "models")]
+
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+const WORDS: [&str; 12] = [
+    "river", "engine", "paper", "winter", "carries", "slowly", "the", "old", "a", "under", "seven",
+    "writes",
+];
+
+/// Documents of sentences whose words do not repeat in the same order.
+fn write_text(path: &Path) {
+    let mut state = 1u64;
+    let mut word = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        WORDS[(state >> 33) as usize % WORDS.len()]
+    };
+    let mut sentence = || (0..9).map(|_| word()).collect::<Vec<_>>().join(" ") + ". ";
+    let documents = (0..40).map(|_| (0..12).map(|_| sentence()).collect::<String>());
+    let lines = documents.map(|text| format!("{}\n", json!({ "text": text })));
+    std::fs::write(path, lines.collect::<String>()).unwrap();
+}
+
+fn config(vocabulary: usize) -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096, "tie_word_embeddings": true, "eos_token_id": 0,
+    })
+}
+
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let this = Self(tempfile::tempdir().unwrap());
+        write_text(&this.0.path().join("text.jsonl"));
+        std::fs::write(this.0.path().join("config.json"), config(320).to_string()).unwrap();
+        this
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    fn json(&self, name: &str) -> Value {
+        serde_json::from_slice(&self.read(name)).unwrap()
+    }
+
+    fn train(&self, out: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+        command.args([
+            "train",
+            "repo",
+            "--text",
+            &self.path("text.jsonl"),
+            "--out",
+            &self.path(out),
+        ]);
+        let length = if more.contains(&"--length") { &[][..] } else { &["--length", "192"] };
+        command.args(["--rows", "2", "--warmup", "5", "--threads", "1"]).args(length).args(more);
+        command
+    }
+}
+
+fn ok(mut command: Command) -> String {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let text = String::from_utf8_lossy(&stderr).into_owned();
+    assert!(status.success(), "{text}");
+    String::from_utf8_lossy(&stdout).into_owned() + &text
+}
+
+fn refused(mut command: Command) -> String {
+    let Output { status, stderr, .. } = command.output().unwrap();
+    assert!(!status.success());
+    let text = String::from_utf8(stderr).unwrap();
+    assert!(text.starts_with("longctx: ") && text.trim_end().lines().count() == 1, "{text}");
+    text
+}
+
+#[test]
+fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured() {
+    let place = Place::new();
+    let (config, tokenizer) = (place.path("config.json"), place.path("whole/tokenizer.json"));
+    let scratch = ["--from-scratch", &config, "--kilotokens", "30", "--save-every", "10"];
+    ok(place.train("whole", &scratch));
+    let loss = place.json("whole/loss.json");
+    let points = loss.as_array().unwrap();
+    let text = |point: &Value| point["text"].as_f64().unwrap();
+    assert!(text(&points[points.len() - 1]) < 0.9 * text(&points[0]), "{loss}");
+    assert!(place.read("whole/loss.svg").starts_with(b"<svg"));
+    assert!(
+        !Path::new(&place.path("whole/state.safetensors")).exists(),
+        "its state is cleared away"
+    );
+
+    let again = [&scratch[..], &["--tokenizer", &tokenizer]].concat();
+    let mut child = place.train("killed", &again).spawn().unwrap();
+    let (state, start) = (place.path("killed/state.safetensors"), Instant::now());
+    while !Path::new(&state).exists() && start.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(
+        !Path::new(&place.path("killed/training.json")).exists(),
+        "it was killed too late to tell"
+    );
+    let other = refused(place.train("killed", &[&again[..], &["--rate", "0.5"]].concat()));
+    assert!(other.contains("other settings") && other.contains("state.safetensors"), "{other}");
+    let said = ok(place.train("killed", &again));
+    assert!(said.contains("goes on after step"), "{said}");
+    assert!(place.read("killed/model.safetensors") == place.read("whole/model.safetensors"));
+    assert_eq!(place.json("killed/loss.json"), loss);
+    let done = refused(place.train("killed", &again));
+    assert!(done.contains("this training is done"), "{done}");
+
+    // The control has the same rows: what it lost first, before anything was learned, is nearly the same.
+    ok(place.train("control", &[&again[..], &["--arm", "rope"]].concat()));
+    let first = |name: &str| text(&place.json(name)[0]);
+    assert!((first("control/loss.json") - text(&points[0])).abs() < 0.02);
+
+    let measure = |model: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+        let (model, facts) = (place.path(model), place.path(&format!("{model}/facts.json")));
+        command.args(["facts", "measure", "--model", &model, "--text", &place.path("text.jsonl")]);
+        command.args([
+            "--contexts",
+            "1024",
+            "2048",
+            "--samples",
+            "2",
+            "--threads",
+            "1",
+            "--output",
+            &facts,
+        ]);
+        ok(command);
+        facts
+    };
+    let files = ["whole", "control"].map(measure);
+    let measured = place.json("whole/facts.json");
+    assert_eq!((&measured["arm"], &measured["seed"]), (&json!("repo"), &json!(1)));
+    assert!(measured["cells"].as_array().unwrap().len() >= 3, "{measured}");
+    let mut compare = Command::new(env!("CARGO_BIN_EXE_longctx"));
+    let (rows, picture) = (place.path("rows.json"), place.path("rows.svg"));
+    compare.args(["facts", "compare"]).args(&files).args([
+        "--output",
+        &rows,
+        "--picture",
+        &picture,
+    ]);
+    let tables = ok(compare);
+    assert!(tables.contains("points ahead") && tables.contains("perplexity"), "{tables}");
+    assert!(place.read("rows.svg").starts_with(b"<svg"));
+    let rows = place.json("rows.json");
+    let row = |row: &&Value| row["against"] == "rope" && row["context"] == "outside";
+    assert!(rows.as_array().unwrap().iter().any(|r| row(&r)), "{rows}");
+}
+
+#[test]
+fn a_model_is_gone_on_with_and_its_overlay_is_read() {
+    let place = Place::new();
+    let config = place.path("config.json");
+    ok(place.train("base", &["--from-scratch", &config, "--arm", "rope", "--kilotokens", "2"]));
+    let base = place.path("base");
+    for train in ["maps", "qk", "low-rank", "everything"] {
+        let more =
+            ["--model", &base, "--train", train, "--kilotokens", "2", "--rank", "2", "--recompute"];
+        ok(place.train(train, &more));
+        let overlay = place.path(&format!("{train}/repo.safetensors"));
+        let mut measure = Command::new(env!("CARGO_BIN_EXE_longctx"));
+        measure.args(["facts", "measure", "--model", &base, "--repo", &overlay, "--samples", "1"]);
+        measure.args(["--text", &place.path("text.jsonl"), "--contexts", "1024", "--threads", "1"]);
+        measure.args(["--output", &place.path("facts.json")]);
+        ok(measure);
+    }
+    let nothing = ["--model", &base, "--train", "maps", "--arm", "rope"];
+    let text = refused(place.train("nothing", &nothing));
+    assert!(text.contains("nothing would be trained"), "{text}");
+    let long = refused(place.train("long", &["--model", &base, "--length", "4096"]));
+    assert!(long.contains("the model reads 4096"), "{long}");
+    let diverged = ["--model", &base, "--arm", "rope", "--kilotokens", "30", "--rate", "1e30"];
+    let text = refused(place.train("diverged", &diverged));
+    assert!(text.contains("NaN or infinite") && text.contains("smaller --rate"), "{text}");
+    assert!(!Path::new(&place.path("diverged/repo.safetensors")).exists());
+}
