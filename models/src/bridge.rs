@@ -76,7 +76,9 @@ pub(crate) fn floats_mut(tensor: &mut Tensor) -> Option<&mut [f32]> {
 /// What a gradient is wanted of stays with libtorch, which sees nothing of work done here.
 fn is_floats(tensor: &Tensor) -> bool {
     !tensor.requires_grad()
-        && tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous()
+        && tensor.device() == Device::Cpu
+        && tensor.kind() == Kind::Float
+        && tensor.is_contiguous()
 }
 
 /// # Safety

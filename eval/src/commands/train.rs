@@ -20,7 +20,7 @@ pub struct Args {
 #[derive(clap::Subcommand, Debug)]
 enum What {
     /// A KVzap surrogate: fitted to what KVzip+ says of a model's tokens
-    Kvzap(kvzap::Args),
+    Kvzap(Box<kvzap::Args>),
     /// Position maps (RePo), or the same training without them; for a model, or a new one from scratch
     Repo(Box<repo::Args>),
 }

@@ -67,6 +67,9 @@ pub struct Args {
     /// The share of rows that are facts in noise, and questions
     #[arg(long, default_value_t = 0.5)]
     facts: f64,
+    /// The share of the training over which passages with facts grow from 256 tokens to whole rows
+    #[arg(long, default_value_t = 0.3)]
+    growing: f64,
     /// What answers weigh beside text
     #[arg(long, default_value_t = 1.0)]
     answer_weight: f64,
@@ -234,7 +237,7 @@ fn settings(args: &Args, model: &Trainable) -> Value {
         "arm": args.arm.name(), "first_layer": args.first_layer, "numbers": model.numbers(),
         "train": format!("{:?} {}", args.train, args.rank),
         "kilotokens": args.kilotokens, "length": args.length,
-        "rows": args.rows, "accumulate": args.accumulate, "facts": args.facts, "answer_weight": args.answer_weight,
+        "rows": args.rows, "accumulate": args.accumulate, "facts": args.facts, "growing": args.growing, "answer_weight": args.answer_weight,
         "rate": args.rate, "map_rate": args.map_rate, "warmup": args.warmup, "decay": args.decay, "clip": args.clip,
         "seed": args.seed,
     })
@@ -320,7 +323,8 @@ fn train(args: &Args, begun: &mut Begun, corpus: &Corpus, device: Device) -> Res
     }
     let step_tokens = (args.rows * args.accumulate * args.length) as u64;
     let steps = (args.kilotokens * 1000).div_ceil(step_tokens).max(args.warmup + 1);
-    let mix = Mix { length: args.length, facts: args.facts, seed: args.seed };
+    let growing = (args.growing * (steps * (args.rows * args.accumulate) as u64) as f64) as u64;
+    let mix = Mix { length: args.length, facts: args.facts, growing, seed: args.seed };
     let rows = Rows::new(corpus, &begun.tokenizer, mix);
     let bar = progress(steps, "training");
     bar.set_position(optimizer.steps());

@@ -22,6 +22,8 @@ const SHARES: [(Family, u32); 7] = [
 ];
 /// A passage is no shorter.
 const SHORTEST: usize = 128;
+/// And at first no longer.
+const FIRST: f64 = 256.0;
 /// The most things that facts are about, and the most questions about them.
 const LARGEST: f64 = 64.0;
 const QUESTIONS: usize = 24;
@@ -33,6 +35,9 @@ pub struct Mix {
     pub length: usize,
     /// The share of rows that are facts in noise.
     pub facts: f64,
+    /// Rows over which the passages' longest grows to a whole row: looking back is learned sooner where there is
+    /// little to look at.
+    pub growing: u64,
     /// Of all that is drawn.
     pub seed: u64,
 }
@@ -84,14 +89,25 @@ impl<'a> Rows<'a> {
         random.set_stream(index);
         let due = |count: u64| (count as f64 * self.mix.facts).floor();
         if due(index + 1) > due(index) {
-            return self.facts(&mut random);
+            return self.facts(&mut random, self.longest(index));
         }
         let ids = self.corpus.window(&mut random, self.mix.length + 1).to_vec();
         Ok(Passage { answers: vec![false; ids.len()], ids })
     }
 
+    /// Tokens of the longest passage in a row.
+    fn longest(&self, index: u64) -> usize {
+        let (whole, grown) =
+            ((self.mix.length + 1) as f64, index as f64 / self.mix.growing.max(1) as f64);
+        if grown < 1.0 && whole > FIRST {
+            (FIRST * (whole / FIRST).powf(grown)) as usize
+        } else {
+            whole as usize
+        }
+    }
+
     /// Passages one after another; a quarter of the rows are a single one.
-    fn facts(&self, random: &mut ChaCha8Rng) -> Result<Passage> {
+    fn facts(&self, random: &mut ChaCha8Rng, longest: usize) -> Result<Passage> {
         let mut row = Passage::default();
         let whole = random.random_range(0..4) == 0;
         loop {
@@ -101,8 +117,9 @@ impl<'a> Rows<'a> {
                 row.answers.resize(row.ids.len(), false);
                 return Ok(row);
             }
-            let tokens =
-                if whole { left } else { between(random, SHORTEST as f64, left as f64) as usize };
+            let most = left.min(longest);
+            let drawn = |random: &mut _| between(random, SHORTEST as f64, most as f64) as usize;
+            let tokens = if whole { most } else { drawn(random) };
             let passage = self.passage(random, tokens)?;
             row.ids.extend(passage.ids);
             row.answers.extend(passage.answers);
@@ -159,7 +176,7 @@ mod tests {
             Tokenizer::train(&[text], 400, &folder.path().join("tokenizer.json")).unwrap();
         let corpus = Corpus::read(&[path], &tokenizer, 0).unwrap();
         check(
-            &Rows::new(&corpus, &tokenizer, Mix { length: LENGTH, facts: 0.5, seed }),
+            &Rows::new(&corpus, &tokenizer, Mix { length: LENGTH, facts: 0.5, growing: 0, seed }),
             &tokenizer,
         );
     }
@@ -175,6 +192,17 @@ mod tests {
             }
             assert!(some.text.iter().zip(&some.answers).all(|(a, b)| (*a > 0.0) != (*b > 0.0)));
             with_rows(2, |others, _| assert_ne!(others.batch(6..8).unwrap().ids, again.ids));
+        });
+    }
+
+    #[test]
+    fn passages_grow_to_a_whole_row() {
+        with_rows(1, |rows, _| {
+            let mix = Mix { growing: 100, ..rows.mix };
+            let rows = Rows { mix, ..*rows };
+            assert_eq!([0, 50, 100, 900].map(|i| rows.longest(i)), [256, 640, 1601, 1601]);
+            let begun = rows.row(1).unwrap().ids.windows(2).filter(|ids| ids[0] == 0).count();
+            assert!(begun >= 5, "a row of short passages, each after an end: {begun}");
         });
     }
 
