@@ -160,7 +160,10 @@ fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured
     let tables = ok(compare);
     assert!(tables.contains("points ahead") && tables.contains("perplexity"), "{tables}");
     assert!(place.read("rows.svg").starts_with(b"<svg"));
+    assert!(place.read("course.svg").starts_with(b"<svg"));
     let rows = place.json("rows.json");
+    assert_eq!(rows[0], json!({"experiment": "other"}), "rows of other experiments stay");
+    assert_eq!(rows[1]["arm"], "repo", "those of this one are made anew");
     let row = |row: &&Value| row["against"] == "rope" && row["context"] == "outside";
     assert!(rows.as_array().unwrap().iter().any(|r| row(&r)), "{rows}");
 }

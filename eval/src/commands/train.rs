@@ -1,7 +1,7 @@
 //! `longctx train`: makes what longctx adds to a model.
 
 pub(super) mod corpus;
-mod curve;
+pub(super) mod curve;
 mod heat;
 mod kvzap;
 pub(super) mod pieces;

@@ -2,10 +2,12 @@
 
 use super::difference::{self, Difference};
 use super::{Cell, Measured, Text, picture};
+use crate::commands::train::curve::Point;
 use crate::commands::{beside, table, write, write_json};
 use anyhow::{Context, Result, ensure};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What to compare.
 #[derive(clap::Args, Debug)]
@@ -19,12 +21,16 @@ pub struct Args {
     /// A name for the rows
     #[arg(long, default_value = "facts")]
     experiment: String,
-    /// The rows as JSON: one for each arm, seed, task and length, then the differences
+    /// The rows as JSON: one for each arm, seed, task and length, then the differences; what the file holds of other
+    /// experiments stays
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// A picture of score against length, as SVG
     #[arg(long, value_name = "FILE")]
     picture: Option<PathBuf>,
+    /// A picture of how answers were learned, as SVG, from the loss.json beside each file
+    #[arg(long, value_name = "FILE")]
+    course: Option<PathBuf>,
     /// Print the rows instead of the tables
     #[arg(long)]
     json: bool,
@@ -36,14 +42,10 @@ const SPANS: [(&str, Option<bool>); 3] =
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let read = |path: &PathBuf| -> Result<Measured> {
-        let text =
-            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        serde_json::from_slice(&text)
-            .with_context(|| format!("{}: not what longctx facts measure writes", path.display()))
-    };
-    let all: Vec<Measured> = args.files.iter().map(read).collect::<Result<_>>()?;
-    for path in args.output.iter().chain(&args.picture) {
+    let what = "what longctx facts measure writes";
+    let all: Vec<Measured> =
+        args.files.iter().map(|path| read_json(path, what)).collect::<Result<_>>()?;
+    for path in args.output.iter().chain(&args.picture).chain(&args.course) {
         drop(beside(path)?);
     }
     let mut arms: Vec<&str> = Vec::new();
@@ -73,11 +75,19 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     if let Some(path) = &args.output {
-        write_json(path, &json!(rows))?;
+        write_json(path, &json!([others(path, &args.experiment)?, rows.clone()].concat()))?;
     }
     if let Some(path) = &args.picture {
         let of_arms: Vec<(&str, Vec<&Measured>)> = arms.iter().map(|arm| (*arm, of(arm))).collect();
         write(path, picture::draw(&of_arms)?.as_bytes())?;
+    }
+    if let Some(path) = &args.course {
+        let courses = all.iter().zip(&args.files).map(|(measured, file)| {
+            let points = read_json::<Vec<Point>>(&file.with_file_name("loss.json"), "a loss.json")?;
+            Ok((measured.arm.clone(), points))
+        });
+        let courses: Vec<_> = courses.collect::<Result<_>>()?;
+        write(path, picture::courses(&courses)?.as_bytes())?;
     }
     if args.json {
         println!("{:#}", json!(rows));
@@ -85,6 +95,21 @@ pub fn run(args: &Args) -> Result<()> {
         print(&arms, &args.against, &of);
     }
     Ok(())
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> Result<T> {
+    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{}: not {what}", path.display()))
+}
+
+/// The rows of other experiments in a file, if it is there.
+fn others(path: &Path, experiment: &str) -> Result<Vec<Value>> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let mut rows: Vec<Value> = read_json(path, "a list of rows; choose another --output")?;
+    rows.retain(|row| row["experiment"] != experiment);
+    Ok(rows)
 }
 
 fn is_inside(measured: &Measured, cell: &Cell) -> bool {

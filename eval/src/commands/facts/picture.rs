@@ -1,6 +1,7 @@
-//! Scores against length.
+//! Scores against length, and how they were learned.
 
 use super::Measured;
+use crate::commands::train::curve::Point;
 use anyhow::Result;
 use plotters::prelude::*;
 use std::collections::BTreeMap;
@@ -80,4 +81,59 @@ fn by_length(measured: &Measured) -> BTreeMap<usize, f64> {
         cells.entry(cell.context).or_default().push(100.0 * cell.score());
     }
     cells.into_iter().map(|(c, s)| (c, s.iter().sum::<f64>() / s.len() as f64)).collect()
+}
+
+/// Points of a course that are drawn as their mean: a step's loss is that of its few rows.
+const SMOOTH: usize = 12;
+
+/// An SVG: what answers lose against tokens, a line for each run.
+pub fn courses(runs: &[(String, Vec<Point>)]) -> Result<String> {
+    let smooth = |points: &[Point]| -> Vec<(f64, f64)> {
+        let mean = |some: &[Point]| {
+            let tokens = some.last().map_or(0.0, |point| point.tokens as f64 / 1e6);
+            (tokens, some.iter().map(|point| point.answers).sum::<f64>() / some.len() as f64)
+        };
+        points.chunks(SMOOTH).map(mean).collect()
+    };
+    let lines: Vec<(&str, Vec<(f64, f64)>)> =
+        runs.iter().map(|(arm, points)| (&**arm, smooth(points))).collect();
+    let end = lines.iter().flat_map(|(_, line)| line).fold(1.0, |end: f64, point| end.max(point.0));
+    let mut arms: Vec<&str> = lines.iter().map(|(arm, _)| *arm).collect();
+    arms.sort_unstable();
+    arms.dedup();
+    let mut svg = String::new();
+    {
+        let root = SVGBackend::with_string(&mut svg, (640, 400)).into_drawing_area();
+        root.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&root)
+            .margin(14)
+            .x_label_area_size(38)
+            .y_label_area_size(44)
+            .build_cartesian_2d(0.0..end, 0.0..2.0)?;
+        chart
+            .configure_mesh()
+            .light_line_style(WHITE)
+            .x_desc("million tokens")
+            .y_desc("nats a token of an answer")
+            .draw()?;
+        for (arm, color) in arms.iter().zip(COLORS.iter().cycle()) {
+            for (seed, (_, line)) in lines.iter().filter(|(of, _)| of == arm).enumerate() {
+                let shown = line.iter().copied().filter(|point| point.1 <= 2.0);
+                let drawn = chart.draw_series(LineSeries::new(shown, color.stroke_width(2)))?;
+                if seed == 0 {
+                    drawn.label(*arm).legend(move |(x, y)| {
+                        PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2))
+                    });
+                }
+            }
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::LowerLeft)
+            .background_style(WHITE)
+            .border_style(WHITE)
+            .draw()?;
+        root.present()?;
+    }
+    Ok(svg)
 }
