@@ -17,7 +17,8 @@ pub struct Interval {
 
 /// The two-sided 95 % quantile of the normal distribution.
 const Z: f64 = 1.96;
-const DRAWS: usize = 2000;
+/// How often samples are drawn again.
+pub const DRAWS: usize = 2000;
 
 /// Wilson's, for `right` of `n`.
 pub fn wilson(right: f64, n: usize) -> Interval {
@@ -46,10 +47,15 @@ pub fn bootstrap(tasks: &[Vec<f64>]) -> Interval {
     let mut again = |task: &[f64]| {
         (0..task.len()).map(|_| task[random.random_range(0..task.len())]).sum::<f64>()
     };
-    let mut drawn: Vec<f64> = (0..DRAWS).map(|_| mean(&mut again)).collect();
+    let drawn = (0..DRAWS).map(|_| mean(&mut again)).collect();
+    middle(mean(&mut |task| task.iter().sum()), drawn)
+}
+
+/// Of a mean, by what it was when samples were drawn again.
+pub fn middle(mean: f64, mut drawn: Vec<f64>) -> Interval {
     drawn.sort_unstable_by(f64::total_cmp);
-    let at = |share: f64| drawn[(share * (DRAWS - 1) as f64).round() as usize];
-    Interval { mean: mean(&mut |task| task.iter().sum()), low: at(0.025), high: at(0.975) }
+    let at = |share: f64| drawn[(share * (drawn.len() - 1) as f64).round() as usize];
+    Interval { mean, low: at(0.025), high: at(0.975) }
 }
 
 #[cfg(test)]

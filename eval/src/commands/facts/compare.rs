@@ -3,6 +3,7 @@
 use super::difference::{self, Difference};
 use super::{Cell, Measured, Text, picture};
 use crate::commands::train::curve::Point;
+use crate::intervals::{Interval, wilson};
 use crate::commands::{beside, table, write, write_json};
 use anyhow::{Context, Result, ensure};
 use serde::de::DeserializeOwned;
@@ -69,7 +70,7 @@ pub fn run(args: &Args) -> Result<()> {
             let Some(found) = span_difference(&of(arm), &control, inside) else { continue };
             rows.push(json!({
                 "experiment": args.experiment, "arm": arm, "against": args.against, "task": "mean of all",
-                "context": span, "points": found.points, "low": found.low, "high": found.high,
+                "context": span, "points": found.points.mean, "low": found.points.low, "high": found.points.high,
                 "each_seed": found.seeds, "n": found.pairs,
             }));
         }
@@ -130,11 +131,11 @@ fn span_difference(
 fn rows_of(experiment: &str, measured: &Measured) -> Vec<Value> {
     let mut rows: Vec<Value> = Vec::new();
     for cell in &measured.cells {
-        let (low, high) = wilson(cell.scores().sum(), cell.marks.len());
+        let Interval { mean, low, high } = wilson(cell.scores().sum(), cell.marks.len());
         rows.push(json!({
             "experiment": experiment, "arm": measured.arm, "seed": measured.seed, "tokens": measured.tokens,
             "task": cell.task, "context": cell.context, "inside": is_inside(measured, cell),
-            "score": 100.0 * cell.score(), "low": 100.0 * low, "high": 100.0 * high, "n": cell.marks.len(),
+            "score": 100.0 * mean, "low": 100.0 * low, "high": 100.0 * high, "n": cell.marks.len(),
         }));
     }
     for text in &measured.text {
@@ -198,20 +199,11 @@ fn print<'a>(arms: &[&'a str], against: &str, of: &dyn Fn(&str) -> Vec<&'a Measu
                 (*arm).to_owned(),
                 against.to_owned(),
                 span.to_owned(),
-                format!("{:+.1}", found.points),
-                format!("{:+.1} to {:+.1}", found.low, found.high),
+                format!("{:+.1}", found.points.mean),
+                format!("{:+.1} to {:+.1}", found.points.low, found.points.high),
                 seeds.join(" "),
             ]);
         }
     }
     println!("{ahead}");
-}
-
-/// Wilson's 95 % interval for `right` of `n`.
-fn wilson(right: f64, n: usize) -> (f64, f64) {
-    const Z: f64 = 1.96;
-    let n = n as f64;
-    let (p, z2) = (right / n, Z * Z / n);
-    let (middle, half) = (p + z2 / 2.0, Z * (p * (1.0 - p) / n + z2 / (4.0 * n)).sqrt());
-    ((middle - half) / (1.0 + z2), (middle + half) / (1.0 + z2))
 }
