@@ -3,8 +3,8 @@
 use super::difference::{self, Difference};
 use super::{Cell, Measured, Text, picture};
 use crate::commands::train::curve::Point;
-use crate::intervals::{Interval, wilson};
 use crate::commands::{beside, table, write, write_json};
+use crate::intervals::{Interval, wilson};
 use anyhow::{Context, Result, ensure};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
