@@ -157,6 +157,8 @@ fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured
         "--picture",
         &picture,
     ]);
+    std::fs::write(&rows, r#"[{"experiment": "other"}, {"experiment": "facts"}]"#).unwrap();
+    compare.args(["--course", &place.path("course.svg")]);
     let tables = ok(compare);
     assert!(tables.contains("points ahead") && tables.contains("perplexity"), "{tables}");
     assert!(place.read("rows.svg").starts_with(b"<svg"));

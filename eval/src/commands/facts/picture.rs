@@ -68,7 +68,12 @@ pub fn draw(arms: &[(&str, Vec<&Measured>)]) -> Result<String> {
                 Circle::new(((length as f64).log2(), score), 3, color.filled())
             }))?;
         }
-        chart.configure_series_labels().background_style(WHITE).border_style(WHITE).draw()?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperMiddle)
+            .background_style(WHITE)
+            .border_style(WHITE)
+            .draw()?;
         root.present()?;
     }
     Ok(svg)
