@@ -228,7 +228,10 @@ fn work<E: Executor>(mut scheduler: Scheduler<E>, calls: &Receiver<Call>, totals
         for id in gone.map(|(id, _)| *id).collect::<Vec<_>>() {
             scheduler.cancel(id, start.elapsed());
         }
-        for (id, event) in scheduler.tick(start.elapsed()) {
+        let events = scheduler.tick(start.elapsed());
+        // Before the events: who has seen an end finds it counted.
+        *totals.lock().unwrap_or_else(PoisonError::into_inner) = scheduler.totals();
+        for (id, event) in events {
             let ended = matches!(event, Event::End(_));
             if let Some(asker) = askers.get(&id) {
                 // Who does not listen any more has set the flag, or is about to.
@@ -238,7 +241,6 @@ fn work<E: Executor>(mut scheduler: Scheduler<E>, calls: &Receiver<Call>, totals
                 askers.remove(&id);
             }
         }
-        *totals.lock().unwrap_or_else(PoisonError::into_inner) = scheduler.totals();
     }
 }
 

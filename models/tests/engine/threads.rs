@@ -110,6 +110,15 @@ fn a_machine_that_cannot_be_made_says_why() {
     assert!(matches!(error, Error::NothingToWrite));
 }
 
+#[test]
+fn an_end_that_was_seen_is_counted() {
+    let engine = engine();
+    for calls in 1..=50 {
+        engine.generate([request(1, 1)]).finish();
+        assert_eq!(engine.totals().read, 100 * calls);
+    }
+}
+
 /// Counts those that live.
 #[derive(Debug)]
 struct Counted(Arc<AtomicUsize>);
