@@ -109,7 +109,7 @@ impl ModelArgs {
     }
 
     fn is_cuda(&self) -> bool {
-        matches!(self.device, DeviceName::Cuda)
+        matches!(self.machine.device, DeviceName::Cuda)
     }
 
     /// The file or folder.
