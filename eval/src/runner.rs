@@ -5,7 +5,9 @@ use crate::method::Method;
 use crate::task::Sample;
 use anyhow::Result;
 use kvzap::Surrogate;
-use models::{Cpu, Dense, Hooks, Model, Paged, Sampler, Sampling, Session, Specials, cache_shape};
+use models::{
+    Cpu, Dense, Dtype, Hooks, Model, Paged, Sampler, Sampling, Session, Specials, cache_shape,
+};
 use std::ops::ControlFlow;
 use std::time::Instant;
 use tch::Device;
@@ -26,6 +28,8 @@ pub struct Runner<'a> {
     pub window: usize,
     /// The first tokens that always stay.
     pub protect: usize,
+    /// What keys and values are stored as, on the CPU; the model's dtype if `None`.
+    pub stored: Option<Dtype>,
     /// Whether question and answer are pruned too.
     pub while_decoding: bool,
     /// The most tokens of an answer.
@@ -72,7 +76,8 @@ impl Runner<'_> {
         }
         // For the longest text and as many copies of its pages; the memory grows as they are used.
         let room = 2 * lm.config().max_positions;
-        let shape = cache_shape(lm.config(), room, self.window, *kind)?;
+        let mut shape = cache_shape(lm.config(), room, self.window, *kind)?;
+        shape.dtype = self.stored.unwrap_or(shape.dtype);
         Ok(Session::new(lm.as_ref(), *device, Paged::new(Cpu::new(shape)?)?, hooks))
     }
 

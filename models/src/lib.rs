@@ -51,7 +51,7 @@ pub use memory::free_memory;
 pub use model::Model;
 pub use overlay::Overlay;
 pub use paged::{Paged, cache_shape};
-pub use paged_kernels::{Cpu, Reference};
+pub use paged_kernels::{Cpu, Dtype, Reference};
 pub use positions::LayerPositions;
 pub use random::Random;
 pub use sampling::{Sampler, Sampling};

@@ -103,6 +103,22 @@ fn the_first_tokens_of_a_context_stay_where_they_are_protected() -> Result<()> {
 }
 
 #[test]
+fn eight_bits_a_number_change_little_and_hold_a_quarter() -> Result<()> {
+    let lm = model()?;
+    let mut wide = cpu(&lm, 300)?;
+    let shape = cache_shape(lm.config(), 300, WINDOW, Kind::Float)?;
+    let mut narrow = Paged::new(Cpu::new(CacheShape { dtype: Dtype::F8, ..shape })?)?;
+    let hooks = Hooks::default();
+    let wanted = passes(&lm, &mut wide, &hooks, &[200, 1, 9, 1])?;
+    let found = passes(&lm, &mut narrow, &hooks, &[200, 1, 9, 1])?;
+    assert_close(&found, &wanted, 0.2, "fp8"); // random weights make much of little
+    assert!(difference(&found, &wanted) > 1e-6, "it is rounded");
+    let dim = lm.config().head_dim;
+    assert_eq!(wide.usage().bytes * (dim + 4), narrow.usage().bytes * 4 * dim); // a scale a row
+    Ok(())
+}
+
+#[test]
 fn decoding_with_pruning_stops_growing() -> Result<()> {
     let lm = model()?;
     let (scorer, policy) = (Box::new(Random::new(1)), Box::new(Threshold::new(f32::INFINITY)?));

@@ -91,6 +91,7 @@ pub fn run(args: &Args) -> Result<()> {
             method,
             window: args.window,
             protect: 0,
+            stored: None,
             while_decoding: false,
             limit: if args.prompt.is_some() { 4 * args.max_tokens } else { args.max_tokens },
             sampling: Sampling::default(),

@@ -7,12 +7,13 @@ use super::prompt::PromptArgs;
 use super::{ModelArgs, megabytes, surrogate};
 use crate::runner::context_ids;
 use crate::{Method, Runner};
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use clap::builder::PossibleValuesParser;
 use kvzap::{Calibration, Surrogate};
-use models::{Sampling, WINDOW};
+use models::{Dtype, Sampling, WINDOW};
 use std::io::Write;
 use std::path::PathBuf;
+use tch::Device;
 
 /// What to answer, and what to forget on the way.
 #[derive(clap::Args, Debug)]
@@ -48,6 +49,9 @@ pub struct Args {
     /// The first tokens, which always stay as well; a surrogate has seen none, and past three quarters removed 4 help
     #[arg(long, default_value_t = 0)]
     protect: usize,
+    /// Store keys and values so, whatever the model computes in; only on the CPU
+    #[arg(long, value_name = "DTYPE")]
+    cache_dtype: Option<CacheDtype>,
     /// Prune question and answer too
     #[arg(long)]
     prune_while_decoding: bool,
@@ -69,6 +73,27 @@ pub struct Args {
     /// Print one JSON object instead of the text
     #[arg(long)]
     json: bool,
+}
+
+/// What keys and values are stored as.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum CacheDtype {
+    F32,
+    Bf16,
+    F16,
+    /// A quarter of f32's bytes: E4M3 with a scale for each row of a head
+    Fp8,
+}
+
+impl From<CacheDtype> for Dtype {
+    fn from(dtype: CacheDtype) -> Self {
+        match dtype {
+            CacheDtype::F32 => Self::F32,
+            CacheDtype::Bf16 => Self::Bf16,
+            CacheDtype::F16 => Self::F16,
+            CacheDtype::Fp8 => Self::F8,
+        }
+    }
 }
 
 impl Args {
@@ -130,6 +155,10 @@ pub fn run(args: &Args) -> Result<()> {
     let context = args.prompt.read()?;
     let forgetting = Forgetting::of(args)?;
     let model = args.model.load()?;
+    ensure!(
+        model.device == Device::Cpu || args.cache_dtype.is_none(),
+        "--cache-dtype is for the CPU; leave it out, or --device"
+    );
     let method = forgetting.method(context_ids(&model, &context)?.0.len(), args.window)?;
     let runner = Runner {
         model: &model,
@@ -137,6 +166,7 @@ pub fn run(args: &Args) -> Result<()> {
         method,
         window: args.window,
         protect: args.protect,
+        stored: args.cache_dtype.map(Into::into),
         while_decoding: args.prune_while_decoding,
         limit: args.max_tokens,
         sampling: args.sampling(),
@@ -181,6 +211,7 @@ pub fn run(args: &Args) -> Result<()> {
             "budget": args.budget,
             "window": args.window,
             "protect": args.protect,
+            "cache_dtype": args.cache_dtype.map(|dtype| format!("{dtype:?}").to_lowercase()),
             "prune_while_decoding": args.prune_while_decoding,
             "context_tokens": read.context_tokens,
             "removed": read.removed,

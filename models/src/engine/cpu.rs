@@ -11,7 +11,7 @@ use crate::memory;
 use crate::paged::{attend, cache_shape};
 use crate::sampling::{Sampler, Sampling};
 use crate::session::awake;
-use paged_kernels::{Cpu, HostSuspended, PagedAttention, Sequence};
+use paged_kernels::{Cpu, Dtype, HostSuspended, PagedAttention, Sequence};
 use std::collections::BTreeMap;
 use tch::{Kind, Tensor};
 
@@ -26,6 +26,8 @@ pub struct Room {
     pub tokens: usize,
     /// The newest tokens, which always stay.
     pub window: usize,
+    /// What keys and values are stored as, if not as the model's dtype.
+    pub stored: Option<Dtype>,
     /// Ids that may be drawn: models pad their rows beyond the tokenizer.
     pub vocabulary: usize,
 }
@@ -38,6 +40,7 @@ impl Room {
             batch: 16,
             tokens: config.max_positions,
             window: kvzap::WINDOW,
+            stored: None,
             vocabulary: config.vocab_size,
         }
     }
@@ -99,6 +102,7 @@ impl CpuExecutor {
             return wrong("batch", room.batch, "give 1 to 64 texts");
         }
         let mut shape = cache_shape(config, 1, room.window, kind)?;
+        shape.dtype = room.stored.unwrap_or(shape.dtype);
         let least = shape.pages * shape.page_bytes();
         if room.bytes < least {
             return wrong("bytes", room.bytes, "give enough for a page a head and layer");

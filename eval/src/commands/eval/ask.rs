@@ -137,6 +137,7 @@ impl Asking<'_> {
                 method,
                 window: args.window,
                 protect: 0,
+                stored: None,
                 while_decoding: while_decoding(args, suite),
                 limit,
                 sampling: Sampling::default(),

@@ -175,6 +175,7 @@ fn speed() -> Result<Option<Speed>> {
         method: Method::Full,
         window: WINDOW,
         protect: 0,
+        stored: None,
         while_decoding: false,
         limit: 16,
         sampling: Sampling::default(),

@@ -77,6 +77,7 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
     let room = Room {
         batch: args.batch.at_once,
         window: args.window,
+        stored: args.cache_dtype.map(Into::into),
         vocabulary: tokenizer.vocab_size(),
         ..Room::new(lm.config(), bytes)
     };
