@@ -26,6 +26,7 @@ use tempfile::NamedTempFile;
 
 /// Which model, and how it runs.
 #[derive(clap::Args, Debug)]
+#[group(args = ["model"])] // a struct with another in it is an empty group, and clap would never find it given
 pub struct ModelArgs {
     /// A GGUF file or a Hugging Face folder
     #[arg(long, value_name = "PATH")]
