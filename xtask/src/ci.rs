@@ -95,11 +95,11 @@ fn tests() -> Result<()> {
 }
 
 /// The tests marked `#[ignore = "needs the default model: cargo xtask fetch"]`. Those that want a GPU have `cuda` in
-/// their path, those that want chromium `browser`, those that want minutes `long`.
+/// their path, those that want chromium `browser`, those that want minutes `long_soak`.
 fn model_tests() -> Result<()> {
     let mut test = sh::cargo();
     test.args("test --workspace --all-features --lib --bins --tests".split(' '));
-    let chosen = ["--", "--ignored", "--skip=cuda", "--skip=browser", "--skip=long_"];
+    let chosen = ["--", "--ignored", "--skip=cuda", "--skip=browser", "--skip=long_soak"];
     sh::run(test.envs(fetch()?.variables()).args(chosen))
 }
 
