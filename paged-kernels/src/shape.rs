@@ -14,8 +14,8 @@ pub enum Dtype {
     /// IEEE half precision: three more bits of precision than bfloat16, without its range. What lies beyond ±65504 is
     /// stored as an infinity.
     F16,
-    /// 8-bit floats (OCP E4M3) with an f32 scale for each row of a head: half the bytes of bfloat16 at a sixteenth of an
-    /// element's size, at most. A row with an element that is not finite is NaN. Only caches store it: views have none.
+    /// 8-bit floats (OCP E4M3) with an f32 scale for each row of a head: half the bytes of bfloat16. An
+    /// element is off by a sixteenth of itself at most, or by 2.2e-6 of its row's largest. A row with an element that is not finite is NaN. Only caches store it: views have none.
     F8,
 }
 

@@ -60,7 +60,12 @@ pub fn read(path: &Path) -> Result<Vec<(usize, Line)>> {
             .context("cannot read standard input")?;
         bytes
     } else {
-        std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?
+        std::fs::read(path).with_context(|| {
+            let path = path.display();
+            format!(
+                "cannot read {path}; --batch takes a file of JSON lines, or - for standard input"
+            )
+        })?
     };
     let mut lines = Vec::new();
     for (number, bytes) in (1..).zip(bytes.split(|&byte| byte == b'\n')) {

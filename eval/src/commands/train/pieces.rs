@@ -174,6 +174,11 @@ pub fn files_of(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 
 /// A file, or all files of a folder and its folders, by name.
 fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    ensure!(
+        path.exists(),
+        "there is no {}; give files of text or of JSON lines, or folders of them",
+        path.display()
+    );
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
@@ -208,6 +213,8 @@ mod tests {
         for name in ["b.txt", "a/c.txt"] {
             std::fs::write(folder.path().join(name), "x").unwrap();
         }
+        let missing = files(&folder.path().join("d")).unwrap_err().to_string();
+        assert!(missing.contains("there is no") && missing.contains("give files"), "{missing}");
         let found = files(folder.path()).unwrap();
         assert_eq!(found, [folder.path().join("a/c.txt"), folder.path().join("b.txt")]);
     }
