@@ -99,7 +99,7 @@ impl Decoder {
         let positions = match (&hooks.repositioner, self.config.positions[layer]) {
             (Some(hook), _) => hook.positions(layer, hidden)?,
             (None, LayerPositions::Nope) => return Ok(None),
-            (None, _) => self.learned(layer, hidden)?,
+            (None, _) => self.learned(layer, hidden, &pass.index)?,
         };
         let Some(mut positions) = positions else { return Ok(plain()) };
         let (heads, kv_heads) = (positions.size()[1] as usize, self.config.kv_heads);
@@ -128,10 +128,14 @@ impl Decoder {
     }
 
     /// The positions that a layer's own module reads off `hidden`, f32 `[batch, kv_heads, tokens]`.
-    fn learned(&self, layer: usize, hidden: &Tensor) -> Result<Option<Tensor>> {
+    fn learned(&self, layer: usize, hidden: &Tensor, index: &Tensor) -> Result<Option<Tensor>> {
         let Some(module) = &self.repo[layer] else { return Ok(None) };
-        let positions = module.forward(&hidden.f_to_kind(module.down.weight.f_kind()?)?)?;
-        Ok(Some(positions.f_to_kind(Kind::Float)?.f_transpose(1, 2)?.f_contiguous()?))
+        let read = module.forward(&hidden.f_to_kind(module.down.weight.f_kind()?)?)?;
+        let read = read.f_to_kind(Kind::Float)?.f_transpose(1, 2)?.f_contiguous()?;
+        Ok(Some(match self.config.positions[layer] {
+            LayerPositions::Offset(tokens) => read.f_mul_scalar(f64::from(tokens))?.f_add(index)?,
+            _ => read,
+        }))
     }
 
     /// Cosines and sines of positions; of few tokens' on the CPU without a dozen calls into libtorch.

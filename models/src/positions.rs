@@ -16,10 +16,23 @@ pub enum LayerPositions {
     Nope,
     /// Positions that the layer's own maps read off the hidden state (RePo, arXiv 2512.14391), one a kv head.
     Repo,
+    /// The index, and so many tokens times what the maps read. Ours, not the paper's: a model that was trained by the index
+    /// is still one when the maps begin.
+    Offset(u32),
+}
+
+impl LayerPositions {
+    /// Whether the layer has maps.
+    pub fn learned(self) -> bool {
+        matches!(self, Self::Repo | Self::Offset(_))
+    }
 }
 
 /// The maps of a layer, as checkpoints call them.
 const MAPS: [&str; 3] = ["gate_map", "content_map", "final_map"];
+
+/// In `pe_config`, what makes positions offsets to the index: in no published checkpoint.
+const OFFSET: &str = "dynamic_pe_offset_tokens";
 
 /// Reads `pe_config` as the published checkpoints have it, for a model of `layers` layers; plain where there is none.
 ///
@@ -31,7 +44,10 @@ pub(crate) fn planned(fields: &Fields, layers: usize) -> Result<Vec<LayerPositio
     let mode = match pe.text("dynamic_pe_mode")?.unwrap_or("none") {
         "none" => return Ok(plan),
         "nope" => LayerPositions::Nope,
-        "swigluex_multihead" => LayerPositions::Repo,
+        "swigluex_multihead" => match pe.count(OFFSET)? {
+            None | Some(0) => LayerPositions::Repo,
+            Some(tokens) => LayerPositions::Offset(u32::try_from(tokens).unwrap_or(u32::MAX)),
+        },
         found => {
             return Err(Error::Unsupported {
                 path: fields.path().to_owned(),
@@ -72,10 +88,10 @@ pub(crate) fn reconcile(
 ) -> Result<()> {
     for (layer, &positions) in plan.iter().enumerate() {
         for tensor in MAPS.map(|map| name(layer, map)) {
-            match (positions == LayerPositions::Repo, has(&tensor)) {
+            match (positions.learned(), has(&tensor)) {
                 (true, false) => return Err(missing(&tensor)),
                 (false, true) => {
-                    let layers = (0..plan.len()).filter(|&l| plan[l] == LayerPositions::Repo);
+                    let layers = (0..plan.len()).filter(|&l| plan[l].learned());
                     let planned = layers.collect();
                     return Err(Error::StrayMap { path: path.to_owned(), tensor, planned });
                 }
@@ -109,9 +125,7 @@ pub(crate) fn load(weights: &dyn Tensors, round: RoundZ) -> Result<Vec<Option<Ga
     };
     let layers = config.positions.iter().enumerate();
     layers
-        .map(|(layer, &positions)| {
-            (positions == LayerPositions::Repo).then(|| module(layer)).transpose()
-        })
+        .map(|(layer, &positions)| positions.learned().then(|| module(layer)).transpose())
         .collect()
 }
 

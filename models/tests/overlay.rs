@@ -124,6 +124,42 @@ fn learned_positions_and_pruning_go_together() -> Result<()> {
     Ok(())
 }
 
+/// As an offset, what maps read is added to the index so many times; maps of nothing leave a model as it was.
+#[test]
+fn an_offset_is_added_to_the_index() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("maps.safetensors");
+    let ids = (Tensor::arange(40, (Kind::Int64, Device::Cpu)) * 37 + 11).remainder(128);
+    let run = |pe_config: &Value, maps: &[(String, Tensor)]| -> Result<(Tensor, Tensor)> {
+        Overlay::write(&path, &base()?, pe_config, maps)?;
+        let (send, positions) = std::sync::mpsc::channel();
+        let on_positions = move |layer, positions: &Tensor| {
+            if layer == 1 {
+                let _ = send.send(positions.copy());
+            }
+        };
+        let hooks = Hooks { on_positions: Some(Box::new(on_positions)), ..Hooks::default() };
+        let lm = overlaid(base()?, &path)?;
+        let logits = logits(&lm, &ids, &mut Dense::new(3, WINDOW), &hooks)?;
+        Ok((logits, positions.recv()?))
+    };
+    let mut offset = pe_config(1);
+    offset["dynamic_pe_offset_tokens"] = json!(16);
+    let (_, read) = run(&pe_config(1), &maps(&[1, 2], Kind::Float))?;
+    let (_, moved) = run(&offset, &maps(&[1, 2], Kind::Float))?;
+    let index = Tensor::arange(40, (Kind::Float, Device::Cpu));
+    assert_eq!(moved, &read * 16.0 + index);
+    assert!(difference(&read, &Tensor::zeros_like(&read)) > 0.01);
+
+    let nothing: Vec<_> =
+        maps(&[1, 2], Kind::Float).iter().map(|(name, map)| (name.clone(), map * 0.0)).collect();
+    let (unmoved, _) = run(&offset, &nothing)?;
+    let plain = Decoder::load(&Weights::new(base()?, Kind::Float, Device::Cpu)?)?;
+    let wanted = logits(&plain, &ids, &mut Dense::new(3, WINDOW), &Hooks::default())?;
+    assert_eq!(unmoved, wanted, "bit for bit");
+    Ok(())
+}
+
 #[track_caller]
 fn says(error: &Error, parts: &[&str]) {
     let text = error.to_string();

@@ -88,7 +88,7 @@ pub fn run(args: &Args) -> Result<()> {
             Ok((measured.arm.clone(), points))
         });
         let courses: Vec<_> = courses.collect::<Result<_>>()?;
-        write(path, picture::courses(&courses)?.as_bytes())?;
+        write(path, picture::courses(&arms, &courses)?.as_bytes())?;
     }
     if args.json {
         println!("{:#}", json!(rows));

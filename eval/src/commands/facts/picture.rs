@@ -91,8 +91,8 @@ fn by_length(measured: &Measured) -> BTreeMap<usize, f64> {
 /// Points of a course that are drawn as their mean: a step's loss is that of its few rows.
 const SMOOTH: usize = 12;
 
-/// An SVG: what answers lose against tokens, a line for each run.
-pub fn courses(runs: &[(String, Vec<Point>)]) -> Result<String> {
+/// An SVG: what answers lose against tokens, a line for each run; `arms` have the colours that [`draw`] gives them.
+pub fn courses(arms: &[&str], runs: &[(String, Vec<Point>)]) -> Result<String> {
     let smooth = |points: &[Point]| -> Vec<(f64, f64)> {
         let mean = |some: &[Point]| {
             let tokens = some.last().map_or(0.0, |point| point.tokens as f64 / 1e6);
@@ -103,9 +103,6 @@ pub fn courses(runs: &[(String, Vec<Point>)]) -> Result<String> {
     let lines: Vec<(&str, Vec<(f64, f64)>)> =
         runs.iter().map(|(arm, points)| (&**arm, smooth(points))).collect();
     let end = lines.iter().flat_map(|(_, line)| line).fold(1.0, |end: f64, point| end.max(point.0));
-    let mut arms: Vec<&str> = lines.iter().map(|(arm, _)| *arm).collect();
-    arms.sort_unstable();
-    arms.dedup();
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (640, 400)).into_drawing_area();

@@ -40,6 +40,9 @@ pub struct Args {
     /// Where tokens stand
     #[arg(long, value_enum, default_value = "repo")]
     arm: Arm,
+    /// What a map's one is worth (arm offset)
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    offset_tokens: u32,
     /// The first layer that does not turn by the index; a third of the layers if left out
     #[arg(long)]
     first_layer: Option<usize>,
@@ -111,6 +114,10 @@ enum Arm {
     N2r1,
     /// Positions that maps read off the hidden state, from the first layer on
     Repo,
+    /// These in every third layer, the index in the others
+    R2p1,
+    /// The index and what maps read off the hidden state, times --offset-tokens, from the first layer on
+    Offset,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -132,7 +139,7 @@ const AHEAD: usize = 4;
 
 impl Arm {
     /// What config.json says of the layers, as the published checkpoints have it.
-    fn pe_config(self, layers: usize, first: usize) -> Value {
+    fn pe_config(self, layers: usize, first: usize, offset_tokens: u32) -> Value {
         let ids = |of: &dyn Fn(usize) -> bool| -> String {
             let ids: Vec<String> = (0..layers).filter(|&l| of(l)).map(|l| l.to_string()).collect();
             ids.join(",")
@@ -142,14 +149,19 @@ impl Arm {
             Self::Nope => ("nope", first, String::new()),
             Self::R2n1 => ("nope", 0, ids(&|layer| layer % 3 == 2)),
             Self::N2r1 => ("nope", 0, ids(&|layer| layer % 3 != 2)),
-            Self::Repo => ("swigluex_multihead", first, String::new()),
+            Self::R2p1 => ("swigluex_multihead", 0, ids(&|layer| layer % 3 == 2)),
+            Self::Repo | Self::Offset => ("swigluex_multihead", first, String::new()),
         };
         // Published readers know the misspelt keys, people the others.
-        json!({
+        let mut config = json!({
             "dynamic_pe_mode": mode,
             "dynmaic_pe_start_layer": first, "dynamic_pe_start_layer": first,
             "dynmaic_pe_layer_ids": ids, "dynamic_pe_layer_ids": ids,
-        })
+        });
+        if self == Self::Offset {
+            config["dynamic_pe_offset_tokens"] = offset_tokens.into();
+        }
+        config
     }
 
     fn name(self) -> String {
@@ -239,7 +251,7 @@ fn settings(args: &Args, model: &Trainable) -> Value {
         "kilotokens": args.kilotokens, "length": args.length,
         "rows": args.rows, "accumulate": args.accumulate, "facts": args.facts, "growing": args.growing, "answer_weight": args.answer_weight,
         "rate": args.rate, "map_rate": args.map_rate, "warmup": args.warmup, "decay": args.decay, "clip": args.clip,
-        "seed": args.seed,
+        "seed": args.seed, "offset_tokens": (args.arm == Arm::Offset).then_some(args.offset_tokens),
     })
 }
 
@@ -251,7 +263,7 @@ fn begin(args: &Args, kind: Kind, device: Device) -> Result<Begun> {
         )
         .with_context(|| format!("{}: not JSON", path.display()))?;
         let layers = json["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
-        let pe_config = args.arm.pe_config(layers, first(layers));
+        let pe_config = args.arm.pe_config(layers, first(layers), args.offset_tokens);
         json["pe_config"] = pe_config.clone();
         write_json(&args.out.join("config.json"), &json)?;
         let config = Config::of_folder(&args.out)?;
@@ -268,7 +280,7 @@ fn begin(args: &Args, kind: Kind, device: Device) -> Result<Begun> {
     };
     let weights = Weights::new(open(path)?, Kind::Float, Device::Cpu)?;
     let layers = weights.config().layers;
-    let pe_config = args.arm.pe_config(layers, first(layers));
+    let pe_config = args.arm.pe_config(layers, first(layers), args.offset_tokens);
     let config = weights.config().clone().with_positions(&pe_config)?;
     ensure!(
         args.length < config.max_positions,
@@ -448,10 +460,13 @@ mod tests {
 
     #[test]
     fn each_arm_says_which_layers_turn() {
-        let config = |arm: Arm| arm.pe_config(6, 2);
+        let config = |arm: Arm| arm.pe_config(6, 2, 32);
         assert_eq!(config(Arm::R2n1)["dynmaic_pe_layer_ids"], "2,5");
         assert_eq!(config(Arm::N2r1)["dynmaic_pe_layer_ids"], "0,1,3,4");
         assert_eq!(config(Arm::Repo)["dynmaic_pe_start_layer"], 2);
+        assert_eq!(config(Arm::Repo)["dynamic_pe_offset_tokens"], Value::Null);
+        assert_eq!(config(Arm::R2p1)["dynmaic_pe_layer_ids"], "2,5");
+        assert_eq!(config(Arm::Offset)["dynamic_pe_offset_tokens"], 32);
         assert_eq!(config(Arm::Rope)["dynamic_pe_mode"], "none");
     }
 }
