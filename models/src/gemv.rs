@@ -139,12 +139,15 @@ fn dots<S: Simd, const R: usize, const C: usize>(
             }
         }
     }
-    from_fn(|r| {
-        from_fn(|c| {
-            let rest: f32 = rows[r].1.iter().zip(x[c].1).map(|(w, x)| w * x).sum();
-            rest + simd.reduce_sum_f32s(sums[r][c])
-        })
-    })
+    // Taken by value: a loop over borrowed sums would have them in memory, and each turn above would write them all.
+    let mut found = [[0.0; C]; R];
+    for ((found, sums), row) in found.iter_mut().zip(sums).zip(rows) {
+        for ((found, sum), x) in found.iter_mut().zip(sums).zip(x) {
+            let rest: f32 = row.1.iter().zip(x.1).map(|(w, x)| w * x).sum();
+            *found = rest + simd.reduce_sum_f32s(sum);
+        }
+    }
+    found
 }
 
 #[cfg(test)]
