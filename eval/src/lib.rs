@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod files;
 mod fit;
 #[cfg(feature = "models")]
 mod fnv;

@@ -1,5 +1,11 @@
-//! Published data sets: JSON lines, a sample a line.
+//! Published data sets: JSON lines, a sample a line, and parquet, a sample a row.
 
+#[cfg(feature = "parquet")]
+mod parquet;
+#[cfg(test)]
+mod tests;
+
+use crate::files;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -7,47 +13,118 @@ use std::path::{Path, PathBuf};
 /// One line.
 pub type Record = Map<String, Value>;
 
-/// The `.jsonl` files of `path`, which is one of them or a folder of them, sorted.
+/// Files of samples by how they end, those that this build reads.
+const ENDS: &[&str] = if cfg!(feature = "parquet") { &["jsonl", "parquet"] } else { &["jsonl"] };
+
+/// The data sets of `path`: a file is one; of a folder each file is one, and each folder in it that has files. A folder whose
+/// files are parts of one data set, as the hub cuts them, is one.
+pub fn sets(path: &Path) -> Result<Vec<PathBuf>> {
+    if path.is_file() || is_one(path)? {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut sets = files_in(path)?;
+    for below in files::entries(path)?.into_iter().filter(|below| below.is_dir()) {
+        if is_one(&below)? {
+            sets.push(below);
+        } else {
+            sets.extend(files_in(&below)?);
+        }
+    }
+    sets.sort();
+    ensure!(!sets.is_empty(), nothing_in(path)?);
+    Ok(sets)
+}
+
+/// The name of a data set: its file's, or its folder's where the file is a part, such as `test-00000-of-00002.parquet`.
+pub fn name(path: &Path) -> String {
+    let own = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    let own = own.unwrap_or_default().to_string_lossy().into_owned();
+    match path.parent() {
+        Some(folder) if is_part(path) && folder.file_name().is_some() => name(folder),
+        _ => own,
+    }
+}
+
+/// The files of samples that `path` is or holds, sorted.
 pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
-    let is_lines = |path: &Path| path.extension().is_some_and(|end| end == "jsonl");
     if path.is_file() {
         ensure!(
-            is_lines(path),
-            "{} is not a .jsonl file; of a parquet file write one, a JSON object a row",
-            path.display()
+            is_samples(path),
+            "{} is no file of samples: its name must end in .{}",
+            path.display(),
+            ENDS.join(" or .")
         );
         return Ok(vec![path.to_owned()]);
     }
-    let entries = std::fs::read_dir(path).with_context(|| {
-        format!("cannot read {}: it is neither file nor folder", path.display())
-    })?;
-    let mut files: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| is_lines(path))
-        .collect();
-    ensure!(!files.is_empty(), "{} holds no .jsonl files", path.display());
-    files.sort();
+    let files = files_in(path)?;
+    ensure!(!files.is_empty(), nothing_in(path)?);
     Ok(files)
 }
 
-/// The objects of a file of JSON lines.
+fn is_samples(path: &Path) -> bool {
+    path.extension().is_some_and(|end| ENDS.iter().any(|known| end == *known))
+}
+
+/// `test-00000-of-00002.parquet`.
+fn is_part(path: &Path) -> bool {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let mut words = stem.rsplitn(4, '-');
+    let [all, of, part] = [words.next(), words.next(), words.next()].map(Option::unwrap_or_default);
+    let number = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+    number(all) && of == "of" && number(part) && words.next().is_some()
+}
+
+fn is_one(folder: &Path) -> Result<bool> {
+    let files = files_in(folder)?;
+    Ok(!files.is_empty() && files.iter().all(|file| is_part(file)))
+}
+
+fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = files::entries(folder)?;
+    files.retain(|path| path.is_file() && is_samples(path));
+    Ok(files)
+}
+
+fn nothing_in(folder: &Path) -> Result<String> {
+    let mut text =
+        format!("{} holds no files that end in .{}", folder.display(), ENDS.join(" or ."));
+    let below = files::entries(folder)?;
+    let below: Vec<String> =
+        below.iter().filter(|path| path.is_dir()).map(|path| name(path)).collect();
+    if !below.is_empty() {
+        text += &format!("; it has folders: give one of {}", below.join(", "));
+    }
+    Ok(text)
+}
+
+/// The samples of a file, or of all files of a folder.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut records = Vec::new();
-    for (number, line) in (1..).zip(bytes.split(|&byte| byte == b'\n')) {
-        if line.iter().all(u8::is_ascii_whitespace) {
-            continue;
+    for file in files(path)? {
+        let before = records.len();
+        match file.extension().and_then(|end| end.to_str()) {
+            #[cfg(feature = "parquet")]
+            Some("parquet") => records.extend(parquet::read(&file)?),
+            _ => records.extend(read_lines(&file)?),
         }
-        let record = serde_json::from_slice(line).with_context(|| {
+        ensure!(records.len() > before, "{} holds no samples; fetch it again", file.display());
+    }
+    Ok(records)
+}
+
+fn read_lines(path: &Path) -> Result<Vec<Record>> {
+    let bytes = files::bytes(path)?;
+    let lines = (1..).zip(bytes.split(|&byte| byte == b'\n'));
+    let filled = lines.filter(|(_, line)| !line.iter().all(u8::is_ascii_whitespace));
+    let record = |(number, line): (usize, &[u8])| {
+        serde_json::from_slice(line).with_context(|| {
             format!(
                 "{} line {number} is no JSON object, or cut off; fetch the file again",
                 path.display()
             )
-        })?;
-        records.push(record);
-    }
-    ensure!(!records.is_empty(), "{} holds no samples", path.display());
-    Ok(records)
+        })
+    };
+    filled.map(record).collect()
 }
 
 /// The text of a field.
@@ -120,7 +197,6 @@ fn kind(value: &Value) -> &'static str {
 /// For each record the number of the first that has the same text in `field`.
 pub fn groups(records: &[Record], field: &str) -> Vec<u64> {
     let mut first = std::collections::HashMap::new();
-    let context = |record: &Record| record.get(field).map_or(String::new(), Value::to_string);
-    let number = |(number, record): (u64, &Record)| *first.entry(context(record)).or_insert(number);
-    (0..).zip(records).map(number).collect()
+    let texts = records.iter().map(|record| record.get(field).and_then(Value::as_str));
+    (0..).zip(texts).map(|(number, text)| *first.entry(text).or_insert(number)).collect()
 }

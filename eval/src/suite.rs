@@ -5,6 +5,7 @@ use crate::results::{Journal, Row, Summary};
 use crate::task::{Sample, Task};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// Tasks whose results stand in one folder.
 pub struct Suite<'a> {
@@ -12,6 +13,8 @@ pub struct Suite<'a> {
     pub dataset: String,
     /// Its part: a length, one of LongBench's data sets; may be empty.
     pub data_dir: String,
+    /// The published samples that it is read from; `None` where samples are made.
+    pub source: Option<PathBuf>,
     /// What is asked.
     pub tasks: Vec<Box<dyn Task + 'a>>,
     /// How the scores are told.

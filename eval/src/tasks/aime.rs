@@ -1,7 +1,7 @@
 //! AIME25: thirty problems whose answer is an integer in a box, several rollouts of each, sampled, the cache pruned while
 //! the model thinks.
 //!
-//! Read from JSON lines with `question` (or `problem`) and `answer`. The problem is the whole user message, as in kvpress's
+//! Read from records with `question` (or `problem`) and `answer`. The problem is the whole user message, as in kvpress's
 //! `evaluate_aime.py`. A sample is a rollout: its number decides its draws, so that a run that is resumed goes on as if it had
 //! never stopped.
 

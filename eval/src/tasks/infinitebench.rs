@@ -1,6 +1,6 @@
 //! InfiniteBench (arXiv 2402.13718): eleven tasks of 100,000 tokens and more; several questions share a book.
 //!
-//! Read from the published JSON lines, a task a file (`passkey.jsonl`: context, input, answer, options), or from those that
+//! Read from the published records, a task a file (`passkey.jsonl`: context, input, answer, options), or from those that
 //! kvpress made of them. Prompts are the benchmark's, split where its question begins; the summary of a book is left out, as
 //! kvpress does not score it.
 
@@ -93,12 +93,12 @@ impl InfiniteBench {
         PROMPTS.iter().map(|(name, ..)| *name)
     }
 
-    /// Reads a task, whose name is the file's.
+    /// Reads a task, whose name is the file's or folder's.
     ///
     /// # Errors
     /// If the name is none of InfiniteBench's; with the sample, if a field is missing or of another kind.
     pub fn load(path: &Path) -> Result<Self> {
-        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        let stem = &*records::name(path);
         let Some(prompt) = PROMPTS.iter().find(|(name, ..)| *name == stem) else {
             let known: Vec<_> = Self::names().collect();
             bail!(

@@ -1,6 +1,7 @@
 //! LongBench (arXiv 2308.14508): 21 data sets, English, Chinese and code, and the eleven of -E whose lengths are even.
 //!
-//! Read from the published JSON lines (`hotpotqa.jsonl`, `hotpotqa_e.jsonl`), or from those that kvpress made of them. The
+//! Read from the published records, JSON lines or parquet (`hotpotqa.jsonl`, `hotpotqa_e.jsonl`, `hotpotqa/test-….parquet`), or
+//! from those that kvpress made of them. The
 //! protocol is kvpress's: question and answer's beginning are split off the official prompts, the chat template is always
 //! applied, answers may have 20 tokens more, and of a triviaqa, trec, samsum or lsht answer the first line counts.
 
@@ -38,12 +39,12 @@ impl LongBench {
         prompts::PROMPTS.iter().map(|prompt| prompt.name)
     }
 
-    /// Reads a data set, whose name is the file's: `hotpotqa.jsonl`, of LongBench-E `hotpotqa_e.jsonl`.
+    /// Reads a data set, whose name is the file's or folder's: `hotpotqa.jsonl`, of LongBench-E `hotpotqa_e.jsonl`.
     ///
     /// # Errors
     /// If the name is none of LongBench's; with the sample, if a field is missing or it has no answer.
     pub fn load(path: &Path) -> Result<Self> {
-        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        let stem = &*records::name(path);
         let base = stem.strip_suffix("_e").or_else(|| stem.strip_suffix("-e"));
         let prompt = prompts::PROMPTS.iter().find(|p| Some(p.name) == base.or(Some(stem)));
         let Some(prompt) = prompt else {

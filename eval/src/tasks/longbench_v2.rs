@@ -1,6 +1,6 @@
 //! LongBench-v2 (arXiv 2412.15204): questions with four options about texts of 8,000 to 2,000,000 words.
 //!
-//! Read from the published records as JSON lines (`THUDM/LongBench-v2`), or from those that kvpress made of them.
+//! Read from the published records (`THUDM/LongBench-v2`), or from those that kvpress made of them.
 
 use crate::metrics::says_letter;
 use crate::records::{self, Record, answers, files, groups, text};
@@ -16,7 +16,7 @@ pub struct LongBenchV2 {
 }
 
 impl LongBenchV2 {
-    /// Reads a `.jsonl` file, or all of a folder.
+    /// Reads a file, or all of a folder.
     ///
     /// # Errors
     /// With file, sample and field, if one is missing or of another kind.

@@ -1,5 +1,5 @@
-//! RULER's samples as kvpress published them (`simonjegou/ruler`), one JSON object a line: context, question, answer_prefix,
-//! answer, task, max_new_tokens. Any data set with these fields will do, and samples of the same context share a reading.
+//! RULER's samples as kvpress published them (`simonjegou/ruler`), in parquet or as JSON lines: context, question,
+//! answer_prefix, answer, task, max_new_tokens. Any data set with these fields will do, and samples of the same context share a reading.
 
 use crate::records::{Record, answers, files, groups, read, text};
 use crate::task::{Sample, Task};
@@ -18,7 +18,7 @@ pub struct Published {
 }
 
 impl Published {
-    /// The tasks of a `.jsonl` file, or of all in a folder.
+    /// The tasks of a file, or of all in a folder.
     ///
     /// # Errors
     /// With file, task and field, if a line is cut off or a field is missing or of another kind.

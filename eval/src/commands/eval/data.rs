@@ -1,7 +1,9 @@
 //! From the command's words to suites of tasks.
 
+use crate::files;
 use crate::fnv::Fnv;
 use crate::metrics::BoxRule;
+use crate::records;
 use crate::results::{Settings, Summary};
 use crate::suite::Suite;
 use crate::{
@@ -26,7 +28,7 @@ pub struct DataArgs {
     /// Essays, questions and words, as `cargo xtask fetch` leaves them
     #[arg(long, value_name = "FOLDER", default_value_os_t = texts_folder())]
     texts: PathBuf,
-    /// Published samples in JSON lines, a file or a folder: LongBench's, AIME's, and RULER's instead of new ones
+    /// Published samples, JSON lines or parquet, a file or a folder: LongBench's, AIME's, and RULER's instead of new ones
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// The most tokens of a prompt and its answer, where prompts are made
@@ -135,7 +137,11 @@ impl DataArgs {
     ) -> Result<Vec<Suite<'a>>> {
         let (tokens, seed) = (self.tokens, self.seed);
         let one = |dataset: &str, data_dir: String, summary, tasks: Vec<Box<dyn Task + 'a>>| {
-            Ok(vec![Suite { dataset: dataset.to_owned(), data_dir, tasks, summary }])
+            let source = match name {
+                TaskName::LongbenchV2 | TaskName::Aime25 | TaskName::Ruler => self.data.clone(),
+                _ => None,
+            };
+            Ok(vec![Suite { dataset: dataset.to_owned(), data_dir, source, tasks, summary }])
         };
         let published = |what: &str| {
             let data = self.data.as_deref();
@@ -145,9 +151,13 @@ impl DataArgs {
         match name {
             TaskName::Ruler => {
                 if let Some(path) = &self.data {
-                    let part = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
                     let tasks = Published::load(path)?.into_iter().map(|task| Box::new(task) as _);
-                    return one("ruler", part, Summary::StringMatch, tasks.collect());
+                    return one(
+                        "ruler",
+                        records::name(path),
+                        Summary::StringMatch,
+                        tasks.collect(),
+                    );
                 }
                 let task = |name| Ok(Box::new(Ruler::new(name, texts, count, tokens, seed)?) as _);
                 let tasks = Ruler::names().map(task).collect::<Result<_>>()?;
@@ -178,39 +188,38 @@ impl DataArgs {
                 one("shared_context", length, Summary::StringMatch, vec![Box::new(task)])
             }
             TaskName::Longbench => {
-                let files = crate::records::files(published("LongBench")?)?;
-                let suite = |file: &PathBuf| {
-                    let task = LongBench::load(file)?;
+                let suite = |set: &PathBuf| {
+                    let task = LongBench::load(set)?;
                     let (dataset, summary) = match task.is_even() {
                         true => ("longbench-e", Summary::Lengths),
                         false => ("longbench", Summary::Number),
                     };
-                    let data_dir = task.name().to_owned();
                     Ok(Suite {
                         dataset: dataset.to_owned(),
-                        data_dir,
+                        data_dir: task.name().to_owned(),
+                        source: Some(set.clone()),
                         tasks: vec![Box::new(task)],
                         summary,
                     })
                 };
-                files.iter().map(suite).collect()
+                records::sets(published("LongBench")?)?.iter().map(suite).collect()
             }
             TaskName::LongbenchV2 => {
                 let task = LongBenchV2::load(published("LongBench-v2")?)?;
                 one("longbench-v2", "0shot".to_owned(), Summary::Groups, vec![Box::new(task)])
             }
             TaskName::Infinitebench => {
-                let files = crate::records::files(published("InfiniteBench")?)?;
-                let suite = |file: &PathBuf| {
-                    let task = InfiniteBench::load(file)?;
+                let suite = |set: &PathBuf| {
+                    let task = InfiniteBench::load(set)?;
                     Ok(Suite {
                         dataset: "infinitebench".to_owned(),
                         data_dir: task.name().to_owned(),
+                        source: Some(set.clone()),
                         tasks: vec![Box::new(task)],
                         summary: Summary::Share,
                     })
                 };
-                files.iter().map(suite).collect()
+                records::sets(published("InfiniteBench")?)?.iter().map(suite).collect()
             }
             TaskName::Aime25 => {
                 let task =
@@ -227,14 +236,15 @@ impl DataArgs {
         set("dataset", suite.dataset.clone().into());
         set("data_dir", suite.data_dir.clone().into());
         set("seed", self.seed.into());
-        let published = match suite.dataset.as_str() {
-            "longbench" | "longbench-e" | "longbench-v2" | "infinitebench" | "aime25" => true,
-            dataset => dataset == "ruler" && self.data.is_some(),
-        };
-        if published {
-            set("data_files", fingerprint(self.data.as_deref().unwrap_or(Path::new("")))?.into());
+        if let Some(source) = &suite.source {
+            set("data_files", fingerprint_of(&records::files(source)?)?.into());
             set("cut", self.cut_name().into());
-        } else if suite.dataset != "noisy_qa" {
+        } else {
+            let texts = Texts::FILES.map(|name| self.texts.join(name));
+            let there: Vec<PathBuf> = texts.into_iter().filter(|path| path.is_file()).collect();
+            set("texts_files", fingerprint_of(&there)?.into());
+        }
+        if suite.source.is_none() && suite.dataset != "noisy_qa" {
             set("tokens", self.tokens.into());
         }
         match suite.dataset.as_str() {
@@ -262,7 +272,13 @@ impl DataArgs {
     }
 
     /// A context that is longer than the model's, with question and answer, cut to fit; `None` if it fits.
-    pub fn cut(&self, sample: &Sample, limit: usize, model: &Model) -> Result<Option<String>> {
+    pub fn cut(
+        &self,
+        suite: &Suite<'_>,
+        sample: &Sample,
+        limit: usize,
+        model: &Model,
+    ) -> Result<Option<String>> {
         let encode = |text: &str| model.tokenizer.encode(text, Specials::Parse);
         let most = model.lm.config().max_positions;
         let context = encode(&sample.context)?;
@@ -273,6 +289,11 @@ impl DataArgs {
         if context.len() <= room {
             return Ok(None);
         }
+        ensure!(
+            suite.source.is_some(),
+            "its context has {} tokens, the model has room for {room}; give a smaller --tokens",
+            context.len()
+        );
         let decode = |tokens: &[u32]| model.tokenizer.decode(tokens, false);
         Ok(Some(match self.cut {
             Cut::End => decode(&context[..room])?,
@@ -303,24 +324,26 @@ pub fn cache() -> PathBuf {
         .unwrap_or_default()
 }
 
-/// Tells files apart that have the same name: FNV-1a over the names and sizes of all files below, and over a thousand places
+/// Tells files apart that have the same name: FNV-1a over the names and sizes of all its files, and over a thousand places
 /// spread over each, so that gigabytes of weights take no time.
 pub fn fingerprint(path: &Path) -> Result<String> {
-    let mut hash = Fnv::default();
-    let mut add = |bytes: &[u8]| hash.extend(bytes.iter().copied());
     let mut files = vec![path.to_owned()];
     if path.is_dir() {
-        let entries = std::fs::read_dir(path).and_then(|e| e.map(|e| Ok(e?.path())).collect());
-        files = entries.with_context(|| format!("cannot list {}", path.display()))?;
+        files = files::entries(path)?;
         files.retain(|path| path.is_file());
-        files.sort();
     }
+    fingerprint_of(&files)
+}
+
+fn fingerprint_of(files: &[PathBuf]) -> Result<String> {
+    let mut hash = Fnv::default();
+    let mut add = |bytes: &[u8]| hash.extend(bytes.iter().copied());
     for file in files {
-        let named = || format!("cannot read {}", file.display());
-        let length = std::fs::metadata(&file).with_context(named)?.len();
+        let named = || files::unreadable(file);
+        let length = std::fs::metadata(file).with_context(named)?.len();
         add(file.file_name().unwrap_or_default().as_encoded_bytes());
         add(&length.to_le_bytes());
-        let mut open = std::fs::File::open(&file).with_context(named)?;
+        let mut open = std::fs::File::open(file).with_context(named)?;
         const PIECE: u64 = 4096;
         let step = (length / 1000).max(PIECE);
         let mut at = 0;

@@ -2,7 +2,7 @@
 
 use super::super::{DeviceName, DtypeName, Machine, ModelArgs, table};
 use super::data::{cache, texts_folder};
-use crate::{InfiniteBench, LongBench, Method, Reading, Ruler, Runner};
+use crate::{InfiniteBench, LongBench, Method, Reading, Ruler, Runner, Texts};
 use anyhow::Result;
 use models::{Sampling, WINDOW};
 use std::path::PathBuf;
@@ -25,15 +25,8 @@ pub fn list() -> Result<()> {
         Listed {
             name: "ruler",
             tasks: ruler.join(", "),
-            needs: &[
-                "PaulGrahamEssays.json",
-                "squad.json",
-                "hotpotqa.json",
-                "nounlist.txt",
-                "adjectivelist.txt",
-                "verblist.txt",
-            ],
-            published: "or --data PATH: simonjegou/ruler in JSON lines",
+            needs: &Texts::FILES,
+            published: "or --data PATH: simonjegou/ruler",
             prompts: [260.0, 2048.0, 70.0],
         },
         Listed {
@@ -61,28 +54,28 @@ pub fn list() -> Result<()> {
             name: "longbench",
             tasks: format!("{}; with _e the LongBench-E ones", longbench.join(", ")),
             needs: &[],
-            published: "--data PATH: THUDM/LongBench's or Xnhyacinth/LongBench's JSON lines",
+            published: "--data PATH: THUDM/LongBench or Xnhyacinth/LongBench",
             prompts: [420.0, 6000.0, 120.0],
         },
         Listed {
             name: "longbench-v2",
             tasks: "questions with four options".to_owned(),
             needs: &[],
-            published: "--data PATH: THUDM/LongBench-v2's or simonjegou/LongBench-v2's JSON lines",
+            published: "--data PATH: THUDM/LongBench-v2 or simonjegou/LongBench-v2",
             prompts: [20.0, 100_000.0, 16.0],
         },
         Listed {
             name: "infinitebench",
             tasks: infinitebench.join(", "),
             needs: &[],
-            published: "--data PATH: InfiniteBench's or MaxJeblick/InfiniteBench's JSON lines",
+            published: "--data PATH: InfiniteBench or MaxJeblick/InfiniteBench",
             prompts: [220.0, 120_000.0, 40.0],
         },
         Listed {
             name: "aime25",
             tasks: "thirty problems, four rollouts each".to_owned(),
             needs: &[],
-            published: "--data PATH: JSON lines with problem and answer",
+            published: "--data PATH: records with problem and answer",
             prompts: [20.0, 8000.0, 7000.0],
         },
     ];

@@ -23,6 +23,16 @@ pub struct Texts {
 }
 
 impl Texts {
+    /// What the folder holds.
+    pub const FILES: [&str; 6] = [
+        "PaulGrahamEssays.json",
+        "squad.json",
+        "hotpotqa.json",
+        "nounlist.txt",
+        "adjectivelist.txt",
+        "verblist.txt",
+    ];
+
     /// What lies in `folder`, under the names that RULER and wonderwords give it.
     pub fn new(folder: &Path) -> Self {
         Self {
