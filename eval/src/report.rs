@@ -2,6 +2,7 @@
 
 mod bootstrap;
 mod chart;
+mod load;
 mod published;
 
 #[cfg(test)]
@@ -9,33 +10,13 @@ mod tests;
 
 use crate::intervals::Interval;
 use crate::metrics::percent;
-use crate::results::{Journal, Row, Settings, by_task, read_predictions};
-use crate::tasks::ruler;
-use anyhow::{Context, Result, bail, ensure};
+use crate::results::{Row, Settings, by_task};
+use anyhow::Result;
+pub use load::{Run, load};
 use minijinja::{Environment, context};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
-
-/// One folder of results.
-#[derive(Debug)]
-pub struct Run {
-    /// The folder.
-    pub folder: PathBuf,
-    /// `ruler 4096 Qwen3-8B`: what runs of one chart have in common.
-    pub benchmark: String,
-    /// The model.
-    pub model: String,
-    /// kvpress's name of the method.
-    pub press: String,
-    /// Its threshold or share.
-    pub level: String,
-    /// What is known of how it ran.
-    pub settings: Settings,
-    /// Its samples.
-    pub rows: Vec<Row>,
-}
 
 /// A method at one of its levels, in numbers.
 #[derive(Debug, Serialize)]
@@ -87,94 +68,6 @@ struct Benchmark {
     kept: bool,
 }
 
-/// The runs below a folder: journals of ours, and `predictions.csv` files of kvpress where there is no journal.
-pub fn load(folder: &Path) -> Result<(Vec<Run>, Vec<String>)> {
-    let (mut runs, mut notes) = (Vec::new(), Vec::new());
-    let mut open = vec![folder.to_owned()];
-    while let Some(folder) = open.pop() {
-        let entries = std::fs::read_dir(&folder)
-            .with_context(|| format!("cannot list {}", folder.display()))?;
-        let mut below: Vec<PathBuf> =
-            entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-        below.sort();
-        below.reverse();
-        open.extend(below.iter().filter(|path| path.is_dir()).cloned());
-        let found = if !Journal::all(&folder)?.is_empty() {
-            journal(&folder)
-        } else if folder.join("predictions.csv").is_file() {
-            predictions(&folder)
-        } else {
-            continue;
-        };
-        match found {
-            Ok(run) if run.rows.is_empty() => {
-                notes.push(format!("{}: no sample is answered", folder.display()))
-            }
-            Ok(run) => runs.push(run),
-            Err(error) => notes.push(format!("{error:#}")),
-        }
-    }
-    ensure!(!runs.is_empty(), "{} holds no results; {}", folder.display(), notes.join("; "));
-    Ok((runs, notes))
-}
-
-fn journal(folder: &Path) -> Result<Run> {
-    let (settings, rows) = Journal::merged(folder)?;
-    let text = |name: &str| match settings.get(name) {
-        Some(Value::String(text)) => text.clone(),
-        Some(value) => value.to_string(),
-        None => String::new(),
-    };
-    let (_, press, level) = named(folder)?;
-    let model = text("model");
-    let benchmark = [text("dataset"), text("data_dir"), model.clone()].join(" ").replace("  ", " ");
-    Ok(Run { folder: folder.to_owned(), benchmark, model, press, level, settings, rows })
-}
-
-/// The parts of a folder's name, in kvpress's order: what is before the method, the method, its level.
-fn named(folder: &Path) -> Result<(Vec<String>, String, String)> {
-    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // kvpress puts a second run of the same settings into a numbered folder below.
-    let own = name(folder);
-    let own = match own.parse::<u32>() {
-        Ok(_) => name(folder.parent().unwrap_or(folder)),
-        Err(_) => own,
-    };
-    let parts: Vec<&str> = own.split("__").collect();
-    let level = parts.iter().rposition(|part| part.parse::<f64>().is_ok() && part.contains('.'));
-    let Some(level) = level.filter(|&level| level >= 2) else {
-        bail!("{} is not named dataset__model__press__level", folder.display());
-    };
-    let before = parts[..level - 1].iter().map(|part| (*part).to_owned()).collect();
-    Ok((before, parts[level - 1].to_owned(), parts[level].to_owned()))
-}
-
-/// A run of kvpress's: RULER's answers are scored again.
-fn predictions(folder: &Path) -> Result<Run> {
-    let (before, press, level) = named(folder)?;
-    let path = folder.join("predictions.csv");
-    ensure!(
-        before[0] == "ruler",
-        "{}: of kvpress's results RULER's are read, not {}",
-        path.display(),
-        before[0]
-    );
-    let mut rows = read_predictions(&path)?;
-    for row in &mut rows {
-        row.score = ruler::score(&row.task, &row.answers, &row.predicted_answer);
-    }
-    let model = before.last().cloned().unwrap_or_default();
-    Ok(Run {
-        folder: folder.to_owned(),
-        benchmark: before.join(" "),
-        model,
-        press,
-        level,
-        settings: Settings::new(),
-        rows,
-    })
-}
-
 /// What a chart shows of a line: a score and its interval.
 type ScoreOf<'a> = &'a dyn Fn(&Line) -> Option<(f64, [f64; 2])>;
 
@@ -186,11 +79,12 @@ pub fn report(runs: &[Run], mut notes: Vec<String>) -> Result<Report> {
     }
     let mut pages = Vec::new();
     for (name, runs) in benchmarks {
-        let full = runs.iter().find(|run| run.press == "no_press");
-        if full.is_none() {
-            notes.push(format!("{name}: no run with the full cache (no_press), so no differences"));
-        }
-        let mut lines: Vec<Line> = runs.iter().map(|run| line(run, full.copied())).collect();
+        notes.extend(remarks(name, &runs));
+        let full = |run: &Run| {
+            let same = |other: &&&Run| other.press == "no_press" && other.data() == run.data();
+            runs.iter().find(same).copied()
+        };
+        let mut lines: Vec<Line> = runs.iter().map(|run| line(run, full(run))).collect();
         lines.sort_by(|a, b| {
             let key = |line: &Line| (line.press != "no_press", line.press.clone());
             key(a).cmp(&key(b)).then(a.removed.total_cmp(&b.removed))
@@ -237,6 +131,58 @@ pub fn report(runs: &[Run], mut notes: Vec<String>) -> Result<Report> {
         });
     }
     Ok(Report { benchmarks: pages, maps: maps(runs), notes })
+}
+
+/// What a reader of the runs of one benchmark should know.
+fn remarks(name: &str, runs: &[&Run]) -> Vec<String> {
+    let mut notes = Vec::new();
+    let datas: Vec<Settings> = runs.iter().map(|run| run.data()).collect();
+    let names: BTreeSet<&String> = datas.iter().flat_map(|data| data.keys()).collect();
+    for set in names {
+        let values: BTreeSet<String> = datas
+            .iter()
+            .filter(|d| !d.is_empty())
+            .map(|data| format!("{:?}", data.get(set)))
+            .collect();
+        if values.len() > 1 {
+            notes.push(format!(
+                "{name}: {set} is not the same in all runs; only runs that agree are compared in pairs"
+            ));
+        }
+    }
+    let lonely = |run: &&&Run| {
+        !runs.iter().any(|other| other.press == "no_press" && other.data() == run.data())
+    };
+    if let Some(run) = runs.iter().find(lonely) {
+        let folder = run.folder.display();
+        notes.push(format!(
+            "{name}: {folder} has no run with the full cache (no_press) beside it, so no difference"
+        ));
+    }
+    let refused: BTreeMap<&String, &usize> = runs.iter().flat_map(|run| &run.refused).collect();
+    for (task, needed) in refused {
+        notes.push(format!("{name}: {task} is left out: a sample needs about {needed} tokens"));
+    }
+    let Some(run) = runs.iter().max_by_key(|run| run.rows.len()) else { return notes };
+    for (task, rows) in by_task(&run.rows) {
+        let with = |fact: &str, wanted: &dyn Fn(&Value) -> bool| {
+            rows.iter().filter(|row| row.facts.get(fact).is_some_and(wanted)).count()
+        };
+        let dropped = with("paragraphs_dropped", &|dropped| dropped.as_u64() > Some(0));
+        let cut = with("cut", &|_| true);
+        for (count, what) in [
+            (
+                dropped,
+                "had no room for all their paragraphs: those without the answer were dropped first",
+            ),
+            (cut, "are longer than the model reads: their contexts were cut"),
+        ] {
+            if count > 0 {
+                notes.push(format!("{name}: of {task} {count} of {} samples {what}", rows.len()));
+            }
+        }
+    }
+    notes
 }
 
 fn line(run: &Run, full: Option<&Run>) -> Line {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 /// Which results, and what to make of them.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Folders of result folders, ours or kvpress's
+    /// Folders of result folders, ours or kvpress's; shards of a run in several of them are put together
     #[arg(default_value = "results")]
     results: Vec<PathBuf>,
     /// The page
@@ -30,12 +30,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let (mut runs, mut notes) = (Vec::new(), Vec::new());
-    for folder in &args.results {
-        let (more, said) = load(folder)?;
-        runs.extend(more);
-        notes.extend(said);
-    }
+    let (runs, notes) = load(&args.results)?;
     let report = report(&runs, notes)?;
     for note in report.notes() {
         eprintln!("note: {note}");
@@ -48,8 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
         write(path, &report.csv()?)?;
     }
     if let Some(folder) = &args.svg {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make {}", folder.display()))?;
+        std::fs::create_dir_all(folder).with_context(|| super::no_place(folder))?;
         for (name, svg) in report.pictures() {
             write(&folder.join(name).with_extension("svg"), svg.as_bytes())?;
         }

@@ -1,8 +1,10 @@
 //! A report of a few made-up runs, ours and one of kvpress's.
 
 use super::*;
+use crate::results::Journal;
 use serde_json::json;
 use std::fs;
+use std::path::Path;
 
 fn run(out: &Path, press: &str, removed: f64, tokens: u64, right: &dyn Fn(u64) -> bool) {
     let folder = out.join(format!("needle__{tokens}__a--<b>__{press}__{removed:.2}"));
@@ -37,7 +39,7 @@ fn made_up() -> (tempfile::TempDir, Report) {
     fs::create_dir(&theirs).unwrap();
     let csv = "answer,task,predicted_answer,compression_ratio\n\"['70' '80']\",vt,it is 70,0.5\n\"['x']\",qa_1,X,0.5\n";
     fs::write(theirs.join("predictions.csv"), csv).unwrap();
-    let (runs, notes) = load(folder.path()).unwrap();
+    let (runs, notes) = load(&[folder.path()]).unwrap();
     assert!(notes.is_empty(), "{notes:?}");
     let report = report(&runs, notes).unwrap();
     (folder, report)
@@ -125,11 +127,51 @@ fn results_that_cannot_be_read_are_notes_and_a_folder_of_none_is_refused() {
     let bad = folder.path().join("longbench__lcc__m__knorm__0.50");
     fs::create_dir(&bad).unwrap();
     fs::write(bad.join("predictions.csv"), "answers,predicted_answer\nx,x\n").unwrap();
-    let (runs, notes) = load(folder.path()).unwrap();
+    let (runs, notes) = load(&[folder.path()]).unwrap();
     assert_eq!((runs.len(), notes.len()), (5, 1));
     assert!(notes[0].contains("not longbench"), "{notes:?}");
     let empty = tempfile::tempdir().unwrap();
-    assert!(load(empty.path()).unwrap_err().to_string().contains("holds no results"));
+    assert!(load(&[empty.path()]).unwrap_err().to_string().contains("holds no results"));
+}
+
+#[test]
+fn shards_from_several_machines_are_one_run_and_what_was_left_out_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings =
+        json!({"dataset": "ruler", "data_dir": "512", "model": "m", "method": "full", "seed": 1});
+    let machine = |name: &str, seed: u64, indices: std::ops::Range<u64>| {
+        let mut settings = settings.as_object().unwrap().clone();
+        settings.insert("seed".into(), seed.into());
+        let run = folder.path().join(name).join("ruler__512__m__no_press__0.00");
+        let mut journal = Journal::open(&run, &format!("journal-{name}.jsonl"), &settings).unwrap();
+        for index in indices {
+            let mut row = Row { task: "qa_2".into(), index, score: 1.0, ..Row::default() };
+            row.facts.insert("paragraphs_dropped".into(), (index % 2).into());
+            journal.append(&row).unwrap();
+        }
+        for _ in 0..2 {
+            journal.refuse("qa_1", 600).unwrap(); // a run that goes on finds it again
+        }
+        folder.path().join(name)
+    };
+    let [one, two] = [machine("1-of-2", 1, 0..3), machine("2-of-2", 1, 2..6)];
+    let (runs, notes) = load(&[&one, &two]).unwrap();
+    assert_eq!((runs.len(), runs[0].rows.len()), (1, 6), "sample 2 is there twice");
+    let report = report(&runs, notes).unwrap();
+    let said = report.notes().join("\n");
+    assert!(said.contains("qa_1 is left out: a sample needs about 600 tokens"), "{said}");
+    assert!(said.contains("of qa_2 3 of 6 samples had no room for all their paragraphs"), "{said}");
+    assert_eq!(report.notes().len(), 2, "{said}");
+    assert!(report.html().unwrap().contains("qa_1 is left out"));
+    let text = fs::read_to_string(runs[0].folder.join("journal-1-of-2.jsonl")).unwrap();
+    assert_eq!(text.matches("refused").count(), 1);
+
+    // Another seed is another run, and is not compared in pairs.
+    let (runs, _) = load(&[&one, &machine("other", 2, 0..3)]).unwrap();
+    assert_eq!(runs.len(), 2);
+    let report = super::report(&runs, Vec::new()).unwrap();
+    assert!(report.notes()[0].contains("seed is not the same in all runs"), "{:?}", report.notes());
+    assert!(report.benchmarks[0].lines.iter().all(|line| line.difference.is_none()));
 }
 
 /// In windows of a desk and of a phone, in both schemes: nothing is wider than the window, and dark is dark.

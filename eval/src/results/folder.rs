@@ -1,6 +1,7 @@
 //! Folders of results as kvpress's `evaluate.py` names and fills them, so that its tools read ours.
 
 use super::{Journal, Row, Settings, Summary};
+use crate::files;
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -55,7 +56,7 @@ fn place(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
         file.persist(&path)?;
         Ok(())
     };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    write().with_context(|| super::journal::no_place(&path))
 }
 
 /// Every column of the data set but the context, then the two that kvpress adds, then what we know beside.
@@ -134,8 +135,9 @@ fn yaml(config: &[(&str, Value)], settings: &Settings) -> String {
 /// # Errors
 /// If a column is missing, or a cell is not what its column holds; with row and column.
 pub fn read_predictions(path: &Path) -> Result<Vec<Row>> {
-    let named = || format!("cannot read {}", path.display());
-    let mut csv = csv::Reader::from_path(path).with_context(named)?;
+    let named = || format!("{} is no CSV file, or cut off; copy it again", path.display());
+    let text = files::bytes(path)?;
+    let mut csv = csv::Reader::from_reader(&*text);
     let header = csv.headers().with_context(named)?.clone();
     let column = |name: &str| header.iter().position(|column| column == name);
     let wanted = |names: &[&str]| {

@@ -4,10 +4,11 @@
 //! opened again.
 
 use super::Row;
+use crate::files;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,13 @@ pub struct Journal {
 #[derive(Serialize, Deserialize)]
 struct Head {
     settings: Settings,
+}
+
+/// A task that was left out.
+#[derive(Serialize, Deserialize)]
+struct Refused {
+    refused: String,
+    needs_tokens: usize,
 }
 
 impl Journal {
@@ -79,6 +87,23 @@ impl Journal {
         Ok(())
     }
 
+    /// Notes that a task is left out, as a sample of it needs so many tokens.
+    pub fn refuse(&mut self, task: &str, needs_tokens: usize) -> Result<()> {
+        let refused = task.to_owned();
+        match Self::refused(&self.path)?.contains_key(task) {
+            true => Ok(()),
+            false => self.line(&Refused { refused, needs_tokens }),
+        }
+    }
+
+    /// The tasks that a journal left out, and the tokens that each needs.
+    pub fn refused(path: &Path) -> Result<BTreeMap<String, usize>> {
+        let text = files::bytes(path)?;
+        let lines = text.split(|&byte| byte == b'\n');
+        let refused = lines.filter_map(|line| serde_json::from_slice::<Refused>(line).ok());
+        Ok(refused.map(|line| (line.refused, line.needs_tokens)).collect())
+    }
+
     fn line(&mut self, value: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_vec(value)?;
         line.push(b'\n');
@@ -88,22 +113,16 @@ impl Journal {
 
     /// The journals of a folder.
     pub fn all(folder: &Path) -> Result<Vec<PathBuf>> {
-        let entries = std::fs::read_dir(folder)
-            .and_then(|entries| entries.map(|e| Ok(e?.path())).collect::<Result<Vec<_>, _>>())
-            .with_context(|| format!("cannot list {}", folder.display()))?;
         let named = |path: &PathBuf| {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             name.starts_with("journal") && name.ends_with(".jsonl")
         };
-        let mut journals: Vec<_> = entries.into_iter().filter(named).collect();
-        journals.sort();
-        Ok(journals)
+        Ok(files::entries(folder)?.into_iter().filter(named).collect())
     }
 
     /// The settings and the rows of a journal; lines that are not whole are left out.
     pub fn read(path: &Path) -> Result<(Settings, Vec<Row>)> {
-        let text =
-            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = files::bytes(path)?;
         let mut lines = text.split_inclusive(|&byte| byte == b'\n').filter(|l| l.ends_with(b"\n"));
         let head = lines.next().and_then(|line| serde_json::from_slice::<Head>(line).ok());
         let Head { settings } = head.with_context(|| {
@@ -148,6 +167,6 @@ fn same(path: &Path, theirs: &Settings, ours: &Settings) -> Result<()> {
     Ok(())
 }
 
-fn no_place(path: &Path) -> String {
+pub(super) fn no_place(path: &Path) -> String {
     format!("cannot write {}; is the disk full, and may you write there?", path.display())
 }
