@@ -28,6 +28,9 @@ pub struct Together<'a> {
     pub while_decoding: bool,
 }
 
+/// The most tokens that answers of one context should hold while they are written side by side, all methods together.
+pub(crate) const IN_FLIGHT: usize = 1 << 14;
+
 /// A context that every method has read and pruned.
 #[derive(Debug)]
 pub struct Shared<'a> {
@@ -62,8 +65,8 @@ impl Together<'_> {
             policy: Box::new(AsDecided),
             while_decoding: self.while_decoding,
         });
-        // For the longest text in each branch, and as many copies of its pages; the memory grows as they are used.
-        let room = 2 * self.methods.len() * model.lm.config().max_positions;
+        // For the longest text in each branch, as many copies of its pages, and answers; the memory grows as they are used.
+        let room = 2 * (self.methods.len() * model.lm.config().max_positions + IN_FLIGHT);
         let shape = cache_shape(model.lm.config(), room, self.window, model.kind)?;
         let lm = model.lm.as_ref();
         let mut branches = Branches::new(lm, Cpu::new(shape)?, self.methods.len(), hooks, turn)?;

@@ -133,7 +133,8 @@ fn methods_that_share_a_reading_answer_as_each_does_alone() {
             bench.finish(&out("each"), &methods(&[method]));
         }
         assert_eq!(bench.rows(&out("each")), together, "{more:?}");
-        bench.finish(&out("some"), &[&methods(&["recency"])[..], &["--samples", "2"]].concat());
+        // The last two share a context: here they are asked one after the other, above side by side.
+        bench.finish(&out("some"), &[&methods(&["recency"])[..], &["--samples", "4"]].concat());
         bench.finish(&out("some"), &methods(&["full", "recency"]));
         assert_eq!(bench.rows(&out("some")), together, "{more:?}");
         let texts = |rows: &[Row]| -> Vec<String> {

@@ -5,6 +5,7 @@ use crate::commands::progress;
 use crate::metrics::percent;
 use crate::suite::{Group, Suite};
 use crate::tasks::ruler::TooShort;
+use crate::together::IN_FLIGHT;
 use crate::{Answer, Asked, Method, Runner, Sample, Together};
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
@@ -35,6 +36,7 @@ pub fn ask(
         let task = suite.tasks[group.task].name();
         if let Err(error) = asking.group(group, runs, &mut scores) {
             let short: TooShort = error.downcast()?;
+            runs.iter_mut().try_for_each(|run| run.journal.refuse(task, short.needed))?;
             refused.push((group.task, short));
             bar.suspend(|| eprintln!("note: {task} is left out: it {short}"));
         }
@@ -55,7 +57,7 @@ struct Asking<'a> {
 }
 
 impl Asking<'_> {
-    /// Samples of one context: the answers to one are in the journals before the next is asked.
+    /// Samples of one context: the answers to some are in the journals before the next are asked.
     fn group(&self, group: &Group, runs: &mut [Run], scores: &mut [Vec<f64>]) -> Result<()> {
         let Self { args, suite, model, .. } = *self;
         let task = &suite.tasks[group.task];
@@ -74,7 +76,9 @@ impl Asking<'_> {
         let named = |index: u64| format!("{} sample {index}", task.name());
         let own = if sample.max_new_tokens > 0 { sample.max_new_tokens } else { 64 };
         let limit = args.max_tokens.unwrap_or(own);
-        if let Some(cut) = args.data.cut(sample, limit, model).with_context(|| named(*index))? {
+        if let Some(cut) =
+            args.data.cut(suite, sample, limit, model).with_context(|| named(*index))?
+        {
             for Wanted { sample, .. } in &mut samples {
                 sample.context.clone_from(&cut);
                 sample.facts.insert("cut".into(), args.data.cut_name().into());
@@ -110,12 +114,17 @@ impl Asking<'_> {
         if samples.len() > 1 {
             shared.mark()?;
         }
-        for wanted in samples {
-            let sampling = sampling(args, suite, wanted.index);
-            let ask =
-                |&method| Asked { method, sample: &wanted.sample, sampling: sampling.clone() };
-            let asked: Vec<_> = wanted.whose.iter().map(ask).collect();
-            for (asked, answer) in asked.iter().zip(shared.answer(&asked, limit)?) {
+        for batch in samples.chunks(at_once(samples, limit)) {
+            let (mut wanted, mut asked) = (Vec::new(), Vec::new());
+            for one in batch {
+                for &method in &one.whose {
+                    let sampling = sampling(args, suite, one.index);
+                    wanted.push(one);
+                    asked.push(Asked { method, sample: &one.sample, sampling });
+                }
+            }
+            let answers = shared.answer(&asked, limit)?;
+            for ((wanted, asked), answer) in wanted.into_iter().zip(&asked).zip(answers) {
                 record(asked.method, wanted, answer)?;
             }
         }
@@ -153,6 +162,17 @@ impl Asking<'_> {
         }
         Ok(())
     }
+}
+
+/// Of samples that share a context, how many are written side by side, by all methods: what is in flight when a run is killed
+/// is written again, and is held until then.
+fn at_once(samples: &[Wanted], limit: usize) -> usize {
+    const MOST_TEXTS: usize = 64;
+    let methods = samples.iter().map(|wanted| wanted.whose.len()).max().unwrap_or(1);
+    // Texts whose likelihood is asked for are read one at a time.
+    let likely = samples.iter().any(|wanted| !wanted.sample.likelihood_of.is_empty());
+    let texts = if likely { 1 } else { MOST_TEXTS.min(IN_FLIGHT / limit.max(1)) };
+    (texts / methods).max(1)
 }
 
 /// Takes a method's place, and its answer to a sample.
