@@ -1,6 +1,7 @@
 //! Text to hide things in.
 
-use anyhow::{Context, Result, bail};
+use crate::files;
+use anyhow::{Result, bail};
 use serde_json::Value;
 use std::path::Path;
 
@@ -49,8 +50,7 @@ fn push(sentences: &mut Vec<String>, text: &str) {
 /// The documents of a file: of `.jsonl` the field `text` of each line, of `.json` one of the layouts that
 /// [`Haystack::load`] names, of anything else the whole as one.
 pub fn documents(path: &Path) -> Result<Vec<String>> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = files::text(path)?;
     let named = |e: serde_json::Error| anyhow::anyhow!("{}: not JSON: {e}", path.display());
     let documents = match path.extension().and_then(|e| e.to_str()) {
         Some("jsonl") => {

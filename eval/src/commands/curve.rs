@@ -5,6 +5,7 @@ mod picture;
 mod probes;
 
 use super::{ModelArgs, beside, progress, table, write, write_json};
+use crate::files;
 use crate::intervals::{Interval, normal, wilson};
 use anyhow::{Context, Result, bail, ensure};
 use methods::{Methods, Variant};
@@ -105,16 +106,17 @@ pub fn run(args: &Args) -> Result<()> {
         beside(path)?;
     }
     if let Some(folder) = &args.svg {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        std::fs::create_dir_all(folder).with_context(|| super::no_place(folder))?;
     }
     ensure!(args.samples > 0, "--samples 0 asks nothing; give 1 or more");
     let mut report = Report { r2: BTreeMap::new(), settings: Vec::new(), curve: Vec::new() };
     for path in &args.merge {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read {}", path.display()))?;
-        let earlier: Report = serde_json::from_str(&text)
-            .with_context(|| format!("{} is not what this command writes", path.display()))?;
+        let earlier: Report = serde_json::from_slice(&files::bytes(path)?).with_context(|| {
+            format!(
+                "{} is not what --json of this command writes; give such a file",
+                path.display()
+            )
+        })?;
         report.r2.extend(earlier.r2);
         report.settings.extend(earlier.settings);
         report.curve.extend(earlier.curve);

@@ -3,8 +3,9 @@
 mod picture;
 
 use super::{ModelArgs, beside, megabytes, progress, surrogate, table, write, write_json};
+use crate::files;
 use crate::{Answer, Generate, Haystack, Method, Needle, Runner, Sample, Task};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::builder::PossibleValuesParser;
 use models::{Model, Sampling, Specials, WINDOW};
 use serde::Serialize;
@@ -133,8 +134,7 @@ type Scored = (Sample, Box<dyn Fn(&str) -> f64>);
 
 fn samples(args: &Args, model: &Model) -> Result<Vec<Scored>> {
     if let (Some(path), Some(question)) = (&args.prompt, &args.question) {
-        let context = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read {}", path.display()))?;
+        let context = files::text(path)?;
         let sample = Sample { context, question: question.clone(), ..Sample::default() };
         return Ok(vec![(sample, Box::new(|_| 0.0))]);
     }

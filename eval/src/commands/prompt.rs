@@ -24,7 +24,7 @@ impl PromptArgs {
                 let mut text = String::new();
                 std::io::stdin()
                     .read_to_string(&mut text)
-                    .context("cannot read standard input as UTF-8")?;
+                    .context("standard input is not UTF-8; convert it, or give --file a file")?;
                 text
             }
             (None, Some(path)) => std::fs::read_to_string(path).with_context(|| {

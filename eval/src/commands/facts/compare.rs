@@ -4,6 +4,7 @@ use super::difference::{self, Difference};
 use super::{Cell, Measured, Text, picture};
 use crate::commands::train::curve::Point;
 use crate::commands::{beside, table, write, write_json};
+use crate::files;
 use crate::intervals::{Interval, wilson};
 use anyhow::{Context, Result, ensure};
 use serde::de::DeserializeOwned;
@@ -99,8 +100,8 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> Result<T> {
-    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{}: not {what}", path.display()))
+    let text = files::bytes(path)?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not {what}", path.display()))
 }
 
 /// The rows of other experiments in a file, if it is there.

@@ -3,6 +3,7 @@
 use super::{Cell, Measured, Text};
 use crate::commands::train::corpus::{Corpus, Passage};
 use crate::commands::{ModelArgs, beside, progress, table, write_json};
+use crate::files;
 use crate::{Family, Words};
 use anyhow::{Context, Result, ensure};
 use models::{CausalLm, Dense, Hooks, Model, WINDOW};
@@ -118,8 +119,9 @@ fn training(model: &ModelArgs) -> Result<Value> {
     if !file.exists() {
         return Ok(Value::Null);
     }
-    let text = std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{}: not JSON", file.display()))
+    let text = files::bytes(&file)?;
+    serde_json::from_slice(&text)
+        .with_context(|| format!("{} is not what longctx train writes; remove it", file.display()))
 }
 
 /// How many rows of `tokens` tokens are read at once.

@@ -201,9 +201,8 @@ impl Out<'_> {
     fn write(&mut self, line: &Value) -> Result<()> {
         match self {
             Self::File(path, file) => writeln!(file, "{line}").with_context(|| no_place(path)),
-            Self::Standard => {
-                writeln!(std::io::stdout(), "{line}").context("cannot write the answers")
-            }
+            Self::Standard => writeln!(std::io::stdout(), "{line}")
+                .context("cannot write the answers; is the pipe still open?"),
         }
     }
 

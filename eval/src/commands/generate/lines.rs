@@ -57,7 +57,7 @@ pub fn read(path: &Path) -> Result<Vec<(usize, Line)>> {
     let bytes = if path.as_os_str() == "-" {
         let mut bytes = Vec::new();
         std::io::Read::read_to_end(&mut std::io::stdin(), &mut bytes)
-            .context("cannot read standard input")?;
+            .context("cannot read standard input; give --batch a file")?;
         bytes
     } else {
         std::fs::read(path).with_context(|| {

@@ -110,8 +110,7 @@ pub fn run(args: &Args) -> Result<()> {
         "--rows, --batch, --epochs and --width must be 1 or more"
     );
     let report = args.out.join("training.json");
-    std::fs::create_dir_all(&args.out)
-        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+    std::fs::create_dir_all(&args.out).with_context(|| crate::commands::no_place(&args.out))?;
     beside(&report)?;
     let model = args.model.load()?;
     let folder = args.samples.clone().unwrap_or_else(|| args.out.join("samples"));

@@ -3,7 +3,7 @@
 use crate::documents;
 use crate::fnv::Fnv;
 use crate::runner::context_ids;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use kvzap::Spans;
 use models::{Model, Specials};
 use rand::seq::SliceRandom;
@@ -182,11 +182,11 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
-    let entries =
-        std::fs::read_dir(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut entries = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
-    entries.sort();
-    let files = entries.iter().map(|path| files(path)).collect::<Result<Vec<_>>>()?.concat();
+    let files = crate::files::entries(path)?
+        .iter()
+        .map(|path| files(path))
+        .collect::<Result<Vec<_>>>()?
+        .concat();
     ensure!(!files.is_empty(), "{} holds no files of text", path.display());
     Ok(files)
 }

@@ -6,6 +6,7 @@ use super::pieces::files_of;
 use super::rows::{Batch, Mix, Rows};
 use crate::commands::{Machine, beside, progress, spinner, write, write_json};
 use crate::documents;
+use crate::files;
 use anyhow::{Context, Result, bail, ensure};
 use models::{AdamW, Config, Model, Rates, Source, Tokenizer, Trainable, Trained, Weights, open};
 use serde_json::{Value, json};
@@ -187,8 +188,7 @@ pub fn run(args: &Args) -> Result<()> {
     ensure!(args.length >= 16, "--length {}: give 16 or more", args.length);
     ensure!((0.0..=1.0).contains(&args.facts), "--facts {}: give a share from 0 to 1", args.facts);
     let report = args.out.join("training.json");
-    std::fs::create_dir_all(&args.out)
-        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+    std::fs::create_dir_all(&args.out).with_context(|| crate::commands::no_place(&args.out))?;
     ensure!(
         !report.exists(),
         "{} is there: this training is done; choose another --out, or remove it",
@@ -258,10 +258,8 @@ fn settings(args: &Args, model: &Trainable) -> Value {
 fn begin(args: &Args, kind: Kind, device: Device) -> Result<Begun> {
     let first = |layers: usize| args.first_layer.unwrap_or(layers / 3);
     if let Some(path) = &args.from_scratch {
-        let mut json: Value = serde_json::from_slice(
-            &std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?,
-        )
-        .with_context(|| format!("{}: not JSON", path.display()))?;
+        let mut json: Value = serde_json::from_slice(&files::bytes(path)?)
+            .with_context(|| format!("{} is not JSON; give a config.json", path.display()))?;
         let layers = json["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
         let pe_config = args.arm.pe_config(layers, first(layers), args.offset_tokens);
         json["pe_config"] = pe_config.clone();
@@ -298,9 +296,7 @@ fn new_tokenizer(args: &Args, config: &Config) -> Result<Tokenizer> {
     let own = args.out.join("tokenizer.json");
     let tokenizer = match &args.tokenizer {
         Some(path) => {
-            let json =
-                std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-            write(&own, &json)?;
+            write(&own, &files::bytes(path)?)?;
             Tokenizer::from_file(&own)?
         }
         None => {
