@@ -3,6 +3,7 @@ mod folder;
 pub use folder::Dtype;
 
 use crate::{Array, Error, LayerInput, Result, Scorer};
+use std::ops::Range;
 
 /// KVzap's surrogate (arXiv 2601.07891): for each layer a small module that reads a token's hidden
 /// state and predicts the logarithm of its KVzip+ score for each kv head.
@@ -141,6 +142,24 @@ impl Surrogate {
             }
         }
         Ok(())
+    }
+
+    /// The same for some of the kv heads: their rows of each layer's last map.
+    ///
+    /// # Errors
+    /// Heads that it does not score, or none.
+    pub fn of_heads(&self, heads: Range<usize>) -> Result<Self> {
+        if heads.is_empty() || heads.end > self.kv_heads() {
+            let (field, expected, found) = ("kv heads", heads.end, self.kv_heads());
+            return Err(Error::OtherModel { field, expected, found });
+        }
+        let mut modules = self.modules.clone();
+        for map in modules.iter_mut().filter_map(|maps| maps.last_mut()) {
+            let width = map.inputs();
+            map.weight = map.weight[heads.start * width..heads.end * width].to_vec();
+            map.bias = map.bias[heads.clone()].to_vec();
+        }
+        Ok(Self { modules, dtype: self.dtype })
     }
 
     /// The scores `[batch, kv_heads, tokens]` of `hidden`, `[batch, tokens, hidden]`, in one layer.

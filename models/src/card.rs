@@ -7,14 +7,19 @@
 mod cache;
 mod driver;
 mod executor;
+mod join;
 mod measure;
 mod memory;
+mod nccl;
+mod ranks;
 mod step;
 
 pub use cache::CardCache;
 pub use executor::{CardExecutor, CardRoom};
 pub use measure::{Bench, Capacity, Decoded, Prefilled};
 pub use paged_kernels::Mode;
+pub(crate) use ranks::CardSum;
+pub use ranks::resident_for;
 pub use step::{Gates, Place, Step, StepTokens, Token};
 
 use crate::error::Result;

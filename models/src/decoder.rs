@@ -10,6 +10,7 @@ use crate::hooks::Hooks;
 use crate::layers::{self, GatedMlp, Linear, RmsNorm};
 use crate::memory;
 use crate::positions::{self, LayerPositions};
+use crate::ranks::{Part, Rank};
 use crate::weights::{Tensors, Weights};
 use kvzap::LayerInput;
 use repo_pos::{Frequencies, Precision, Rotary, RoundZ, rotate};
@@ -27,6 +28,8 @@ pub struct Decoder {
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: RmsNorm,
     pub(crate) head: Tensor, // [vocabulary, hidden]; the embedding itself where they are tied
+    /// Where this is a part: what adds its branches to those of the others.
+    pub(crate) rank: Option<Rank>,
 }
 
 #[derive(Debug)]
@@ -57,6 +60,19 @@ impl Decoder {
         Self::assemble(weights, round, precision)
     }
 
+    /// Reads what is `rank`'s of the weights, to its device: some kv heads with their query heads, and a share of the MLP. Embedding,
+    /// norms and head are whole.
+    ///
+    /// # Errors
+    /// [`Error::Uncut`] for what does not divide.
+    pub fn load_part(weights: &Weights, rank: &Rank) -> Result<Self> {
+        let part = Part::new(weights, rank)?;
+        Ok(Self {
+            rank: Some(rank.clone()),
+            ..Self::assemble(&part, RoundZ::None, Precision::Parity)?
+        })
+    }
+
     /// The same of tensors from anywhere. Where these are being trained, what [`CausalLm::forward`] gives can be differentiated.
     pub(crate) fn assemble(
         weights: &dyn Tensors,
@@ -82,6 +98,7 @@ impl Decoder {
             embedding,
             blocks,
             head,
+            rank: None,
             config,
         })
     }
@@ -166,6 +183,10 @@ impl Decoder {
         norm: &RmsNorm,
         branch: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        let branch = |x: &Tensor| match &self.rank {
+            None => branch(x),
+            Some(rank) => rank.sum(branch(x)?),
+        };
         let added = if self.config.architecture.norms_outputs() {
             norm.forward(&branch(x)?)?
         } else {

@@ -25,6 +25,20 @@ pub fn cuda() -> Result<Device> {
     Err(Error::NoCuda { reason })
 }
 
+/// The first `count` CUDA cards.
+///
+/// # Errors
+/// Those of [`cuda`]; [`Error::Cards`] where there are fewer.
+#[cfg(feature = "cuda")]
+pub(crate) fn cards(count: usize) -> Result<Vec<Device>> {
+    cuda()?;
+    let found = Cuda::device_count().max(0) as usize;
+    if count == 0 || count > found {
+        return Err(Error::Cards { wanted: count, found });
+    }
+    Ok((0..count).map(Device::Cuda).collect())
+}
+
 /// Loads it and says what went wrong: libtorch answers its first question about CUDA for ever, so this comes before.
 fn load() -> Option<String> {
     // SAFETY: the library is libtorch's own, made to be loaded beside the half that runs already; what it does when it is

@@ -274,6 +274,63 @@ pub enum Error {
         advice: &'static str,
     },
 
+    /// Fewer cards than were asked for.
+    #[error("{wanted} cards are asked for, and there are {found}; ask for no more, or look at CUDA_VISIBLE_DEVICES")]
+    Cards {
+        /// Cards that were asked for.
+        wanted: usize,
+        /// Cards that libtorch finds.
+        found: usize,
+    },
+
+    /// Cards that cannot share a model evenly.
+    #[error(
+        "card 0 has {first} bytes and card {card} has {found}: a model is cut into equal parts, whose cards must be alike; \
+         choose them with CUDA_VISIBLE_DEVICES"
+    )]
+    UnlikeCards {
+        /// Bytes of the first.
+        first: usize,
+        /// The other.
+        card: usize,
+        /// Bytes of the other.
+        found: usize,
+    },
+
+    /// A model that cannot be cut into so many parts.
+    #[error("{what} ({found}) cannot be cut into {parts} equal parts; {advice}")]
+    Uncut {
+        /// What does not divide.
+        what: &'static str,
+        /// How many, or how wide.
+        found: usize,
+        /// Parts that were asked for.
+        parts: usize,
+        /// What to do.
+        advice: &'static str,
+    },
+
+    /// NCCL cannot be loaded, or refused a call.
+    #[error(
+        "NCCL, which adds up what several cards have: {call}: {reason}; torch for CUDA brings it: put the lib folder of its \
+         nvidia/nccl on LD_LIBRARY_PATH, or use one card"
+    )]
+    Nccl {
+        /// The call.
+        call: &'static str,
+        /// What it said.
+        reason: String,
+    },
+
+    /// One of the parts of a model failed while others waited for it. Nothing can be asked of them any more.
+    #[error("part {rank} of the model is lost: {cause}; start the machine again")]
+    RankLost {
+        /// Which.
+        rank: usize,
+        /// What happened there.
+        cause: String,
+    },
+
     /// Drop bits of another shape than the text that they are for.
     #[error(
         "drop bits are {found:?}, expected {wanted:?}; take them from scores of this very text"

@@ -25,6 +25,7 @@ mod overlay;
 mod paged;
 mod positions;
 mod random;
+pub mod ranks;
 mod sampling;
 mod session;
 mod tokenizer;
@@ -36,7 +37,7 @@ pub use cache::{Dense, KvCache, Usage};
 #[cfg(feature = "cuda")]
 pub use card::{
     Bench, Capacity, CardCache, CardExecutor, CardRoom, Decoded, Gates, Mode, Place, Prefilled,
-    Step, StepTokens, Token, resident,
+    Step, StepTokens, Token, resident, resident_for,
 };
 pub use causal_lm::{Attend, CausalLm, Pass, Whose};
 pub use chat::{ChatTemplate, Message, RenderOptions};

@@ -12,6 +12,7 @@ use crate::gguf::Gguf;
 use crate::overlay::Overlay;
 use crate::random::Random;
 pub(crate) use encoding::{Encoding, READABLE};
+use std::ops::Range;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
@@ -199,6 +200,41 @@ impl Weights {
             _ => self.source.stored(name),
         }
     }
+
+    /// What `cut` names of the tensor of a name, whose whole shape is `shape`; of a file no more is read, but for the ends of
+    /// rows that are cut.
+    pub(crate) fn part(
+        &self,
+        name: &str,
+        shape: &[i64],
+        cut: Option<&Cut>,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Tensor> {
+        if let (Source::Random(random), None) = (&self.source, &self.overlay) {
+            let whole = random.tensor(name, shape, kind, device)?;
+            let Some(Cut { dimension, range }) = cut else { return Ok(whole) };
+            // A copy: else the whole would live on.
+            let [from, count] = [range.start, range.len()].map(|n| n as i64);
+            return Ok(whole.f_narrow_copy(*dimension as i64, from, count)?);
+        }
+        let stored = self.stored(name)?;
+        if !stored.shape.iter().map(|&n| i64::try_from(n).ok()).eq(shape.iter().map(|&n| Some(n))) {
+            return Err(Error::WrongShape {
+                path: stored.path.to_owned(),
+                tensor: stored.name,
+                wanted: shape.to_vec(),
+                found: stored.shape,
+            });
+        }
+        Ok(stored.read(cut, kind)?.f_to_device(device)?)
+    }
+}
+
+/// A range of a dimension, as whole heads are where rows are reordered.
+pub(crate) struct Cut {
+    pub dimension: usize,
+    pub range: Range<usize>,
 }
 
 impl Tensors for Weights {
@@ -219,19 +255,7 @@ impl Tensors for Weights {
     }
 
     fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
-        if let (Source::Random(random), None) = (&self.source, &self.overlay) {
-            return random.tensor(name, shape, kind, self.device);
-        }
-        let stored = self.stored(name)?;
-        if !stored.shape.iter().map(|&n| i64::try_from(n).ok()).eq(shape.iter().map(|&n| Some(n))) {
-            return Err(Error::WrongShape {
-                path: stored.path.to_owned(),
-                tensor: stored.name,
-                wanted: shape.to_vec(),
-                found: stored.shape,
-            });
-        }
-        Ok(stored.read(kind)?.f_to_device(self.device)?)
+        self.part(name, shape, None, kind, self.device)
     }
 }
 
@@ -254,27 +278,42 @@ pub(crate) struct Stored<'a> {
 const CHUNK: usize = 1 << 15;
 
 impl Stored<'_> {
-    pub(crate) fn read(&self, kind: Kind) -> Result<Tensor> {
-        let shape: Vec<i64> = self.shape.iter().map(|&n| n as i64).collect();
-        let out = Tensor::f_empty(&shape, (kind, Device::Cpu))?;
+    /// All of it, or what `cut` names.
+    pub(crate) fn read(&self, cut: Option<&Cut>, kind: Kind) -> Result<Tensor> {
+        let mut shape: Vec<i64> = self.shape.iter().map(|&n| n as i64).collect();
         let (rows, columns) = self.matrix();
-        if rows * columns == 0 {
+        let (mut first, mut rows, mut columns) = (0, rows, 0..columns);
+        if let Some(Cut { dimension, range }) = cut {
+            shape[*dimension] = range.len() as i64;
+            // Of a vector, which is one row, columns are cut; so are those of a matrix in its last dimension.
+            if *dimension + 1 == shape.len() && columns.len() > 1 {
+                columns = range.clone();
+            } else {
+                let inner = rows / self.shape[0];
+                (first, rows) = (range.start * inner, range.len() * inner);
+            }
+        }
+        let out = Tensor::f_empty(&shape, (kind, Device::Cpu))?;
+        if rows * columns.len() == 0 {
             return Ok(out);
         }
+        let elements = rows * columns.len();
         let threads =
-            if rows * columns < 8 * CHUNK { 1 } else { tch::get_num_threads().max(1) as usize };
+            if elements < 8 * CHUNK { 1 } else { tch::get_num_threads().max(1) as usize };
         let share = rows.div_ceil(threads);
-        let matrix = out.f_view([rows as i64, columns as i64])?;
+        let matrix = out.f_view([rows as i64, columns.len() as i64])?;
         let parts = (0..rows)
             .step_by(share)
-            .map(|first| {
-                Ok((first, matrix.f_narrow(0, first as i64, share.min(rows - first) as i64)?))
+            .map(|start| {
+                let part = matrix.f_narrow(0, start as i64, share.min(rows - start) as i64)?;
+                Ok((first + start, part))
             })
             .collect::<Result<Vec<_>>>()?;
         std::thread::scope(|scope| {
-            let parts = parts
-                .into_iter()
-                .map(|(first, part)| scope.spawn(move || self.read_rows(first, &part)));
+            let parts = parts.into_iter().map(|(first, part)| {
+                let columns = columns.clone();
+                scope.spawn(move || self.read_rows(first, columns, &part))
+            });
             let running: Vec<_> = parts.collect();
             running.into_iter().try_for_each(|part| {
                 part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -293,16 +332,16 @@ impl Stored<'_> {
         }
     }
 
-    /// Fills `out`, `[rows, columns]`, with the rows from `first` on.
-    fn read_rows(&self, first: usize, out: &Tensor) -> Result<()> {
-        let (rows, columns) = (out.size()[0] as usize, out.size()[1] as usize);
-        let row_bytes = self.encoding.bytes(columns);
-        let at_once = (CHUNK / columns).clamp(1, rows);
-        let mut chunk = vec![0.0; at_once * columns];
+    /// Fills `out`, `[rows, columns]`, with these columns of the rows from `first` on.
+    fn read_rows(&self, first: usize, columns: Range<usize>, out: &Tensor) -> Result<()> {
+        let (rows, width) = (out.size()[0] as usize, self.matrix().1);
+        let row_bytes = self.encoding.bytes(width);
+        let at_once = (CHUNK / width).clamp(1, rows);
+        let mut chunk = vec![0.0; at_once * width];
         for start in (0..rows).step_by(at_once) {
             let count = at_once.min(rows - start);
-            let chunk = &mut chunk[..count * columns];
-            for (row, values) in chunk.chunks_exact_mut(columns).enumerate() {
+            let chunk = &mut chunk[..count * width];
+            for (row, values) in chunk.chunks_exact_mut(width).enumerate() {
                 let row = self.stored_row(first + start + row);
                 self.encoding.decode(&self.bytes[row * row_bytes..][..row_bytes], values);
             }
@@ -312,7 +351,8 @@ impl Stored<'_> {
                     tensor: self.name.clone(),
                 });
             }
-            let values = Tensor::f_from_slice(chunk)?.f_view([count as i64, columns as i64])?;
+            let values = Tensor::f_from_slice(chunk)?.f_view([count as i64, width as i64])?;
+            let values = values.f_narrow(1, columns.start as i64, columns.len() as i64)?;
             out.f_narrow(0, start as i64, count as i64)?.f_copy_(&values)?;
         }
         Ok(())

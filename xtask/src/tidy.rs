@@ -32,7 +32,9 @@ const XTASK_MAY_USE: &[&str] = &["anyhow"];
 const UNSAFE: &[&str] = &[
     "models/src/bridge.rs",
     "models/src/card/driver.rs",
+    "models/src/card/join.rs",
     "models/src/card/memory.rs",
+    "models/src/card/nccl.rs",
     "models/src/device.rs",
     "paged-kernels/src/cuda/driver.rs",
     "paged-kernels/src/cuda/view.rs",

@@ -38,6 +38,9 @@ pub struct Args {
     /// Cut each head by its own length alone, so that a text's bits are the same whatever its neighbours. On a card
     #[arg(long)]
     batch_invariant: bool,
+    /// Cards to cut the model over: kv heads, and the MLP's width, must divide. Capacity is of one
+    #[arg(long, default_value_t = 1)]
+    cards: usize,
     /// A date for the rows of --json
     #[arg(long)]
     date: Option<String>,
@@ -96,8 +99,8 @@ pub fn run(args: &Args) -> Result<()> {
         anyhow::bail!("this longctx was built without the feature cuda; build it with it");
     }
     ensure!(
-        args.batch == [1] && !args.random_weights && !args.batch_invariant,
-        "--batch, --random-weights and --batch-invariant are for a card: give --device cuda"
+        args.batch == [1] && !args.random_weights && !args.batch_invariant && args.cards == 1,
+        "--batch, --cards, --random-weights and --batch-invariant are for a card: give --device cuda"
     );
     let start = Instant::now();
     let model = args.model.load()?;

@@ -505,12 +505,12 @@ struct DrawCall {
     vocabulary: u32,
 }
 
-fn load(ptx: &'static str) -> Result<sys::CUmodule> {
+pub(super) fn load(ptx: &'static str) -> Result<sys::CUmodule> {
     // SAFETY: the image is PTX that ends in a zero byte; the caller has bound a context.
     unsafe { result::module::load_data(ptx.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))
 }
 
-fn function(module: sys::CUmodule, name: &str) -> Result<sys::CUfunction> {
+pub(super) fn function(module: sys::CUmodule, name: &str) -> Result<sys::CUfunction> {
     let name = CString::new(name).expect("no zero byte within");
     // SAFETY: the module is loaded into the bound context.
     unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))

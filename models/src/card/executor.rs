@@ -1,6 +1,6 @@
 //! Many texts on one card: prompts through libtorch, steps through the graph.
 
-use super::{CardCache, Gates, Place, Step, Token, resident};
+use super::{CardCache, Gates, Place, Step, Token, resident_for};
 use crate::cache::KvCache;
 use crate::causal_lm::{CausalLm, Pass, Whose};
 use crate::config::Config;
@@ -131,7 +131,7 @@ impl CardExecutor {
             dtype: paged_kernels::Dtype::Bf16,
         };
         let CardRoom { seats: texts, tokens, question: pass, mode, .. } = room;
-        let cache = resident(model.embedding.device(), shape, Seats { texts, tokens, pass, mode })?;
+        let cache = resident_for(&model, shape, Seats { texts, tokens, pass, mode })?;
         let step = Step::new(&model, gates, &cache, config.vocab_size)?;
         let limits = Limits {
             pages: room.pages,

@@ -5,7 +5,7 @@
 //! trained one does.
 
 use super::memory;
-use super::{CardCache, Gates, Place, Step, Token, resident};
+use super::{CardCache, Gates, Place, Step, Token, resident_for};
 use crate::cache::KvCache;
 use crate::causal_lm::CausalLm;
 use crate::config::Config;
@@ -13,6 +13,7 @@ use crate::decoder::Decoder;
 use crate::error::Result;
 use crate::hooks::{Hooks, Pruning};
 use crate::paged::cache_shape;
+use crate::ranks::Rank;
 use crate::sampling::Sampling;
 use kvzap::{Affine, LayerInput, Scorer, Surrogate, Threshold, TorchSurrogate, WINDOW};
 use paged_kernels::{CacheShape, Mode, Resident, Seats};
@@ -26,7 +27,8 @@ const WARM: usize = 8;
 /// Rows of a head beyond those of its prompt.
 const GROWTH: usize = 256;
 
-/// A model on a card, and what the card can do.
+/// A model, or a part of one, on a card, and what the card can do. Parts are measured side by side, each on its card: they wait
+/// for each other, and the slowest counts.
 #[derive(Debug)]
 pub struct Bench {
     model: Decoder,
@@ -118,7 +120,9 @@ impl Bench {
             let (wanted, free) = (cache.missing()?, cache.free_pages()?);
             return Err(paged_kernels::Error::OutOfPages { wanted, free }.into());
         }
-        let floor_seconds = (weight_bytes(config) + kv_bytes) as f64 / self.copy_bytes_per_second;
+        let parts = self.model.rank.as_ref().map_or(1, Rank::of);
+        let bytes = weight_bytes(config, parts) + kv_bytes;
+        let floor_seconds = bytes as f64 / self.copy_bytes_per_second;
         let used_bytes = memory::used(cache.stream())?;
         Ok(Decoded { seconds, wall_seconds, floor_seconds, kv_bytes, used_bytes })
     }
@@ -146,11 +150,11 @@ impl Bench {
             // Random hidden states are not the model's: more may stay than was asked for.
             let mut cache = self.room(1, tokens, 1.0, Mode::Fast, None)?;
             let mut text = CardCache::new(&mut cache)?;
-            tch::Cuda::synchronize(0);
+            memory::wait_for_torch(device);
             let start = Instant::now();
             let hidden = self.model.forward(&ids, &mut text, &hooks)?;
             let _ = self.model.logits(&hidden.f_select(1, -1)?)?;
-            tch::Cuda::synchronize(0);
+            memory::wait_for_torch(device);
             seconds.push(start.elapsed().as_secs_f64());
             kv_bytes = text.usage().bytes;
         }
@@ -200,7 +204,7 @@ impl Bench {
         let own = config.layers * config.kv_heads * texts * (rows.div_ceil(shape.page_size) + 1);
         let shape = CacheShape { pages: pages.unwrap_or(own), ..shape };
         let seats = Seats { texts, tokens: tokens + GROWTH, pass: 1, mode };
-        resident(self.model.embedding.device(), shape, seats)
+        resident_for(&self.model, shape, seats)
     }
 
     /// A prompt of random rows, with what each layer drops of it.
@@ -264,12 +268,12 @@ impl Synthetic {
     }
 }
 
-/// Bytes of all matrices that a step reads, the head among them.
-fn weight_bytes(config: &Config) -> usize {
+/// Bytes of all matrices that a step of one of so many parts must read, with its share of the head.
+fn weight_bytes(config: &Config, parts: usize) -> usize {
     let attention =
         config.hidden_size * config.head_dim * 2 * (config.query_heads + config.kv_heads);
     let mlp = 3 * config.hidden_size * config.intermediate_size;
-    2 * (config.layers * (attention + mlp) + config.vocab_size * config.hidden_size)
+    2 * (config.layers * (attention + mlp) + config.vocab_size * config.hidden_size / parts)
 }
 
 /// An MLP whose scores spread as a trained one's do, wider over heads than over tokens.

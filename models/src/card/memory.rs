@@ -211,10 +211,22 @@ pub(super) fn wait(stream: &CudaStream) -> Result<()> {
     stream.synchronize().map_err(failed("cuStreamSynchronize"))
 }
 
+/// Waits for all that a card was asked.
+pub(super) fn wait_for_torch(device: Device) {
+    if let Device::Cuda(card) = device {
+        tch::Cuda::synchronize(card as i64);
+    }
+}
+
 /// Bytes of the card in use, by whomever.
 pub(super) fn used(stream: &CudaStream) -> Result<usize> {
     let (free, total) = stream.context().mem_get_info().map_err(failed("cuMemGetInfo"))?;
     Ok(total - free)
+}
+
+/// Bytes of a stream's card.
+pub(super) fn total(stream: &CudaStream) -> Result<usize> {
+    Ok(stream.context().mem_get_info().map_err(failed("cuMemGetInfo"))?.1)
 }
 
 /// The name of a stream's card.

@@ -4,6 +4,7 @@ use super::driver::{
     self, Draw, Draws, Embed, End, Input, Kernels, MOST_COLUMNS, Norm, PARTS, Product, ROWS, Stream,
 };
 use super::memory::{self, Mailbox};
+use super::ranks::Across;
 use crate::config::{Architecture, Config};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
@@ -93,6 +94,8 @@ pub struct Step {
     graphs: BTreeMap<usize, CudaGraph>,
     /// Places of the batch, padded.
     places: usize,
+    /// Where the model is a part. Dropped after the graphs, which hold its sums.
+    across: Option<Across>,
 }
 
 struct Layer {
@@ -227,6 +230,7 @@ impl Step {
             mailbox: Mailbox::new(cache.stream())?,
             graphs: BTreeMap::new(),
             places: 0,
+            across: Across::new(model, cache, columns)?,
             config,
         };
         // Weights and buffers come from libtorch's stream.
@@ -275,6 +279,8 @@ impl Step {
         kernels.seat(tokens, from, fresh, places)?;
         self.places = places;
         if !self.graphs.contains_key(&places) {
+            // Once outside a graph: NCCL connects cards when they first meet.
+            self.across.as_ref().map_or(Ok(()), |across| across.sum(places))?;
             let graph = kernels.capture(|| self.queue(cache, places))?;
             self.graphs.insert(places, graph);
         }
@@ -324,7 +330,7 @@ impl Step {
         let mut parts = PARTS;
         for (i, layer) in self.layers.iter().enumerate() {
             self.attention(cache, i, parts, columns)?;
-            parts = hidden_size.div_ceil(ROWS) * PARTS;
+            parts = self.across.as_ref().map_or(hidden_size.div_ceil(ROWS), |_| 1) * PARTS;
             let next = self.layers.get(i + 1).map_or(&self.norm, |next| &next.attention_norm);
             self.mlp(layer, next, parts, columns)?;
         }
@@ -427,6 +433,14 @@ impl Step {
 
     /// Adds `weight` times `input` to the residual stream, and readies that for `norm`.
     fn add(&self, weight: &Linear, norm: &Tensor, input: Input<'_>, columns: usize) -> Result<()> {
+        if let Some(across) = &self.across {
+            // Scores, of which none is the best.
+            let end =
+                End::Score { scores: &across.part, best: &self.buffers.best, vocabulary: 0 };
+            let product = Product { weight, more: None, input, norm: None, columns, end };
+            self.kernels.product(product)?;
+            return across.add(self.buffers.stream(), norm, columns);
+        }
         let Stream { residual, normed, squares } = self.buffers.stream();
         let end = End::Add { residual, norm, normed, squares };
         self.kernels.product(Product { weight, more: None, input, norm: None, columns, end })

@@ -70,7 +70,7 @@ impl Trainable {
                     found: stored.shape,
                 });
             }
-            stored.read(Kind::Float)
+            stored.read(None, Kind::Float)
         };
         let [weights, first, second] = VECTORS.map(read);
         let notes = shard.metadata("notes").unwrap_or_default().to_owned();

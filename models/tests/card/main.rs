@@ -7,6 +7,7 @@ mod common;
 /// What wants a card says so in its path.
 mod cuda {
     mod engine;
+    mod ranks;
     mod step;
 }
 

@@ -3,6 +3,8 @@
 use super::super::{spinner, table};
 use super::{Args, Part};
 use anyhow::{Result, ensure};
+use indicatif::ProgressBar;
+use models::ranks::{Rank, on_each};
 use models::{Bench, Decoder, Mode, Random, Source, Weights, open};
 use serde::Serialize;
 use tch::Kind;
@@ -36,9 +38,27 @@ pub fn run(args: &Args) -> Result<()> {
     } else {
         open(args.model.path())?
     };
+    let weights = Weights::new(source, Kind::BFloat16, device)?;
     let bar = spinner("loading the model");
-    let bench = Bench::new(Decoder::load(&Weights::new(source, Kind::BFloat16, device)?)?)?;
-    let mut rows = Rows { args, card: bench.card()?, rows: Vec::new() };
+    let found = if args.cards == 1 {
+        vec![measure(args, Decoder::load(&weights)?, &bar)?]
+    } else {
+        ensure!(!args.parts.contains(&Part::Capacity), "the capacity is that of one card");
+        let ranks = Rank::on_cards(args.cards)?;
+        let work = |rank: &Rank| measure(args, Decoder::load_part(&weights, rank)?, &bar);
+        on_each(&ranks, work)?
+    };
+    bar.finish_and_clear();
+    let copies = found.iter().map(|(copies, _)| copies).sum();
+    found.into_iter().map(|(_, rows)| rows).reduce(Rows::joined).map_or(Ok(()), |r| r.print(copies))
+}
+
+/// Measures a model, or its part on a card; the bytes a second that are copied on it come first.
+fn measure<'a>(args: &'a Args, model: Decoder, bar: &ProgressBar) -> Result<(f64, Rows<'a>)> {
+    let bench = Bench::new(model)?;
+    let card = bench.card()?;
+    let card = if args.cards == 1 { card } else { format!("{} × {card}", args.cards) };
+    let mut rows = Rows { args, card, rows: Vec::new() };
     let mode = if args.batch_invariant { Mode::BatchInvariant } else { Mode::Fast };
     for &tokens in &args.context {
         for &remove in &args.remove {
@@ -81,8 +101,7 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
     }
-    bar.finish_and_clear();
-    rows.print(bench.copy_bytes_per_second)
+    Ok((bench.copy_bytes_per_second, rows))
 }
 
 struct Rows<'a> {
@@ -92,6 +111,18 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
+    /// The rows of two cards that worked together: the slower's times, and the bytes of both.
+    fn joined(mut self, other: Self) -> Self {
+        for (row, other) in self.rows.iter_mut().zip(other.rows) {
+            match row.unit {
+                "GB" => row.value += other.value,
+                _ => row.value = row.value.max(other.value),
+            }
+            row.floor = row.floor.zip(other.floor).map(|(a, b)| a.max(b));
+        }
+        self
+    }
+
     fn add(
         &mut self,
         what: &'static str,

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 use tch::Kind;
 
-const ROOM: CardRoom = CardRoom {
+pub const ROOM: CardRoom = CardRoom {
     pages: 3000,
     seats: 20,
     batch: 16,
@@ -32,7 +32,7 @@ fn machine(folder: &Path, room: CardRoom) -> Result<CardExecutor> {
 }
 
 /// Requests of all kinds, some with a context in common.
-fn requests(count: usize) -> Vec<Request> {
+pub fn requests(count: usize) -> Vec<Request> {
     let request = |i: usize| {
         let length = [1, 7, 130, 400, 700, 60][i % 6] + i % 5;
         let context = if i % 7 == 3 { ids(300, 500, 77) } else { ids(length, 500, i) };
@@ -49,13 +49,13 @@ fn requests(count: usize) -> Vec<Request> {
     (0..count).map(request).collect()
 }
 
-fn at(tick: usize) -> Duration {
+pub fn at(tick: usize) -> Duration {
     Duration::from_millis(tick as u64)
 }
 
 /// Runs requests, a few of which come at each tick, and gives each one's tokens.
-fn run(
-    scheduler: &mut Scheduler<CardExecutor>,
+pub fn run<E: Executor>(
+    scheduler: &mut Scheduler<E>,
     requests: &[Request],
     at_once: usize,
 ) -> Result<Vec<Vec<u32>>> {

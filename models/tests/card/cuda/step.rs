@@ -14,9 +14,9 @@ use tch::{Device, Kind, Tensor};
 
 /// What bf16 costs a tiny model: the distance of its scores from those in f32, over their length. Single tokens go up to four
 /// times as far, on libtorch's CPU too.
-const BF16: f64 = 0.05;
+pub const BF16: f64 = 0.05;
 
-fn distance(found: &Tensor, wanted: &Tensor) -> f64 {
+pub fn distance(found: &Tensor, wanted: &Tensor) -> f64 {
     ((found - wanted).norm() / wanted.norm()).double_value(&[])
 }
 
@@ -42,17 +42,17 @@ fn input(ids: &[u32], device: Device) -> Tensor {
 }
 
 /// The scores after the last of `ids`, f32 `[vocabulary]` on the CPU.
-fn read(lm: &Decoder, ids: &[u32], cache: &mut dyn KvCache, hooks: &Hooks) -> Result<Tensor> {
+pub fn read(lm: &Decoder, ids: &[u32], cache: &mut dyn KvCache, hooks: &Hooks) -> Result<Tensor> {
     let device = lm.output_projection(0).device();
     let hidden = lm.forward(&input(ids, device), cache, hooks)?;
     Ok(lm.logits(&hidden.select(1, -1))?.squeeze().to_device(Device::Cpu))
 }
 
-fn place(sequence: Sequence, token: u32, position: usize) -> Place {
+pub fn place(sequence: Sequence, token: u32, position: usize) -> Place {
     Place { sequence, token: Token::Known(token), position, sampling: Sampling::default() }
 }
 
-fn best(scores: &Tensor) -> u32 {
+pub fn best(scores: &Tensor) -> u32 {
     scores.argmax(-1, false).int64_value(&[]) as u32
 }
 
