@@ -275,7 +275,9 @@ pub enum Error {
     },
 
     /// Fewer cards than were asked for.
-    #[error("{wanted} cards are asked for, and there are {found}; ask for no more, or look at CUDA_VISIBLE_DEVICES")]
+    #[error(
+        "{wanted} cards are asked for, and there are {found}; ask for no more, or look at CUDA_VISIBLE_DEVICES"
+    )]
     Cards {
         /// Cards that were asked for.
         wanted: usize,

@@ -298,8 +298,7 @@ impl Stored<'_> {
             return Ok(out);
         }
         let elements = rows * columns.len();
-        let threads =
-            if elements < 8 * CHUNK { 1 } else { tch::get_num_threads().max(1) as usize };
+        let threads = if elements < 8 * CHUNK { 1 } else { tch::get_num_threads().max(1) as usize };
         let share = rows.div_ceil(threads);
         let matrix = out.f_view([rows as i64, columns.len() as i64])?;
         let parts = (0..rows)

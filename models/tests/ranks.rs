@@ -6,13 +6,13 @@ use anyhow::Result;
 use common::{assert_close, difference, golden};
 use kvzap::{Affine, Surrogate, Threshold, TorchSurrogate};
 use models::engine::{
-    Admission, CpuExecutor, Drawn, End, Event, Executor, Held, Limits, Request, Room, Scheduler,
-    Settings, TextId,
+    CpuExecutor, Drawn, End, Event, Executor, Held, Limits, Request, Room, Scheduler, Settings,
+    TextId,
 };
 use models::ranks::{Rank, Ranks};
 use models::{
-    CausalLm, Config, Cpu, Decoder, Error, Hooks, KvCache, Paged, Pruning, Sampling, Weights,
-    cache_shape, open,
+    CausalLm, Config, Cpu, Decoder, Error, Hooks, Paged, Pruning, Sampling, Weights, cache_shape,
+    open,
 };
 use paged_kernels::PagedAttention;
 use std::collections::BTreeMap;
@@ -196,8 +196,7 @@ fn an_engine_over_parts_writes_what_one_over_the_whole_writes() -> Result<()> {
         let vocabulary = weights(name)?.config().vocab_size;
         let requests = requests(vocabulary, 14);
         for (tokens, short) in [(120, true), (2000, false)] {
-            let settings =
-                Settings { slice: 16, admission: Admission::Certain, ..Settings::default() };
+            let settings = Settings { slice: 16, ..Settings::default() };
             let mut one = Scheduler::new(whole(name, tokens)?, settings.clone());
             let wanted = run(&mut one, &requests)?;
             let mut two = Scheduler::new(parts(name, tokens)?, settings);

@@ -126,8 +126,7 @@ impl Clique {
         let queue = stream.cu_stream().cast();
         // SAFETY: the tensor holds the elements, on the card of the communicator and of the stream, and lives until the sum is
         // done: what frees it is ordered behind.
-        let code =
-            unsafe { (self.nccl.all_reduce)(at, at, elements, kind, SUM, *handle, queue) };
+        let code = unsafe { (self.nccl.all_reduce)(at, at, elements, kind, SUM, *handle, queue) };
         self.nccl.check("ncclAllReduce", code)
     }
 

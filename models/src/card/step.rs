@@ -435,8 +435,7 @@ impl Step {
     fn add(&self, weight: &Linear, norm: &Tensor, input: Input<'_>, columns: usize) -> Result<()> {
         if let Some(across) = &self.across {
             // Scores, of which none is the best.
-            let end =
-                End::Score { scores: &across.part, best: &self.buffers.best, vocabulary: 0 };
+            let end = End::Score { scores: &across.part, best: &self.buffers.best, vocabulary: 0 };
             let product = Product { weight, more: None, input, norm: None, columns, end };
             self.kernels.product(product)?;
             return across.add(self.buffers.stream(), norm, columns);
