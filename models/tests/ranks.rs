@@ -145,7 +145,7 @@ fn parts(name: &str, tokens: usize) -> Result<Ranks<CpuExecutor>> {
 fn requests(vocabulary: usize, count: usize) -> Vec<Request> {
     let request = |i: usize| Request {
         question: ids([0, 1, 7][i % 3], vocabulary, 31 * i),
-        limit: 1 + i * 13 % 50,
+        limit: 30 + i * 13 % 20,
         sampling: Sampling {
             temperature: [0.0, 0.7, 0.0][i % 3],
             top_k: [0, 0, 5, 1][i % 4],
@@ -195,7 +195,7 @@ fn an_engine_over_parts_writes_what_one_over_the_whole_writes() -> Result<()> {
     for name in ["kvzap/model", "families/qwen3"] {
         let vocabulary = weights(name)?.config().vocab_size;
         let requests = requests(vocabulary, 14);
-        for (tokens, short) in [(120, true), (2000, false)] {
+        for (tokens, short) in [(110, true), (2000, false)] {
             let settings = Settings { slice: 16, ..Settings::default() };
             let mut one = Scheduler::new(whole(name, tokens)?, settings.clone());
             let wanted = run(&mut one, &requests)?;
