@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::folder;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 /// Deviation of matrices and biases: transformers' `initializer_range`.
@@ -48,6 +49,9 @@ impl Random {
         kind: Kind,
         device: Device,
     ) -> Result<Tensor> {
+        // The generator that is seeded is the process's: parts of a model are drawn on several threads.
+        static DRAWING: Mutex<()> = Mutex::new(());
+        let _drawing = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut hasher = DefaultHasher::new();
         (self.seed, name).hash(&mut hasher);
         tch::manual_seed(hasher.finish() as i64);

@@ -9,10 +9,10 @@ use models::engine::{
     CpuExecutor, Drawn, End, Event, Executor, Held, Limits, Request, Room, Scheduler, Settings,
     TextId,
 };
-use models::ranks::{Rank, Ranks};
+use models::ranks::{Rank, Ranks, on_each};
 use models::{
-    CausalLm, Config, Cpu, Decoder, Error, Hooks, Paged, Pruning, Sampling, Weights, cache_shape,
-    open,
+    CausalLm, Config, Cpu, Decoder, Error, Hooks, Paged, Pruning, Random, Sampling, Source,
+    Weights, cache_shape, open,
 };
 use paged_kernels::PagedAttention;
 use std::collections::BTreeMap;
@@ -88,19 +88,10 @@ fn parts_add_up_to_the_model_and_keep_what_it_keeps() -> Result<()> {
         for pruned in [false, true] {
             let hooks = if pruned { pruning(&surrogate)? } else { Hooks::default() };
             let (wanted, lengths) = read(&whole, &hooks, &passes)?;
-            let found = std::thread::scope(|scope| {
-                let part = |rank: Rank| {
-                    let (weights, passes, surrogate) = (&weights, &passes, &surrogate);
-                    scope.spawn(move || -> models::Result<_> {
-                        let lm = Decoder::load_part(weights, &rank)?;
-                        let own = surrogate.of_heads(rank.share(surrogate.kv_heads()))?;
-                        let hooks = if pruned { pruning(&own)? } else { Hooks::default() };
-                        read(&lm, &hooks, passes)
-                    })
-                };
-                let parts: Vec<_> = Rank::on_host(2).into_iter().map(part).collect();
-                let found = parts.into_iter().map(|part| part.join().expect("no panic"));
-                found.collect::<models::Result<Vec<_>>>()
+            let found = on_each(&Rank::on_host(2), |rank| {
+                let lm = Decoder::load_part(&weights, rank)?;
+                let own = surrogate.of_heads(rank.share(surrogate.kv_heads()))?;
+                read(&lm, &if pruned { pruning(&own)? } else { Hooks::default() }, &passes)
             })?;
             let [(first, kept), (second, others)] = &found[..] else { unreachable!("two") };
             assert_eq!(first, second, "{name}: both get the same bits");
@@ -194,7 +185,7 @@ fn run<E: Executor>(
 fn an_engine_over_parts_writes_what_one_over_the_whole_writes() -> Result<()> {
     for name in ["kvzap/model", "families/qwen3"] {
         let vocabulary = weights(name)?.config().vocab_size;
-        let requests = requests(vocabulary, 14);
+        let requests = requests(vocabulary, 9);
         for (tokens, short) in [(110, true), (2000, false)] {
             let settings = Settings { slice: 16, ..Settings::default() };
             let mut one = Scheduler::new(whole(name, tokens)?, settings.clone());
@@ -250,6 +241,25 @@ fn pages_are_counted_where_least_are_left() -> Result<()> {
     assert_eq!(machine.free_pages(), all - machine.pages(text));
     machine.release(text)?;
     assert_eq!(machine.free_pages(), all);
+    Ok(())
+}
+
+#[test]
+fn random_parts_are_of_one_model_however_they_are_drawn() -> Result<()> {
+    let weights = Weights::new(
+        Source::Random(Random::open(&golden("families/qwen3"), 7)?),
+        Kind::Float,
+        Device::Cpu,
+    )?;
+    let whole = Decoder::load(&weights)?;
+    let passes = [ids(40, 96, 1)];
+    let (wanted, _) = read(&whole, &Hooks::default(), &passes)?;
+    for _ in 0..5 {
+        let found = on_each(&Rank::on_host(2), |rank| {
+            read(&Decoder::load_part(&weights, rank)?, &Hooks::default(), &passes)
+        })?;
+        assert_close(&found[0].0, &wanted, 2e-5, "random parts, drawn side by side");
+    }
     Ok(())
 }
 

@@ -41,7 +41,7 @@ struct Nccl {
 }
 
 impl Nccl {
-    fn open() -> Result<Self> {
+    fn open(library: &str) -> Result<Self> {
         let missing = |error: libloading::Error| {
             use std::error::Error as _;
             let reason = error.source().map_or_else(|| error.to_string(), ToString::to_string);
@@ -50,7 +50,7 @@ impl Nccl {
         // SAFETY: NCCL may be loaded at any time; it is the one that libtorch has loaded already, if it has. The types are
         // those of nccl.h, the same in all versions 2.
         unsafe {
-            let library = Library::new(LIBRARY).map_err(missing)?;
+            let library = Library::new(library).map_err(missing)?;
             Ok(Self {
                 init_all: library.get(b"ncclCommInitAll\0").map_err(missing)?,
                 all_reduce: library.get(b"ncclAllReduce\0").map_err(missing)?,
@@ -92,7 +92,7 @@ impl Clique {
     /// # Errors
     /// [`Error::Nccl`] where it is missing, or cannot connect the cards.
     pub fn new(cards: usize) -> Result<Self> {
-        let nccl = Nccl::open()?;
+        let nccl = Nccl::open(LIBRARY)?;
         let mut handles: Vec<Handle> = vec![std::ptr::null_mut(); cards];
         // SAFETY: there is room for a handle a card, and without a list the cards are the first.
         let code =
@@ -161,5 +161,17 @@ impl Drop for Clique {
                 unsafe { (self.nccl.destroy)(handle) };
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_it_is_missing_the_error_says_where_it_is_found() {
+        let error = Nccl::open("libnccl-is-not-here.so.2").unwrap_err().to_string();
+        assert!(error.contains("it cannot be loaded: libnccl-is-not-here.so.2"), "{error}");
+        assert!(error.ends_with("on LD_LIBRARY_PATH, or use one card"), "{error}");
     }
 }

@@ -103,6 +103,9 @@ impl<E: Executor + 'static> Ranks<E> {
             let (make, own) = (make.clone(), rank.clone());
             let work = move || {
                 let _panics = Panics(&own);
+                // In host memory ranks are side by side already: a part's loops stay on its own thread.
+                let alone = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread();
+                let _alone = alone.build();
                 match make(&own) {
                     Err(error) => {
                         own.sums.give_up();
