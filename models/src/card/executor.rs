@@ -72,6 +72,8 @@ struct Flight {
     texts: Vec<TextId>,
     /// Pages that were taken at most from the step before to this one.
     taken: usize,
+    /// Whether the card was asked for its free pages since: what the step says of them is older.
+    settled: bool,
 }
 
 #[derive(Debug)]
@@ -192,7 +194,7 @@ impl CardExecutor {
             }));
         }
         self.free = Free { known: self.cache.free_pages()?, taken: 0 };
-        self.flights.iter_mut().for_each(|flight| flight.taken = 0);
+        self.flights.iter_mut().for_each(|flight| (flight.taken, flight.settled) = (0, true));
         Ok(())
     }
 
@@ -216,7 +218,9 @@ impl CardExecutor {
             return Err(Error::Cache(paged_kernels::Error::OutOfPages { wanted, free: 0 }));
         }
         let flight = self.flights.pop_front().expect("it was there");
-        self.free.known = report.free_pages;
+        if !flight.settled {
+            self.free.known = report.free_pages;
+        }
         let mut drawn = Vec::new();
         for (&id, token) in flight.texts.iter().zip(report.tokens) {
             let Some(text) = self.texts.get_mut(&id) else { continue };
@@ -423,7 +427,8 @@ impl Executor for CardExecutor {
         }
         let number = self.step.run(&self.cache, &randoms)?;
         let taken = std::mem::take(&mut self.free.taken) + taken;
-        self.flights.push_back(Flight { number, texts: batch.to_vec(), taken });
+        let texts = batch.to_vec();
+        self.flights.push_back(Flight { number, texts, taken, settled: false });
         Ok(())
     }
 
