@@ -243,17 +243,23 @@ fn pages_are_counted_where_least_are_left() -> Result<()> {
 }
 
 #[test]
-fn random_parts_are_of_one_model_however_they_are_drawn() -> Result<()> {
-    let weights = Weights::new(
-        Source::Random(Random::open(&golden("families/qwen3"), 7)?),
-        Kind::Float,
-        Device::Cpu,
-    )?;
+fn random_parts_are_of_one_model_with_its_biases_however_many_are_drawn_at_once() -> Result<()> {
+    // With biases everywhere: what is added to a sum must be added once.
+    let folder = tempfile::tempdir()?;
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 48, "intermediate_size": 40,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
+        "vocab_size": 96, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "tie_word_embeddings": false, "attention_bias": true, "mlp_bias": true,
+    });
+    std::fs::write(folder.path().join("config.json"), config.to_string())?;
+    let source = Source::Random(Random::open(folder.path(), 7)?);
+    let weights = Weights::new(source, Kind::Float, Device::Cpu)?;
     let whole = Decoder::load(&weights)?;
     let passes = [ids(40, 96, 1)];
     let (wanted, _) = read(&whole, &Hooks::default(), &passes)?;
-    for _ in 0..5 {
-        let found = on_each(&Rank::on_host(2), |rank| {
+    for parts in [2, 4, 2, 4] {
+        let found = on_each(&Rank::on_host(parts), |rank| {
             read(&Decoder::load_part(&weights, rank)?, &Hooks::default(), &passes)
         })?;
         assert_close(&found[0].0, &wanted, 2e-5, "random parts, drawn side by side");

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the others are waited for once a rank has failed: they are let go, and come out within moments.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -355,8 +355,13 @@ impl<E> Drop for Ranks<E> {
     fn drop(&mut self) {
         for worker in &mut self.workers {
             worker.calls = None;
+            let Some(thread) = worker.thread.take() else { continue };
             // One that is lost may never come back.
-            if let (None, Some(thread)) = (&self.lost, worker.thread.take()) {
+            let start = Instant::now();
+            while self.lost.is_some() && !thread.is_finished() && start.elapsed() < PATIENCE {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if self.lost.is_none() || thread.is_finished() {
                 let _ = thread.join(); // a panic there has been reported
             }
         }

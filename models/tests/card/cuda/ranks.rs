@@ -5,7 +5,7 @@ use super::step::{BF16, best, distance, place, read};
 use crate::{ids, load, pruning, random_surrogate};
 use anyhow::Result;
 use kvzap::TorchSurrogate;
-use models::engine::{Admission, Executor, Scheduler, Settings};
+use models::engine::{Admission, Executor, Request, Scheduler, Settings};
 use models::ranks::{Rank, Ranks, on_each};
 use models::{
     CardCache, CardExecutor, CardRoom, CausalLm, Decoder, Dense, Error, Gates, Hooks, Random,
@@ -163,7 +163,8 @@ fn each_of_many_texts_gets_over_two_cards_what_it_gets_alone() -> Result<()> {
         assert!(pages > 350 || totals.preemptions > 0, "{totals:?}");
         assert_eq!(all.machine().free_pages(), pages, "all pages come back");
         // What is cancelled leaves nothing behind.
-        let ids = requests[..6].iter().map(|request| all.submit(request.clone(), at(0)));
+        let long = |request: &Request| Request { limit: 200, stop: vec![], ..request.clone() };
+        let ids = requests[..6].iter().map(|request| all.submit(long(request), at(0)));
         let ids = ids.collect::<models::Result<Vec<_>>>()?;
         (1..5).for_each(|tick| drop(all.tick(at(tick))));
         assert!(ids.iter().all(|&id| all.cancel(id, at(5))));
