@@ -2,7 +2,27 @@
 //!
 //! Each [`Rank`] has some kv heads with their query heads, a share of the MLP, and a cache of its own for its heads: pages,
 //! windows and drop bits never leave it. What attention and MLP add to the residual stream is summed over the ranks, twice a
-//! layer; all else is the same on each, so that each draws the same tokens. [`Ranks`] runs an [`Executor`] on each and is one.
+//! layer; all else is the same on each, so that each draws the same tokens. [`Ranks`] runs an [`Executor`] on each and is one:
+//!
+//! ```no_run
+//! # fn main() -> models::Result<()> {
+//! use models::engine::{CpuExecutor, Engine, Room};
+//! use models::ranks::{Rank, Ranks};
+//! use models::{CausalLm, Decoder, Hooks, Weights, open};
+//! use tch::{Device, Kind};
+//!
+//! let weights = Weights::new(open("model".as_ref())?, Kind::Float, Device::Cpu)?;
+//! let engine = Engine::builder().start(move || {
+//!     // On cards: Rank::on_cards(2)?, and a CardExecutor below.
+//!     Ranks::start(Rank::on_host(2), move |rank| {
+//!         let part = Decoder::load_part(&weights, rank)?; // reads its part of the files, to its device
+//!         let room = Room::new(part.config(), 1 << 30);
+//!         CpuExecutor::new(Box::new(part), Kind::Float, Hooks::default(), room)
+//!     })
+//! })?;
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! [`Executor`]: crate::engine::Executor
 
