@@ -32,6 +32,13 @@ pub fn sets(path: &Path) -> Result<Vec<PathBuf>> {
     }
     sets.sort();
     ensure!(!sets.is_empty(), nothing_in(path)?);
+    for (at, set) in sets.iter().enumerate() {
+        let twin = sets[..at].iter().find(|other| name(other) == name(set));
+        if let Some(twin) = twin {
+            let (twin, set, name) = (twin.display(), set.display(), name(set));
+            bail!("{twin} and {set} are both a data set {name}; remove or rename one");
+        }
+    }
     Ok(sets)
 }
 
@@ -129,12 +136,19 @@ fn read_lines(path: &Path) -> Result<Vec<Record>> {
 
 /// The text of a field.
 pub fn text<'a>(record: &'a Record, field: &str) -> Result<&'a str> {
-    match record.get(field) {
-        Some(Value::String(text)) => Ok(text),
-        Some(other) => bail!("field {field} is {}, wanted a string", kind(other)),
-        None => bail!("field {field} is missing"),
+    match value(record, field)? {
+        Value::String(text) => Ok(text),
+        other => bail!("field {field} is {}, wanted a string; {ADVICE}", kind(other)),
     }
 }
+
+/// What a field holds.
+pub fn value<'a>(record: &'a Record, field: &str) -> Result<&'a Value> {
+    record.get(field).with_context(|| format!("field {field} is missing; {ADVICE}"))
+}
+
+/// What to say of samples that are not as they should be.
+pub const ADVICE: &str = "are these samples of this --task? see longctx eval --list";
 
 /// The right answers that a cell holds: a list, one string, a number, or a list as Python or numpy prints it
 /// (`['70']`, `['1' '2']`), since such columns go through CSV files.

@@ -147,6 +147,27 @@ fn methods_that_share_a_reading_answer_as_each_does_alone() {
 }
 
 #[test]
+fn rollouts_that_are_resumed_are_those_of_a_run_that_was_not_stopped() {
+    let bench = Bench::new();
+    let problem = "{\"problem\": \"What is 2 plus 2?\", \"answer\": 4}\n";
+    fs::write(bench.path("samples.jsonl"), problem).unwrap();
+    let rollouts = |out: &str| -> BTreeSet<(u64, String)> {
+        let folder = bench.path(out).join("aime25__model__no_press__0.00");
+        let (_, rows) = Journal::merged(&folder).unwrap();
+        rows.into_iter().map(|row| (row.index, row.predicted_answer)).collect()
+    };
+    let aime = ["--task", "aime25", "--max-tokens", "12"];
+    bench.finish("whole", &aime);
+    for samples in ["2", "4"] {
+        bench.finish("parts", &[&aime[..], &["--samples", samples]].concat());
+    }
+    let whole = rollouts("whole");
+    assert_eq!(rollouts("parts"), whole);
+    let texts: BTreeSet<&String> = whole.iter().map(|(_, text)| text).collect();
+    assert!(whole.len() == 4 && texts.len() > 2, "each draws by a seed of its own: {texts:?}");
+}
+
+#[test]
 fn samples_that_were_written_for_others_are_the_ones_that_are_asked() {
     let bench = Bench::new();
     let written = bench.path("written.jsonl");

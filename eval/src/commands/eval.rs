@@ -306,7 +306,7 @@ fn print(suite: &Suite<'_>, runs: &[Run], columns: &[Vec<Row>]) {
         table.add_row([name.to_owned()].into_iter().chain(columns.iter().map(cell)));
     };
     if suite.tasks.len() > 1 {
-        line("mean", &|rows| format!("{:.1}", score(rows)));
+        line("mean", &|rows| number(rows, format!("{:.1}", score(rows))));
     }
     if columns.iter().flatten().any(|row| row.nll.is_some()) {
         line("nats a token of the answer", &|rows| {
@@ -314,9 +314,16 @@ fn print(suite: &Suite<'_>, runs: &[Run], columns: &[Vec<Row>]) {
             format!("{:.2}", nlls.iter().sum::<f64>() / nlls.len().max(1) as f64)
         });
     }
-    line("removed", &|rows| format!("{:.0} %", 100.0 * mean(rows, |row| row.compression_ratio)));
+    line("removed", &|rows| {
+        number(rows, format!("{:.0} %", 100.0 * mean(rows, |row| row.compression_ratio)))
+    });
     line("samples", &|rows| rows.len().to_string());
     println!("{table}\n");
+}
+
+/// A mean, which no rows have.
+fn number(rows: &[Row], shown: String) -> String {
+    if rows.is_empty() { "-".to_owned() } else { shown }
 }
 
 /// The leaderboard's: the mean over tasks, each rounded to two digits.

@@ -39,8 +39,16 @@ fn a_folder_of_folders_is_as_many_data_sets() {
         let sets = sets(&published().join(path)).unwrap();
         sets.iter().map(|set| name(set)).collect::<Vec<_>>()
     };
-    assert_eq!(names("longbench"), ["hotpotqa", "hotpotqa"]); // a folder and a file
     assert_eq!(names("longbench/hotpotqa"), ["hotpotqa"]);
+    let error = format!("{:#}", sets(&published().join("longbench")).unwrap_err());
+    assert!(error.contains("are both a data set hotpotqa; remove or rename one"), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("lcc.jsonl"), "{}\n").unwrap();
+    fs::create_dir(folder.path().join("hotpotqa")).unwrap();
+    let part = "hotpotqa/test-00000-of-00001.parquet";
+    fs::copy(published().join("longbench").join(part), folder.path().join(part)).unwrap();
+    let found = sets(folder.path()).unwrap();
+    assert_eq!(found, [folder.path().join("hotpotqa"), folder.path().join("lcc.jsonl")]);
     assert_eq!(names("ruler/4096.jsonl"), ["4096"]);
     let error = format!("{:#}", files(&published()).unwrap_err());
     assert!(error.contains("it has folders: give one of longbench, ruler"), "{error}");

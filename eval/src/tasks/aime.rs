@@ -6,7 +6,7 @@
 //! never stopped.
 
 use crate::metrics::{BoxRule, boxed, same_integer};
-use crate::records::{self, answers, files, text};
+use crate::records::{self, ADVICE, answers, files, text, value};
 use crate::task::{Sample, Task};
 use anyhow::{Context, Result, ensure};
 use std::path::Path;
@@ -33,10 +33,9 @@ impl Aime {
                 let named = || format!("{} sample {line}", file.display());
                 let field = if record.contains_key("question") { "question" } else { "problem" };
                 let problem = text(&record, field).with_context(named)?.to_owned();
-                let answer = record.get("answer").context("field answer is missing");
-                let answers = answer.and_then(answers).with_context(named)?;
+                let answers = value(&record, "answer").and_then(answers).with_context(named)?;
                 let [answer] = <[String; 1]>::try_from(answers).map_err(|all| {
-                    anyhow::anyhow!("{}: {} answers, wanted one", named(), all.len())
+                    anyhow::anyhow!("{}: {} answers, wanted one; {ADVICE}", named(), all.len())
                 })?;
                 problems.push((problem, answer));
             }

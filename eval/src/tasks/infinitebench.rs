@@ -5,7 +5,7 @@
 //! kvpress does not score it.
 
 use crate::metrics::infinite::*;
-use crate::records::{self, Record, answers, groups, text};
+use crate::records::{self, Record, answers, groups, text, value};
 use crate::task::{Sample, Task};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -123,7 +123,7 @@ impl InfiniteBench {
 
 fn sample(record: &Record, &(name, before, answer_prefix, tokens): &Prompt) -> Result<Sample> {
     let own = |field| text(record, field);
-    let answer = record.get("answer").context("field answer is missing")?;
+    let answer = value(record, "answer")?;
     let mut sample = Sample {
         answers: answers(answer).context("field answer")?,
         answer_prefix: answer_prefix.to_owned(),
@@ -158,7 +158,7 @@ fn sample(record: &Record, &(name, before, answer_prefix, tokens): &Prompt) -> R
         _ => input.to_owned(),
     };
     if chooses {
-        let options = record.get("options").context("field options is missing")?;
+        let options = value(record, "options")?;
         let options = answers(options).context("field options")?;
         let [a, b, c, d] = &*options else { bail!("{} options, wanted 4", options.len()) };
         sample.question += match name {

@@ -13,7 +13,7 @@ mod tests;
 use crate::metrics::{classes, code_similarity, count, retrieval, rouge_l, token_f1};
 #[cfg(feature = "chinese")]
 use crate::metrics::{rouge_l_zh, token_f1_zh};
-use crate::records::{self, Record, answers, groups, text};
+use crate::records::{self, ADVICE, Record, answers, groups, text, value};
 use crate::task::{Sample, Task};
 use anyhow::{Context, Result, bail, ensure};
 use prompts::{Metric, Prompt};
@@ -95,7 +95,7 @@ impl Task for LongBench {
         let record = &self.records[index as usize];
         let Prompt { context, question, answer_prefix, tokens, .. } = self.prompt;
         let own = |field| text(record, field);
-        let answers = record.get("answers").context("field answers is missing")?;
+        let answers = value(record, "answers")?;
         let mut sample = Sample {
             answers: answers_of(answers)?,
             max_new_tokens: tokens + MORE_TOKENS,
@@ -127,7 +127,7 @@ impl Task for LongBench {
         if self.prompt.metric == Metric::Classes {
             ensure!(
                 sample.facts.get("all_classes").is_some_and(Value::is_array),
-                "field all_classes is missing"
+                "field all_classes is missing; {ADVICE}"
             );
         }
         if self.prompt.metric == Metric::Retrieval {

@@ -3,7 +3,7 @@
 //! Read from the published records (`THUDM/LongBench-v2`), or from those that kvpress made of them.
 
 use crate::metrics::says_letter;
-use crate::records::{self, Record, answers, files, groups, text};
+use crate::records::{self, Record, answers, files, groups, text, value};
 use crate::task::{Sample, Task};
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -36,7 +36,7 @@ impl LongBenchV2 {
 
 fn sample(record: &Record) -> Result<Sample> {
     let own = |field| text(record, field);
-    let answer = record.get("answer").context("field answer is missing")?;
+    let answer = value(record, "answer")?;
     let mut sample = Sample {
         context: own("context")?.to_owned(),
         question: own("question")?.to_owned(),

@@ -1,7 +1,7 @@
 //! RULER's samples as kvpress published them (`simonjegou/ruler`), in parquet or as JSON lines: context, question,
 //! answer_prefix, answer, task, max_new_tokens. Any data set with these fields will do, and samples of the same context share a reading.
 
-use crate::records::{Record, answers, files, groups, read, text};
+use crate::records::{Record, answers, files, groups, read, text, value};
 use crate::task::{Sample, Task};
 use crate::tasks::ruler;
 use anyhow::{Context, Result};
@@ -57,14 +57,15 @@ pub fn record(task: &str, sample: &Sample) -> Value {
 
 fn sample(record: &Record) -> Result<Sample> {
     let text = |field| text(record, field).map(str::to_owned);
-    let answer = record.get("answer").context("field answer is missing")?;
+    let answer = value(record, "answer")?;
     let limit = record.get("max_new_tokens").and_then(|limit| limit.as_u64());
     Ok(Sample {
         context: text("context")?,
         question: text("question")?,
         answer_prefix: text("answer_prefix")?,
         answers: answers(answer).context("field answer")?,
-        max_new_tokens: limit.context("field max_new_tokens is missing or no number")? as usize,
+        max_new_tokens: limit.context("field max_new_tokens is missing or no number; give it")?
+            as usize,
         ..Sample::default()
     })
 }
