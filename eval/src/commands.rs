@@ -44,9 +44,9 @@ struct Machine {
     /// Where it runs
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceName,
-    /// What its weights and cache are held in
-    #[arg(long, value_enum, default_value = "f32")]
-    dtype: DtypeName,
+    /// What its weights and cache are held in; f32 on the CPU and bf16 on a card if left out
+    #[arg(long, value_enum)]
+    dtype: Option<DtypeName>,
     /// CPU threads; all cores if left out
     #[arg(long)]
     threads: Option<usize>,
@@ -75,7 +75,7 @@ impl Machine {
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
         tch::set_num_threads(i32::try_from(threads)?);
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-        let kind = match self.dtype {
+        let kind = match self.dtype() {
             DtypeName::F32 => Kind::Float,
             DtypeName::Bf16 => Kind::BFloat16,
         };
@@ -86,11 +86,18 @@ impl Machine {
         Ok((kind, device))
     }
 
+    fn dtype(&self) -> DtypeName {
+        self.dtype.unwrap_or(match self.device {
+            DeviceName::Cpu => DtypeName::F32,
+            DeviceName::Cuda => DtypeName::Bf16,
+        })
+    }
+
     /// These settings, for a report.
     fn json(&self) -> serde_json::Value {
         serde_json::json!({
             "device": format!("{:?}", self.device).to_lowercase(),
-            "dtype": format!("{:?}", self.dtype).to_lowercase(),
+            "dtype": format!("{:?}", self.dtype()).to_lowercase(),
             "threads": tch::get_num_threads(),
         })
     }
@@ -111,6 +118,12 @@ impl ModelArgs {
 
     fn is_cuda(&self) -> bool {
         matches!(self.machine.device, DeviceName::Cuda)
+    }
+
+    /// Where and in what it computes, once the threads are set.
+    #[cfg(feature = "cuda")]
+    fn machine(&self) -> Result<(Kind, Device)> {
+        self.machine.prepare()
     }
 
     /// The file or folder.

@@ -1,13 +1,14 @@
 //! A model and a way to forget, as something that answers.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod card;
+
 use crate::generate::{Answer, Generate};
 use crate::method::Method;
 use crate::task::Sample;
 use anyhow::Result;
 use kvzap::Surrogate;
-use models::{
-    Cpu, Dense, Dtype, Hooks, Model, Paged, Sampler, Sampling, Session, Specials, cache_shape,
-};
+use models::{Cpu, Dtype, Hooks, Model, Paged, Sampler, Sampling, Session, Specials, cache_shape};
 use std::ops::ControlFlow;
 use std::time::Instant;
 use tch::Device;
@@ -28,7 +29,7 @@ pub struct Runner<'a> {
     pub window: usize,
     /// The first tokens that always stay.
     pub protect: usize,
-    /// What keys and values are stored as, on the CPU; the model's dtype if `None`.
+    /// What keys and values are stored as; the model's dtype if `None`.
     pub stored: Option<Dtype>,
     /// Whether question and answer are pruned too.
     pub while_decoding: bool,
@@ -47,6 +48,8 @@ pub struct Reading<'a> {
     after: String,
     /// All but the text and what it took.
     read: Answer,
+    /// Why steps on a card go through libtorch, if they do.
+    slow: Option<String>,
     marked: bool,
 }
 
@@ -67,18 +70,21 @@ pub(crate) fn sample_ids(model: &Model, sample: &Sample) -> Result<(Vec<u32>, St
 }
 
 impl Runner<'_> {
-    /// On a card its cache masks what the one on the CPU frees, until the paged one works there.
-    fn session(&self, hooks: Hooks) -> Result<Session<'_>> {
+    /// A session for a text that begins with `context` tokens, and why its steps on a card don't run in a graph.
+    fn session(&self, hooks: Hooks, context: usize) -> Result<(Session<'_>, Option<String>)> {
         let Model { lm, device, kind, .. } = self.model;
         if *device != Device::Cpu {
-            let cache = Dense::new(lm.config().layers, self.window);
-            return Ok(Session::new(lm.as_ref(), *device, cache, hooks));
+            #[cfg(feature = "cuda")]
+            return self.on_card(hooks, context);
+            #[cfg(not(feature = "cuda"))]
+            anyhow::bail!("this longctx was built without the feature cuda; build it with it");
         }
         // For the longest text and as many copies of its pages; the memory grows as they are used.
         let room = 2 * lm.config().max_positions;
         let mut shape = cache_shape(lm.config(), room, self.window, *kind)?;
         shape.dtype = self.stored.unwrap_or(shape.dtype);
-        Ok(Session::new(lm.as_ref(), *device, Paged::new(Cpu::new(shape)?)?, hooks))
+        let cache = Paged::new(Cpu::new(shape)?)?;
+        Ok((Session::new(lm.as_ref(), *device, cache, hooks), None))
     }
 
     /// Reads a context and prunes it.
@@ -92,7 +98,7 @@ impl Runner<'_> {
         let (mut hooks, first_token) =
             self.method.hooks(self.model, self.surrogate, self.window, self.while_decoding)?;
         hooks.protect = self.protect;
-        let mut session = self.session(hooks)?;
+        let (mut session, slow) = self.session(hooks, context.len())?;
 
         let start = Instant::now();
         session.feed(&context)?;
@@ -106,7 +112,7 @@ impl Runner<'_> {
             prefill_seconds,
             ..Answer::default()
         };
-        Ok(Reading { runner: self, session, after, read, marked: false })
+        Ok(Reading { runner: self, session, after, read, slow, marked: false })
     }
 }
 
@@ -114,6 +120,11 @@ impl Reading<'_> {
     /// What is known before a question: how long the context is, and what is left of it. Without a text.
     pub fn read(&self) -> &Answer {
         &self.read
+    }
+
+    /// Why steps on a card go through libtorch's launches and not a graph, if they do.
+    pub fn slow(&self) -> Option<&str> {
+        self.slow.as_deref()
     }
 
     /// Makes every question from now on the first: for several of them, at the price of copies of the pages that their

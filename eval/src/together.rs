@@ -2,6 +2,8 @@
 
 use crate::generate::Answer;
 use crate::method::{Method, TorchPolicy, TorchScorer};
+#[cfg(feature = "cuda")]
+use crate::runner::card::QUESTION;
 use crate::runner::sample_ids;
 use crate::task::Sample;
 use anyhow::Result;
@@ -9,11 +11,13 @@ use kvzap::{LayerInput, Policy, Scorer, Surrogate};
 use models::{
     Branches, Cpu, Hooks, Model, Pruning, Sampler, Sampling, Specials, Turn, cache_shape,
 };
+#[cfg(feature = "cuda")]
+use models::{TextRoom, text_cache};
 use std::time::Instant;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-/// Runs samples on a model on the CPU, by the protocol of a [`Runner`](crate::Runner) and to the last bit with its answers,
-/// at the price of one reading.
+/// Runs samples on a model, by the protocol of a [`Runner`](crate::Runner) and, on the CPU, to the last bit with its answers, at
+/// the price of one reading.
 #[derive(Debug)]
 pub struct Together<'a> {
     /// Answers.
@@ -26,7 +30,12 @@ pub struct Together<'a> {
     pub window: usize,
     /// Whether question and answer are pruned too.
     pub while_decoding: bool,
+    /// The most tokens of an answer.
+    pub limit: usize,
 }
+
+/// The most texts that are written side by side.
+pub(crate) const MOST_TEXTS: usize = 64;
 
 /// The most tokens that answers of one context should hold while they are written side by side, all methods together.
 pub(crate) const IN_FLIGHT: usize = 1 << 14;
@@ -35,7 +44,7 @@ pub(crate) const IN_FLIGHT: usize = 1 << 14;
 #[derive(Debug)]
 pub struct Shared<'a> {
     model: &'a Model,
-    branches: Branches<'a, Cpu>,
+    branches: Branches<'a>,
     /// What the template puts after a question.
     after: String,
     /// Of each method, all but the text and what it took.
@@ -65,11 +74,7 @@ impl Together<'_> {
             policy: Box::new(AsDecided),
             while_decoding: self.while_decoding,
         });
-        // For the longest text in each branch, as many copies of its pages, and answers; the memory grows as they are used.
-        let room = 2 * (self.methods.len() * model.lm.config().max_positions + IN_FLIGHT);
-        let shape = cache_shape(model.lm.config(), room, self.window, model.kind)?;
-        let lm = model.lm.as_ref();
-        let mut branches = Branches::new(lm, Cpu::new(shape)?, self.methods.len(), hooks, turn)?;
+        let mut branches = self.branches(context.len(), hooks, turn)?;
 
         let start = Instant::now();
         branches.read(&context)?;
@@ -92,6 +97,31 @@ impl Together<'_> {
         });
         let read = read.collect::<Result<_>>()?;
         Ok(Shared { model, branches, after, read, marked: false })
+    }
+
+    fn branches(&self, context: usize, hooks: Hooks, turn: Turn) -> Result<Branches<'_>> {
+        let Self { model: Model { lm, device, kind, .. }, methods, window, .. } = self;
+        let ways = methods.len();
+        if *device != Device::Cpu {
+            #[cfg(feature = "cuda")]
+            {
+                // In the mean over the ways, one of which may forget nothing.
+                let whole = if methods.contains(&Method::Full) { context / ways } else { 0 };
+                let least = whole.max(*window);
+                let more = QUESTION + self.limit;
+                let (window, kind) = (*window, *kind);
+                let (at_once, stored) = (MOST_TEXTS, None);
+                let room = TextRoom { ways, at_once, context, more, least, window, kind, stored };
+                let pool = text_cache(lm.config(), *device, room)?;
+                return Ok(Branches::new(lm.as_ref(), pool, ways, hooks, turn)?);
+            }
+            #[cfg(not(feature = "cuda"))]
+            anyhow::bail!("this longctx was built without the feature cuda; build it with it");
+        }
+        // For the longest text in each branch, as many copies of its pages, and answers; the memory grows as they are used.
+        let room = 2 * (ways * lm.config().max_positions + IN_FLIGHT);
+        let shape = cache_shape(lm.config(), room, *window, *kind)?;
+        Ok(Branches::new(lm.as_ref(), Cpu::new(shape)?, ways, hooks, turn)?)
     }
 }
 

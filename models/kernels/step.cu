@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "launch.cuh"
 #include "rank.cuh"
 
 namespace step {
@@ -29,29 +30,11 @@ constexpr int CHUNK = 32;   // of the inner dimension: eight elements for each l
 
 using bf16 = __nv_bfloat16;
 
-__device__ void settle() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ void start_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // c += a * b: 16 columns, a, and 8 rows of a weight, b.
 __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ float warp_sum(float x) {
-#pragma unroll
-    for (int i = LANES / 2; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-    return x;
 }
 
 }  // namespace step

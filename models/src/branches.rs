@@ -1,26 +1,25 @@
 //! One text that was read once and goes on in several ways, side by side.
 
-use crate::bridge;
 use crate::cache::{Usage, causal};
 use crate::causal_lm::{CausalLm, Whose};
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::layers::FEW;
-use crate::paged::attend;
+use crate::pool::Pool;
 use crate::sampling::Sampler;
 use crate::session::{Generated, Stop, awake, check, log_probability};
-use paged_kernels::{PagedAttention, Sequence};
+use paged_kernels::Sequence;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Branches of one text: each forgot other tokens of it, was asked something else, or draws its answer by other chance.
 ///
 /// The text is read once, and branches write in steps that read the weights once for all. What a branch writes in f32 is
 /// to the last bit what a [`Session`](crate::Session) of its own would write: no row of a step changes another's sums, and
 /// passes of several tokens are of one branch at a time.
-pub struct Branches<'m, B: PagedAttention> {
+pub struct Branches<'m> {
     model: &'m dyn CausalLm,
-    backend: B,
+    pool: Box<dyn Pool + 'm>,
     hooks: Hooks,
     turn: Turn,
     branches: Vec<Branch>,
@@ -68,22 +67,23 @@ impl Turn {
     }
 }
 
-impl<'m, B: PagedAttention> Branches<'m, B> {
-    /// `count` branches of a text that is to be read, in the pool of `backend`, on the CPU.
+impl<'m> Branches<'m> {
+    /// `count` branches of a text that is to be read, in `pool`, on the machine where the model lies.
     ///
     /// The scorer and policy in `hooks` say what each branch drops when the text is read, `[count, kv_heads, tokens]`, and
     /// of tokens that come later what the branch drops whose `turn` it is.
     pub fn new(
         model: &'m dyn CausalLm,
-        mut backend: B,
+        mut pool: impl Pool + 'm,
         count: usize,
         hooks: Hooks,
         turn: Turn,
     ) -> Result<Self> {
         let empty =
-            |way| Ok(Branch { sequence: backend.allocate()?, tokens: 0, way, logits: Vec::new() });
+            |way| Ok(Branch { sequence: pool.allocate()?, tokens: 0, way, logits: Vec::new() });
         let branches = (0..count).map(empty).collect::<Result<_>>()?;
-        Ok(Self { model, backend, hooks, turn, branches, marked: Vec::new() })
+        let pool = Box::new(pool);
+        Ok(Self { model, pool, hooks, turn, branches, marked: Vec::new() })
     }
 
     /// Reads the text, for all branches in one pass.
@@ -91,29 +91,26 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
         check(self.model.config(), 0, tokens.len(), tokens)?;
         self.turn.set(Vec::new());
         let indices: Vec<usize> = (0..tokens.len()).collect();
-        let mut pass = self.model.enter(&row(tokens)?, &indices, Whose::Context)?;
-        let Self { model, backend, hooks, branches, .. } = self;
-        let window = backend.shape().window;
+        let mut pass =
+            self.model.enter(&row(tokens, self.pool.device())?, &indices, Whose::Context)?;
+        let Self { model, pool, hooks, branches, .. } = self;
+        let window = pool.shape().window;
         for layer in 0..model.config().layers {
             model.layer(layer, &mut pass, hooks, window, &mut |queries, keys, values, drops| {
-                let (keys_view, values_view) = (bridge::view(keys)?, bridge::view(values)?);
-                let one = (keys.size()[1] * keys.size()[2]) as usize;
-                let drops = match drops {
-                    Some(drops) => Vec::try_from(&drops.f_reshape([-1])?)?,
-                    None => vec![false; branches.len() * one],
-                };
-                if drops.len() != branches.len() * one {
-                    let wanted = vec![branches.len() as i64, keys.size()[1], keys.size()[2]];
-                    return Err(Error::DropBits { wanted, found: vec![drops.len() as i64] });
+                let wanted = [branches.len() as i64, keys.size()[1], keys.size()[2]];
+                if let Some(found) = drops.map(Tensor::size).filter(|found| *found != wanted) {
+                    return Err(Error::DropBits { wanted: wanted.to_vec(), found });
                 }
-                for (branch, drops) in branches.iter().zip(drops.chunks(one)) {
-                    backend.fill(branch.sequence, layer, keys_view, values_view, drops)?;
+                for (i, branch) in branches.iter().enumerate() {
+                    let own = drops.map(|drops| drops.f_narrow(0, i as i64, 1)).transpose()?;
+                    pool.fill(branch.sequence, layer, keys, values, own.as_ref())?;
                 }
                 causal(queries, keys, values)
             })?;
         }
         let last = self.model.leave(pass)?.f_select(1, -1)?;
         let logits = Vec::<f32>::try_from(&self.model.logits(&last)?.f_reshape([-1])?)?;
+        self.pool.settle()?;
         for branch in &mut self.branches {
             (branch.tokens, branch.logits) = (tokens.len(), logits.clone());
         }
@@ -124,7 +121,7 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
     pub fn feed(&mut self, branch: usize, tokens: &[u32]) -> Result<()> {
         let read = self.branches[branch].tokens;
         check(self.model.config(), read, tokens.len(), tokens)?;
-        self.backend.begin_step(&[(self.branches[branch].sequence, tokens.len())])?;
+        self.pool.begin(&[(self.branches[branch].sequence, tokens.len())])?;
         let indices: Vec<usize> = (read..read + tokens.len()).collect();
         let hidden = self.later(&[branch], tokens, &indices, Whose::Later)?;
         self.hear(&[branch], &hidden.f_narrow(1, -1, 1)?)
@@ -139,7 +136,7 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
                 check(self.model.config(), read, 1, &ids)?;
             }
             let step = branches.iter().map(|&at| (self.branches[at].sequence, 1));
-            self.backend.begin_step(&step.collect::<Vec<_>>())?;
+            self.pool.begin(&step.collect::<Vec<_>>())?;
             let hidden = awake(|| self.later(&branches, &ids, &indices, Whose::Several))?;
             self.hear(&branches, &hidden)?;
         }
@@ -155,12 +152,12 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
         whose: Whose,
     ) -> Result<Tensor> {
         self.turn.set(branches.iter().map(|&at| self.branches[at].way).collect());
-        let Self { model, backend, hooks, .. } = self;
-        let window = backend.shape().window;
-        let mut pass = model.enter(&row(ids)?, indices, whose)?;
+        let Self { model, pool, hooks, .. } = self;
+        let window = pool.shape().window;
+        let mut pass = model.enter(&row(ids, pool.device())?, indices, whose)?;
         for layer in 0..model.config().layers {
             model.layer(layer, &mut pass, hooks, window, &mut |queries, keys, values, drops| {
-                attend(backend, None, layer, queries, keys, values, drops)
+                pool.attend(layer, queries, keys, values, drops)
             })?;
         }
         for &at in branches {
@@ -172,6 +169,7 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
     /// Keeps what `branches` expect after `hidden`, `[1, branches, hidden]`.
     fn hear(&mut self, branches: &[usize], hidden: &Tensor) -> Result<()> {
         let logits = Vec::<f32>::try_from(&self.model.logits(hidden)?.f_reshape([-1])?)?;
+        self.pool.settle()?;
         let each = logits.chunks(logits.len() / branches.len());
         for (&at, logits) in branches.iter().zip(each) {
             self.branches[at].logits = logits.to_vec();
@@ -230,9 +228,9 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
 
     /// Remembers the branches as they are, for [`rewind`](Self::rewind).
     pub fn mark(&mut self) -> Result<()> {
-        let marked = fork(&mut self.backend, &self.branches)?;
+        let marked = fork(self.pool.as_mut(), &self.branches)?;
         for old in std::mem::replace(&mut self.marked, marked) {
-            self.backend.release(old.sequence)?;
+            self.pool.release(old.sequence)?;
         }
         Ok(())
     }
@@ -246,9 +244,9 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
         if self.marked.is_empty() {
             return Err(Error::NoMark);
         }
-        let again = fork(&mut self.backend, from.iter().map(|&at| &self.marked[at]))?;
+        let again = fork(self.pool.as_mut(), from.iter().map(|&at| &self.marked[at]))?;
         for old in std::mem::replace(&mut self.branches, again) {
-            self.backend.release(old.sequence)?;
+            self.pool.release(old.sequence)?;
         }
         Ok(())
     }
@@ -261,12 +259,12 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
 
     /// How many rows a branch holds for each layer and kv head, `[layers, kv_heads]`.
     pub fn kept(&self, branch: usize) -> Result<Vec<usize>> {
-        Ok(self.backend.lengths(self.branches[branch].sequence)?)
+        self.pool.lengths(self.branches[branch].sequence)
     }
 
     /// What a branch holds, pages that it shares with others included.
     pub fn usage(&self, branch: usize) -> Result<Usage> {
-        let (shape, kept) = (self.backend.shape(), self.kept(branch)?);
+        let (shape, kept) = (self.pool.shape(), self.kept(branch)?);
         let pages: usize = kept.iter().map(|rows| rows.div_ceil(shape.page_size)).sum();
         let bytes = pages * shape.page_bytes();
         Ok(Usage {
@@ -278,22 +276,22 @@ impl<'m, B: PagedAttention> Branches<'m, B> {
     }
 }
 
-fn fork<'b, B: PagedAttention>(
-    backend: &mut B,
+fn fork<'b>(
+    pool: &mut dyn Pool,
     branches: impl IntoIterator<Item = &'b Branch>,
 ) -> Result<Vec<Branch>> {
     let fork =
-        |branch: &Branch| Ok(Branch { sequence: backend.fork(branch.sequence)?, ..branch.clone() });
+        |branch: &Branch| Ok(Branch { sequence: pool.fork(branch.sequence)?, ..branch.clone() });
     branches.into_iter().map(fork).collect()
 }
 
 /// Token ids as a batch of 1.
-fn row(ids: &[u32]) -> Result<Tensor> {
+fn row(ids: &[u32], device: Device) -> Result<Tensor> {
     let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-    Ok(Tensor::f_from_slice(&ids)?.f_unsqueeze(0)?)
+    Ok(Tensor::f_from_slice(&ids)?.f_to_device(device)?.f_unsqueeze(0)?)
 }
 
-impl<B: PagedAttention> std::fmt::Debug for Branches<'_, B> {
+impl std::fmt::Debug for Branches<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let tokens: Vec<usize> = self.branches.iter().map(|branch| branch.tokens).collect();
         f.debug_struct("Branches").field("tokens", &tokens).finish_non_exhaustive()

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use half::bf16;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use paged_kernels::{View, ViewMut};
 use std::{fs::File, io};
 use tch::{Device, Kind, Tensor};
@@ -14,6 +14,17 @@ pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
     // truncates it meanwhile, which no reader of a model file can survive or prevent; they are read as plain numbers, and
     // every length taken from them is checked where it is read, so that a change gives wrong weights at worst, or SIGBUS.
     unsafe { Mmap::map(file) }
+}
+
+/// Gives back the memory in which the system holds `bytes` of a map. They are read from the file again if they are asked for.
+pub(crate) fn forget(map: &Mmap, bytes: &[u8]) {
+    let start = (bytes.as_ptr() as usize).wrapping_sub(map.as_ptr() as usize);
+    if start.checked_add(bytes.len()).is_some_and(|end| end <= map.len()) {
+        // SAFETY: the map is one of `map_file`, read-only and of a file, so that nothing is lost.
+        let forgotten =
+            unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, bytes.len()) };
+        drop(forgotten); // what is not forgotten is only held longer
+    }
 }
 
 /// A `[1, heads, tokens, dim]` tensor, or a slice or transpose of one, as a view of its own memory.

@@ -4,6 +4,7 @@
 //! microseconds each, so it runs outside libtorch: a graph that is captured once for each size of a batch and replayed, in
 //! which nothing waits for the host.
 
+mod buffers;
 mod cache;
 mod driver;
 mod executor;
@@ -11,16 +12,22 @@ mod join;
 mod measure;
 mod memory;
 mod nccl;
+mod pool;
 mod ranks;
+mod room;
 mod step;
+mod text;
 
 pub use cache::CardCache;
-pub use executor::{CardExecutor, CardRoom};
+pub use executor::CardExecutor;
 pub use measure::{Bench, Capacity, Decoded, Prefilled};
 pub use paged_kernels::Mode;
 pub(crate) use ranks::CardSum;
 pub use ranks::resident_for;
+pub(crate) use room::check_memory;
+pub use room::{CardRoom, TextRoom, text_cache};
 pub use step::{Gates, Place, Step, StepTokens, Token};
+pub use text::CardText;
 
 use crate::error::Result;
 use cudarc::driver::CudaStream;

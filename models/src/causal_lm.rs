@@ -2,6 +2,7 @@
 
 use crate::cache::KvCache;
 use crate::config::Config;
+use crate::decoder::Decoder;
 use crate::error::Result;
 use crate::hooks::Hooks;
 use tch::Tensor;
@@ -36,6 +37,11 @@ pub trait CausalLm: Send {
 
     /// `W_O` of a layer, `[hidden, query_heads * head_dim]`: what KVzip+ weighs values by.
     fn output_projection(&self, layer: usize) -> &Tensor;
+
+    /// Itself as the network that a card's steps are made of; `None` for another.
+    fn as_decoder(&self) -> Option<&Decoder> {
+        None
+    }
 
     /// Runs `tokens`, `[batch, tokens]` int64, after what `cache` holds: the first has the position
     /// [`KvCache::tokens`]. Returns the normed last hidden states, `[batch, tokens, hidden]`.

@@ -116,6 +116,13 @@ impl Config {
         self.query_heads / self.kv_heads
     }
 
+    /// Elements of all matrices that a token is multiplied with, the head among them.
+    pub fn matrix_elements(&self) -> usize {
+        let attention = self.hidden_size * self.head_dim * 2 * (self.query_heads + self.kv_heads);
+        let mlp = 3 * self.hidden_size * self.intermediate_size;
+        self.layers * (attention + mlp) + self.vocab_size * self.hidden_size
+    }
+
     /// How fast each pair of a head's dimensions turns from a token to the next.
     pub fn frequencies(&self) -> Result<Frequencies> {
         let (theta, head_dim) = (self.rope_theta, self.head_dim);

@@ -23,7 +23,7 @@ pub struct Decoder {
     pub(crate) frequencies: Frequencies,
     rotary: Rotary,
     /// Of each layer, the module that reads positions off hidden states, in its own dtype.
-    repo: Vec<Option<GatedMlp>>,
+    pub(crate) repo: Vec<Option<GatedMlp>>,
     pub(crate) embedding: Tensor, // [vocabulary, hidden]
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: RmsNorm,
@@ -54,8 +54,12 @@ impl Decoder {
 
     /// The same, with learned positions rounded as `round` says and angles as `precision`.
     pub fn load_with(weights: &Weights, round: RoundZ, precision: Precision) -> Result<Self> {
-        if weights.device() == Device::Cpu {
-            memory::check("the model's weights", weights.bytes())?;
+        let what = "the model's weights";
+        match weights.device() {
+            Device::Cpu => memory::check(what, weights.bytes())?,
+            #[cfg(feature = "cuda")]
+            device @ Device::Cuda(_) => crate::card::check_memory(device, what, weights.bytes())?,
+            _ => {}
         }
         Self::assemble(weights, round, precision)
     }
@@ -277,6 +281,10 @@ impl CausalLm for Decoder {
 
     fn output_projection(&self, layer: usize) -> &Tensor {
         &self.blocks[layer].output.weight
+    }
+
+    fn as_decoder(&self) -> Option<&Decoder> {
+        Some(self)
     }
 }
 

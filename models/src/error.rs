@@ -452,6 +452,20 @@ pub enum Error {
         free: u64,
     },
 
+    /// What does not fit the memory of a card.
+    #[error(
+        "{what} take {wanted} bytes, of the card's memory {free} are free; use a smaller model or dtype, shorten the text, \
+         forget more, or use a card with more memory"
+    )]
+    CardMemory {
+        /// What was to be loaded or made.
+        what: &'static str,
+        /// Its bytes.
+        wanted: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
+
     /// The thread of an engine has ended.
     #[error("the engine has stopped; start another, and report this if it did not end by itself")]
     EngineStopped,

@@ -68,6 +68,7 @@ impl Gguf {
         let architecture = self.config.architecture;
         let in_file = names::in_gguf(name, architecture).unwrap_or_else(|| name.to_owned());
         let mut stored = stored(self.metadata(), &in_file)?;
+        stored.map = Some(&self.map);
         if names::interleaved(name, architecture) {
             let (rows, head_dim) = (stored.shape[0], self.config.head_dim);
             if !rows.is_multiple_of(head_dim) {
@@ -107,6 +108,7 @@ fn stored<'a>(Metadata { path, file, header }: Metadata<'a>, name: &str) -> Resu
         shape: tensor.shape.clone(),
         encoding,
         bytes: &file[tensor.bytes.clone()],
+        map: None,
         interleaved: None,
     })
 }

@@ -23,6 +23,7 @@ mod memory;
 mod model;
 mod overlay;
 mod paged;
+mod pool;
 mod positions;
 mod random;
 pub mod ranks;
@@ -36,8 +37,8 @@ pub use branches::{Branches, Turn};
 pub use cache::{Dense, KvCache, Usage};
 #[cfg(feature = "cuda")]
 pub use card::{
-    Bench, Capacity, CardCache, CardExecutor, CardRoom, Decoded, Gates, Mode, Place, Prefilled,
-    Step, StepTokens, Token, resident, resident_for,
+    Bench, Capacity, CardCache, CardExecutor, CardRoom, CardText, Decoded, Gates, Mode, Place,
+    Prefilled, Step, StepTokens, TextRoom, Token, resident, resident_for, text_cache,
 };
 pub use causal_lm::{Attend, CausalLm, Pass, Whose};
 pub use chat::{ChatTemplate, Message, RenderOptions};
@@ -48,15 +49,16 @@ pub use error::{Error, Result};
 pub use fan::Fan;
 pub use hooks::{Hooks, PositionSink, Pruning};
 pub use kvzip::{kvzip, kvzip_passes};
-pub use memory::free_memory;
+pub use memory::{free_memory, peak_memory};
 pub use model::Model;
 pub use overlay::Overlay;
 pub use paged::{Paged, cache_shape};
 pub use paged_kernels::{Cpu, Dtype, Reference};
+pub use pool::Pool;
 pub use positions::LayerPositions;
 pub use random::Random;
 pub use sampling::{Sampler, Sampling};
-pub use session::{Generated, Session, Stop};
+pub use session::{Generated, Session, Steps, Stop};
 pub use tokenizer::{GgufVocabulary, Specials, Tokenizer};
 pub use training::{AdamW, Rates, Trainable, Trained};
 pub use weights::{Source, Weights, open};

@@ -44,6 +44,12 @@ impl Sampler {
         Ok(Self { sampling, random })
     }
 
+    /// Its settings.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn sampling(&self) -> Sampling {
+        self.sampling.clone()
+    }
+
     /// The random number that the next [`sample`](Self::sample) would use, where the drawing is done elsewhere; 0 where it
     /// would use none.
     #[cfg(feature = "cuda")]

@@ -5,20 +5,35 @@ use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
-use crate::sampling::Sampler;
+use crate::sampling::{Sampler, Sampling};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Device, Tensor};
+
+/// A cache whose machine also takes steps by itself: one token through the whole model and the next one drawn, without the
+/// model's own passes.
+pub trait Steps: KvCache {
+    /// Reads `token`, which must not be the first of the text, and draws the next.
+    fn step(&mut self, token: u32, sampler: &mut Sampler) -> Result<u32>;
+
+    /// The scores that the last step drew from, f32 `[vocabulary]`.
+    fn scores(&self) -> Result<Vec<f32>>;
+}
 
 /// A model, what it has read so far, and what is forgotten on the way. Knows token ids only.
 pub struct Session<'m> {
     model: &'m dyn CausalLm,
     device: Device,
-    cache: Box<dyn KvCache + 'm>,
+    cache: Cache<'m>,
     hooks: Hooks,
     logits: Option<Vec<f32>>,
     /// Those at the mark.
     marked: Option<Vec<f32>>,
+}
+
+enum Cache<'m> {
+    Plain(Box<dyn KvCache + 'm>),
+    Stepping(Box<dyn Steps + 'm>),
 }
 
 /// Why generation ended.
@@ -49,20 +64,32 @@ impl<'m> Session<'m> {
         cache: impl KvCache + 'm,
         hooks: Hooks,
     ) -> Self {
-        Self { model, device, cache: Box::new(cache), hooks, logits: None, marked: None }
+        let cache = Cache::Plain(Box::new(cache));
+        Self { model, device, cache, hooks, logits: None, marked: None }
+    }
+
+    /// The same with a cache that takes its own steps, which must forget as `hooks` do.
+    pub fn stepping(
+        model: &'m dyn CausalLm,
+        device: Device,
+        cache: impl Steps + 'm,
+        hooks: Hooks,
+    ) -> Self {
+        let cache = Cache::Stepping(Box::new(cache));
+        Self { model, device, cache, hooks, logits: None, marked: None }
     }
 
     /// Reads `tokens`: the first call is the prefill, after which the cache is pruned; later calls see what
     /// was kept. Errors leave the session unusable.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
-        check(self.model.config(), self.cache.tokens(), tokens.len(), tokens)?;
+        check(self.model.config(), self.cache().tokens(), tokens.len(), tokens)?;
         let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
         let input = Tensor::f_from_slice(&ids)?.f_to_device(self.device)?.f_unsqueeze(0)?;
         if tokens.len() == 1 { awake(|| self.forward(&input)) } else { self.forward(&input) }
     }
 
     fn forward(&mut self, input: &Tensor) -> Result<()> {
-        let hidden = self.model.forward(input, self.cache.as_mut(), &self.hooks)?;
+        let hidden = self.model.forward(input, self.cache.get_mut(), &self.hooks)?;
         let last = hidden.f_select(1, -1)?; // [1, hidden]: logits of the other tokens are of no use
         self.logits = Some(Vec::try_from(&self.model.logits(&last)?.f_reshape([-1])?)?);
         Ok(())
@@ -70,7 +97,7 @@ impl<'m> Session<'m> {
 
     /// Remembers what was read so far, so that several questions can follow it: see [`rewind`](Self::rewind).
     pub fn mark(&mut self) -> Result<()> {
-        self.cache.mark()?;
+        self.cache.get_mut().mark()?;
         self.marked.clone_from(&self.logits);
         Ok(())
     }
@@ -80,7 +107,7 @@ impl<'m> Session<'m> {
     /// # Errors
     /// [`Error::NoMark`].
     pub fn rewind(&mut self) -> Result<()> {
-        self.cache.rewind()?;
+        self.cache.get_mut().rewind()?;
         self.logits.clone_from(&self.marked);
         Ok(())
     }
@@ -97,32 +124,62 @@ impl<'m> Session<'m> {
         limit: usize,
         each: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generated> {
-        let mut tokens = Vec::new();
-        while tokens.len() < limit {
-            let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
-            let token = sampler.sample(&logits[..vocabulary.min(logits.len())])?;
+        let (mut tokens, mut drawn) = (Vec::new(), None);
+        let stop = loop {
+            if tokens.len() == limit {
+                break Stop::Length;
+            }
+            let token = match drawn.take() {
+                Some(token) => token,
+                None => {
+                    let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
+                    sampler.sample(&logits[..vocabulary.min(logits.len())])?
+                }
+            };
             if stop.contains(&token) {
-                return Ok(Generated { tokens, stop: Stop::Token(token) });
+                break Stop::Token(token);
             }
             tokens.push(token);
             if each(token).is_break() {
-                return Ok(Generated { tokens, stop: Stop::Caller });
+                break Stop::Caller;
             }
             if tokens.len() < limit {
-                self.feed(&[token])?;
+                drawn = self.step(token, sampler)?;
             }
+        };
+        self.hear()?;
+        Ok(Generated { tokens, stop })
+    }
+
+    /// Fetches the scores that a machine drew from by itself.
+    fn hear(&mut self) -> Result<()> {
+        if let (Cache::Stepping(cache), None) = (&self.cache, &self.logits) {
+            self.logits = Some(cache.scores()?);
         }
-        Ok(Generated { tokens, stop: Stop::Length })
+        Ok(())
+    }
+
+    /// Reads a token that was written. Where the machine draws the next one itself, it is returned, and its scores stay there.
+    fn step(&mut self, token: u32, sampler: &mut Sampler) -> Result<Option<u32>> {
+        let Cache::Stepping(cache) = &mut self.cache else {
+            return self.feed(&[token]).map(|()| None);
+        };
+        check(self.model.config(), cache.tokens(), 1, &[token])?;
+        self.logits = None;
+        cache.step(token, sampler).map(Some)
     }
 
     /// Reads `tokens`, and says of each the natural logarithm of the probability that it had, of the ids under
     /// `vocabulary`, as the next. Something must have been read before.
     pub fn log_likelihoods(&mut self, tokens: &[u32], vocabulary: usize) -> Result<Vec<f64>> {
         let mut found = Vec::with_capacity(tokens.len());
+        let mut greedy = Sampler::new(Sampling::default())?;
         for &token in tokens {
             let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
             found.push(log_probability(logits, vocabulary, token)?);
-            self.feed(&[token])?;
+            if self.step(token, &mut greedy)?.is_some() {
+                self.hear()?;
+            }
         }
         Ok(found)
     }
@@ -134,15 +191,27 @@ impl<'m> Session<'m> {
 
     /// The cache, for what it holds.
     pub fn cache(&self) -> &dyn KvCache {
-        self.cache.as_ref()
+        match &self.cache {
+            Cache::Plain(cache) => cache.as_ref(),
+            Cache::Stepping(cache) => cache.as_ref(),
+        }
+    }
+}
+
+impl<'m> Cache<'m> {
+    fn get_mut(&mut self) -> &mut (dyn KvCache + 'm) {
+        match self {
+            Self::Plain(cache) => cache.as_mut(),
+            Self::Stepping(cache) => cache.as_mut(),
+        }
     }
 }
 
 impl std::fmt::Debug for Session<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
-            .field("tokens", &self.cache.tokens())
-            .field("usage", &self.cache.usage())
+            .field("tokens", &self.cache().tokens())
+            .field("usage", &self.cache().usage())
             .finish_non_exhaustive()
     }
 }

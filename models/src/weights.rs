@@ -5,6 +5,7 @@ mod encoding;
 mod half;
 mod quants;
 
+use crate::bridge;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
@@ -12,6 +13,7 @@ use crate::gguf::Gguf;
 use crate::overlay::Overlay;
 use crate::random::Random;
 pub(crate) use encoding::{Encoding, READABLE};
+use memmap2::Mmap;
 use std::ops::Range;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
@@ -174,11 +176,18 @@ impl Weights {
 
     /// Bytes that all of the model's tensors take in this dtype.
     pub fn bytes(&self) -> u64 {
+        let size = self.kind.elt_size_in_bytes() as u64;
+        if let Source::Random(random) = &self.source {
+            let config = random.config();
+            let own =
+                if config.tied_embeddings { 0 } else { config.vocab_size * config.hidden_size };
+            return size * (config.matrix_elements() + own) as u64;
+        }
         let elements = |stored: Stored<'_>| {
             stored.shape.iter().map(|&n| n as u64).fold(1, u64::saturating_mul)
         };
         let elements = self.source.all().into_iter().map(elements).fold(0, u64::saturating_add);
-        elements.saturating_mul(self.kind.elt_size_in_bytes() as u64)
+        elements.saturating_mul(size)
     }
 
     /// Reads one tensor by its Hugging Face name, rows of queries and keys in Hugging Face's order.
@@ -227,7 +236,7 @@ impl Weights {
                 found: stored.shape,
             });
         }
-        Ok(stored.read(cut, kind)?.f_to_device(device)?)
+        stored.read(cut, kind, device)
     }
 }
 
@@ -269,6 +278,8 @@ pub(crate) struct Stored<'a> {
     pub encoding: Encoding,
     /// As many as shape and encoding ask for.
     pub bytes: &'a [u8],
+    /// Of which file they are.
+    pub map: Option<&'a Mmap>,
     /// `Some(head_dim)` if the rows of each head lie interleaved for another rotary pairing.
     pub interleaved: Option<usize>,
 }
@@ -277,9 +288,23 @@ pub(crate) struct Stored<'a> {
 /// without threads of its own.
 const CHUNK: usize = 1 << 15;
 
+/// Bytes of a tensor that are decoded in host memory at once on their way to a card.
+const STAGE: usize = 64 << 20;
+
 impl Stored<'_> {
-    /// All of it, or what `cut` names.
-    pub(crate) fn read(&self, cut: Option<&Cut>, kind: Kind) -> Result<Tensor> {
+    /// All of it, or what `cut` names, on `device`. Another than the CPU gets it piece by piece: the host never holds all of it.
+    pub(crate) fn read(&self, cut: Option<&Cut>, kind: Kind, device: Device) -> Result<Tensor> {
+        self.read_by(cut, kind, device, (device != Device::Cpu).then_some(STAGE))
+    }
+
+    /// The same, by pieces of `stage` bytes if it says so.
+    fn read_by(
+        &self,
+        cut: Option<&Cut>,
+        kind: Kind,
+        device: Device,
+        stage: Option<usize>,
+    ) -> Result<Tensor> {
         let mut shape: Vec<i64> = self.shape.iter().map(|&n| n as i64).collect();
         let (rows, columns) = self.matrix();
         let (mut first, mut rows, mut columns) = (0, rows, 0..columns);
@@ -293,18 +318,42 @@ impl Stored<'_> {
                 (first, rows) = (range.start * inner, range.len() * inner);
             }
         }
-        let out = Tensor::f_empty(&shape, (kind, Device::Cpu))?;
+        let out = Tensor::f_empty(&shape, (kind, device))?;
         if rows * columns.len() == 0 {
             return Ok(out);
         }
+        let matrix = out.f_view([rows as i64, columns.len() as i64])?;
+        let Some(stage) = stage else {
+            self.read_part(first, &columns, &matrix)?;
+            return Ok(out);
+        };
+        let at_once = (stage / (columns.len() * kind.elt_size_in_bytes())).clamp(1, rows);
+        for start in (0..rows).step_by(at_once) {
+            let count = at_once.min(rows - start);
+            let mut part = matrix.f_narrow(0, start as i64, count as i64)?;
+            let staged = Tensor::f_empty(part.size(), (kind, Device::Cpu))?;
+            self.read_part(first + start, &columns, &staged)?;
+            part.f_copy_(&staged)?;
+            if let Some(map) = self.map {
+                let row = self.encoding.bytes(self.matrix().1);
+                let from = first + start;
+                bridge::forget(map, &self.bytes[row * from..row * (from + count)]);
+            }
+        }
+        Ok(out)
+    }
+
+    /// Fills `out`, `[rows, columns]` on the CPU, with these columns of the rows from `first` on, by as many threads as libtorch
+    /// has.
+    fn read_part(&self, first: usize, columns: &Range<usize>, out: &Tensor) -> Result<()> {
+        let rows = out.size()[0] as usize;
         let elements = rows * columns.len();
         let threads = if elements < 8 * CHUNK { 1 } else { tch::get_num_threads().max(1) as usize };
         let share = rows.div_ceil(threads);
-        let matrix = out.f_view([rows as i64, columns.len() as i64])?;
         let parts = (0..rows)
             .step_by(share)
             .map(|start| {
-                let part = matrix.f_narrow(0, start as i64, share.min(rows - start) as i64)?;
+                let part = out.f_narrow(0, start as i64, share.min(rows - start) as i64)?;
                 Ok((first + start, part))
             })
             .collect::<Result<Vec<_>>>()?;
@@ -317,8 +366,7 @@ impl Stored<'_> {
             running.into_iter().try_for_each(|part| {
                 part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             })
-        })?;
-        Ok(out)
+        })
     }
 
     /// Rows and columns to decode: whole rows, of one element each where a vector is to be
@@ -370,4 +418,37 @@ fn all_finite(values: &[f32]) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
     // No early exit, so that it vectorises.
     !values.iter().fold(false, |found, value| found | (value.to_bits() & EXPONENT == EXPONENT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tensor_that_comes_in_pieces_is_the_one_that_comes_whole() {
+        let numbers: Vec<u8> = (0..8 * 6).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, &numbers).unwrap();
+        let map = bridge::map_file(&file).unwrap();
+        let cuts = [None, Some((0, 4..8)), Some((1, 1..4))];
+        for interleaved in [None, Some(4)] {
+            for cut in &cuts {
+                let stored = Stored {
+                    path: Path::new("file"),
+                    name: "tensor".to_owned(),
+                    shape: vec![8, 6],
+                    encoding: Encoding::F32,
+                    bytes: &map,
+                    map: Some(&map),
+                    interleaved,
+                };
+                let cut = cut.clone().map(|(dimension, range)| Cut { dimension, range });
+                let read = |stage| stored.read_by(cut.as_ref(), Kind::BFloat16, Device::Cpu, stage);
+                let whole = read(None).unwrap();
+                for stage in [1, 2 * 6 * 2, 1 << 20] {
+                    assert_eq!(read(Some(stage)).unwrap(), whole);
+                }
+            }
+        }
+    }
 }

@@ -54,7 +54,7 @@ impl Policy<Tensor> for Each {
     }
 }
 
-fn together(lm: &Decoder, while_decoding: bool) -> Result<Branches<'_, Cpu>> {
+fn together(lm: &Decoder, while_decoding: bool) -> Result<Branches<'_>> {
     let turn = Turn::default();
     let hooks = hooks(Random::new(5), Each(turn.clone()), while_decoding);
     Ok(Branches::new(lm, cpu(lm)?, THRESHOLDS.len(), hooks, turn)?)

@@ -4,9 +4,12 @@ mod common;
 
 use anyhow::Result;
 use common::golden;
-use models::{CausalLm, Decoder, Dense, Error, Hooks, Sampler, Sampling, Session, Weights, open};
+use models::{
+    CausalLm, Decoder, Dense, Error, Hooks, KvCache, Sampler, Sampling, Session, Steps, Usage,
+    Weights, open,
+};
 use std::ops::ControlFlow;
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 fn model() -> Result<Decoder> {
     Ok(Decoder::load(&Weights::new(open(&golden("kvzap/model"))?, Kind::Float, Device::Cpu)?)?)
@@ -91,5 +94,93 @@ fn likelihoods_are_those_of_libtorchs_log_softmax_and_leave_the_tokens_read() ->
     assert_eq!(one.logits(), other.logits());
     assert!(matches!(one.log_likelihoods(&[100], 100), Err(Error::UnknownToken { id: 100, .. })));
     assert!(matches!(session(&lm).log_likelihoods(&[1], 100), Err(Error::EmptyPrompt)));
+    Ok(())
+}
+
+/// A machine that takes its own steps, made of a session's.
+struct Machine<'m>(&'m Decoder, Dense, Vec<f32>);
+
+impl Steps for Machine<'_> {
+    fn step(&mut self, token: u32, sampler: &mut Sampler) -> models::Result<u32> {
+        let token = Tensor::from_slice(&[i64::from(token)]).unsqueeze(0);
+        let hidden = self.0.forward(&token, &mut self.1, &Hooks::default())?;
+        self.2 = Vec::try_from(self.0.logits(&hidden)?.reshape([-1]))?;
+        sampler.sample(&self.2[..100])
+    }
+
+    fn scores(&self) -> models::Result<Vec<f32>> {
+        Ok(self.2.clone())
+    }
+}
+
+impl KvCache for Machine<'_> {
+    fn tokens(&self) -> usize {
+        self.1.tokens()
+    }
+    fn window(&self) -> usize {
+        self.1.window()
+    }
+    fn begin(&mut self, tokens: usize) -> models::Result<()> {
+        self.1.begin(tokens)
+    }
+    fn attend(
+        &mut self,
+        layer: usize,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        drops: Option<&Tensor>,
+    ) -> models::Result<Tensor> {
+        self.1.attend(layer, queries, keys, values, drops)
+    }
+    fn usage(&self) -> Usage {
+        self.1.usage()
+    }
+    fn mark(&mut self) -> models::Result<()> {
+        self.1.mark()
+    }
+    fn rewind(&mut self) -> models::Result<()> {
+        self.1.rewind()
+    }
+}
+
+#[test]
+fn a_machine_that_takes_its_own_steps_writes_what_the_model_does() -> Result<()> {
+    let lm = model()?;
+    let machine = Machine(&lm, Dense::new(lm.config().layers, 32), Vec::new());
+    let mut stepping = Session::stepping(&lm, Device::Cpu, machine, Hooks::default());
+    let mut plain = session(&lm);
+    let warm = Sampling { temperature: 1.0, seed: 3, ..Sampling::default() };
+    let run = |session: &mut Session<'_>| -> Result<_> {
+        session.feed(&[1, 2, 3])?;
+        session.mark()?;
+        let mut all = Vec::new();
+        for (question, stop) in [(&[4, 5][..], None), (&[6][..], None), (&[4, 5][..], Some(3))] {
+            session.rewind()?;
+            session.feed(question)?;
+            for sampling in [Sampling::default(), warm.clone()] {
+                let mut sampler = Sampler::new(sampling)?;
+                let mut count = 0;
+                let mut ends = |_| {
+                    count += 1;
+                    if Some(count) == stop {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(())
+                    }
+                };
+                let written = session.generate(&mut sampler, &[9], 100, 12, &mut ends)?;
+                all.push((
+                    written,
+                    session.cache().tokens(),
+                    session.logits().map(<[f32]>::to_vec),
+                ));
+                session.feed(&[7])?;
+            }
+        }
+        let likely = session.log_likelihoods(&[7, 3], 100)?;
+        Ok((all, likely))
+    };
+    assert_eq!(run(&mut stepping)?, run(&mut plain)?);
     Ok(())
 }

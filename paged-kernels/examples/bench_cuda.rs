@@ -354,10 +354,13 @@ fn fused(cache: &mut Resident, n: usize, stream: &Arc<CudaStream>) -> Result<f64
         norms: Some(HeadNorms { query: norm, key: norm, epsilon: 1e-6 }),
         positions: DeviceView::of(&positions, [1, n, 1], stream)?,
         inverse: DeviceView::of(&inverse, [1, 1, DIM / 2], stream)?,
+        turned: 1.0,
         gate: Some(Gate {
             units: DeviceView::of(&units, [1, n, UNITS], stream)?,
-            second: DeviceView::of(&weights, [1, HEADS, UNITS], stream)?,
-            bias: DeviceView::strided(&weights, [1, 1, HEADS], [0, 0], stream)?,
+            second: Some([
+                DeviceView::of(&weights, [1, HEADS, UNITS], stream)?,
+                DeviceView::strided(&weights, [1, 1, HEADS], [0, 0], stream)?,
+            ]),
             rule,
         }),
     };

@@ -26,7 +26,7 @@ struct Fused {
     const void *query_norm;  // [dim], or null
     const void *key_norm;
     View units;              // [1][texts][width]: of the surrogate, before GELU
-    const void *second;      // [H][width]
+    const void *second;      // [H][width]; null where the units are the scores, one for each kv head
     const void *second_bias;  // [H]
     const uint32_t *rows;    // [H][texts]: the layer's, of Begin
     const uint64_t *marks;
@@ -39,7 +39,7 @@ struct Fused {
     float epsilon;
     float threshold;
     uint32_t torch;  // the surrogate rounds where torch's bf16 modules do
-    uint32_t unused;
+    float turned;    // what is turned grows by this (YaRN)
 };
 
 __device__ float warp_sum(float x) {
@@ -87,9 +87,9 @@ __device__ void load_pairs(const void *data, uint32_t type, int64_t at, uint32_t
 __device__ void score(const Fused &call, uint32_t i, uint32_t kv_head, uint32_t text) {
     const uint32_t lane = threadIdx.x % LANES, row = call.rows[i];
     const uint64_t mark = call.marks[i];
-    const float bias = load(call.second_bias, call.weight_type, kv_head);
     float sum = 0.0f;
-    typed(call.units.data, call.units.type, [&](auto *units) {
+    if (!call.second) sum = load(call.units.data, call.units.type, call.units.at(0, text) + kv_head);
+    else typed(call.units.data, call.units.type, [&](auto *units) {
         units += call.units.at(0, text);
         typed(call.second, call.weight_type, [&](auto *weights) {
             weights += int64_t(kv_head) * call.width;
@@ -109,7 +109,7 @@ __device__ void score(const Fused &call, uint32_t i, uint32_t kv_head, uint32_t 
             }
         });
     });
-    sum = bias + warp_sum(sum);
+    if (call.second) sum = load(call.second_bias, call.weight_type, kv_head) + warp_sum(sum);
     // A NaN compares false, and stays.
     if (lane == 0 && row != NO_ROW && torch_round(sum, call.torch) < call.threshold) call.state.rings[mark] |= 1;
 }
@@ -152,7 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
             if (k * LANES >= pairs) break;
-            const float2 angle = turn(position, inverse[k]);
+            float2 angle = turn(position, inverse[k]);
+            angle.x *= call.turned, angle.y *= call.turned;
             const float from = x[k];
             x[k] = from * angle.x - y[k] * angle.y;
             y[k] = y[k] * angle.x + from * angle.y;

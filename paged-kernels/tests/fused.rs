@@ -38,7 +38,20 @@ struct Case {
     /// Real positions of each kv head, or integers for all.
     own: bool,
     precision: Option<ScorePrecision>,
+    /// Whether the surrogate's units are the scores.
+    linear: bool,
+    turned: f32,
 }
+
+const PLAIN: Case = Case {
+    head_dim: 64,
+    dtype: Dtype::Bf16,
+    norms: false,
+    own: false,
+    precision: None,
+    linear: false,
+    turned: 1.0,
+};
 
 fn narrow(stream: &Arc<CudaStream>, data: &[f32]) -> CudaSlice<bf16> {
     let data = data.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
@@ -137,10 +150,21 @@ fn run(case: Case) {
             }),
             positions: DeviceView::of(&positions_card, [heads, places, 1], &stream).unwrap(),
             inverse: DeviceView::of(&on_card.1, [1, 1, head_dim / 2], &stream).unwrap(),
+            turned: case.turned,
             gate: case.precision.map(|precision| Gate {
-                units: seen(&tensors.1, [1, places, WIDTH]),
-                second: seen(&on_card.2[0], [1, kv_heads, WIDTH]),
-                bias: seen(&on_card.2[1], [1, 1, kv_heads]),
+                units: match case.linear {
+                    true => {
+                        DeviceView::strided(&tensors.1, [1, places, kv_heads], [0, WIDTH], &stream)
+                            .unwrap()
+                    }
+                    false => seen(&tensors.1, [1, places, WIDTH]),
+                },
+                second: (!case.linear).then(|| {
+                    [
+                        seen(&on_card.2[0], [1, kv_heads, WIDTH]),
+                        seen(&on_card.2[1], [1, 1, kv_heads]),
+                    ]
+                }),
                 rule: rule(precision),
             }),
         };
@@ -162,12 +186,15 @@ fn run(case: Case) {
                 data[(head * places + place) * head_dim..][..head_dim].to_vec()
             };
             for head in 0..query_heads {
-                let right = rotated(row(head), norm(0), position(head / group), &inverse);
+                let mut right = rotated(row(head), norm(0), position(head / group), &inverse);
+                right.iter_mut().for_each(|x| *x *= f64::from(case.turned));
                 close(&picked(&queries, head), &right, 4e-3);
             }
             let mut keys = Vec::new();
             for kv_head in 0..kv_heads {
-                let key = rotated(row(query_heads + kv_head), norm(1), position(kv_head), &inverse);
+                let mut key =
+                    rotated(row(query_heads + kv_head), norm(1), position(kv_head), &inverse);
+                key.iter_mut().for_each(|x| *x *= f64::from(case.turned));
                 // Rounded once, to what is stored: eight-bit keys are not bf16 on the way.
                 let narrow =
                     |x| if case.dtype == Dtype::F8 { x as f32 } else { bf16::from_f64(x).to_f32() };
@@ -181,7 +208,10 @@ fn run(case: Case) {
                 let terms = units.iter().zip(&second[head * WIDTH..]).map(|(&unit, &weight)| {
                     round(gelu(f64::from(unit)), precision) * f64::from(weight)
                 });
-                let score = terms.sum::<f64>() + f64::from(bias[head]);
+                let score = match case.linear {
+                    true => f64::from(units[head]),
+                    false => terms.sum::<f64>() + f64::from(bias[head]),
+                };
                 round(score, precision) < round(f64::from(0.1f32), precision)
             });
             let drops = drops.collect::<Vec<_>>();
@@ -225,12 +255,14 @@ mod cuda {
                 for precision in
                     [None, Some(ScorePrecision::F32), Some(ScorePrecision::MatchTorchBf16)]
                 {
-                    run(Case { head_dim, dtype: Dtype::Bf16, norms, own, precision });
+                    run(Case { head_dim, norms, own, precision, ..PLAIN });
                 }
             }
             let precision = Some(ScorePrecision::F32);
-            run(Case { head_dim, dtype: Dtype::F8, norms: true, own: true, precision });
+            run(Case { head_dim, dtype: Dtype::F8, norms: true, own: true, precision, ..PLAIN });
+            run(Case { head_dim, linear: true, precision, ..PLAIN });
         }
+        run(Case { norms: true, turned: 1.3, ..PLAIN });
     }
 
     #[test]
@@ -251,6 +283,7 @@ mod cuda {
             norms: None,
             positions: DeviceView::strided(&numbers, [1, 1, 1], [0, 0], &stream).unwrap(),
             inverse: DeviceView::of(&numbers, [1, 1, 32], &stream).unwrap(),
+            turned: 1.0,
             gate: None,
         };
         let short = DeviceView::strided(&qkv, [1, 1, 17 * 64], [0, 0], &stream).unwrap();

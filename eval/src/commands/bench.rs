@@ -44,6 +44,9 @@ pub struct Args {
     /// A date for the rows of --json
     #[arg(long)]
     date: Option<String>,
+    /// A file of such rows to put these into, in the place of older ones of the same kind. On a card
+    #[arg(long, value_name = "FILE")]
+    results: Option<std::path::PathBuf>,
     /// How often; the best counts, and the median is beside it
     #[arg(long, default_value_t = 3)]
     repeat: usize,
@@ -99,8 +102,12 @@ pub fn run(args: &Args) -> Result<()> {
         anyhow::bail!("this longctx was built without the feature cuda; build it with it");
     }
     ensure!(
-        args.batch == [1] && !args.random_weights && !args.batch_invariant && args.cards == 1,
-        "--batch, --cards, --random-weights and --batch-invariant are for a card: give --device cuda"
+        args.batch == [1]
+            && !args.random_weights
+            && !args.batch_invariant
+            && args.cards == 1
+            && args.results.is_none(),
+        "--batch, --cards, --random-weights, --batch-invariant and --results are for a card: give --device cuda"
     );
     let start = Instant::now();
     let model = args.model.load()?;
@@ -174,10 +181,10 @@ fn row(args: &Args, model: &Model, machine: Machine, context: usize, remove: f64
     }
     let ([read, read_median], [write, write_median]) =
         (best_and_median(reads), best_and_median(writes));
-    let blocks = matrix_elements(config) - config.vocab_size * config.hidden_size;
+    let blocks = config.matrix_elements() - config.vocab_size * config.hidden_size;
     let attention = config.layers * config.query_heads * config.head_dim * context.pow(2);
     let flops = 2 * blocks * context + 2 * attention;
-    let bytes = matrix_elements(config) * model.kind.elt_size_in_bytes() + usage.bytes;
+    let bytes = config.matrix_elements() * model.kind.elt_size_in_bytes() + usage.bytes;
     Ok(Row {
         context,
         removed: usage.removed(),
@@ -189,14 +196,6 @@ fn row(args: &Args, model: &Model, machine: Machine, context: usize, remove: f64
         decode_tps_median: 1.0 / write_median,
         decode_over_floor: write * machine.read_bytes_per_second / bytes as f64,
     })
-}
-
-/// Elements of all matrices that a decode step reads, the head among them.
-fn matrix_elements(config: &models::Config) -> usize {
-    let attention =
-        config.hidden_size * config.head_dim * 2 * (config.query_heads + config.kv_heads);
-    let mlp = 3 * config.hidden_size * config.intermediate_size;
-    config.layers * (attention + mlp) + config.vocab_size * config.hidden_size
 }
 
 fn best_and_median(mut seconds: Vec<f64>) -> [f64; 2] {

@@ -7,13 +7,12 @@ use super::prompt::PromptArgs;
 use super::{ModelArgs, megabytes, surrogate};
 use crate::runner::context_ids;
 use crate::{Method, Runner};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use clap::builder::PossibleValuesParser;
 use kvzap::{Calibration, Surrogate};
 use models::{Dtype, Sampling, WINDOW};
 use std::io::Write;
 use std::path::PathBuf;
-use tch::Device;
 
 /// What to answer, and what to forget on the way.
 #[derive(clap::Args, Debug)]
@@ -49,7 +48,7 @@ pub struct Args {
     /// The first tokens, which always stay as well; a surrogate has seen none, and past three quarters removed 4 help
     #[arg(long, default_value_t = 0)]
     protect: usize,
-    /// Store keys and values so, whatever the model computes in; only on the CPU
+    /// Store keys and values so, whatever the model computes in
     #[arg(long, value_name = "DTYPE")]
     cache_dtype: Option<CacheDtype>,
     /// Prune question and answer too
@@ -155,10 +154,6 @@ pub fn run(args: &Args) -> Result<()> {
     let context = args.prompt.read()?;
     let forgetting = Forgetting::of(args)?;
     let model = args.model.load()?;
-    ensure!(
-        model.device == Device::Cpu || args.cache_dtype.is_none(),
-        "--cache-dtype is for the CPU; leave it out, or --device"
-    );
     let method = forgetting.method(context_ids(&model, &context)?.0.len(), args.window)?;
     let runner = Runner {
         model: &model,
@@ -172,6 +167,9 @@ pub fn run(args: &Args) -> Result<()> {
         sampling: args.sampling(),
     };
     let mut reading = runner.read(&context)?;
+    if let Some(slow) = reading.slow() {
+        eprintln!("note: written through libtorch, a launch at a time: {slow}");
+    }
     let nothing = [String::new()];
     let questions = if args.question.is_empty() { &nothing[..] } else { &args.question };
     if questions.len() > 1 {
@@ -217,6 +215,7 @@ pub fn run(args: &Args) -> Result<()> {
             "removed": read.removed,
             "first_dropped": read.first_dropped,
             "kv_bytes": read.kv_bytes,
+            "slow": reading.slow(),
             "prefill_tps": prefill_tps,
             "settings": args.model.json(),
         });

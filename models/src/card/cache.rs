@@ -1,11 +1,11 @@
 //! A text in a cache on the card, as libtorch's networks see it.
 
-use super::memory;
 use crate::cache::{KvCache, Usage, causal};
 use crate::error::{Error, Result};
+use crate::pool::Pool;
 use paged_kernels::{Resident, Sequence};
 use std::borrow::BorrowMut;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// One text of a [`Resident`] cache, its own or borrowed.
 ///
@@ -16,8 +16,8 @@ pub struct CardCache<R> {
     resident: R,
     sequence: Sequence,
     tokens: usize,
-    /// Tokens of the pass that is under way, and whether it is the first.
-    pass: (usize, bool),
+    /// Whether the pass that is under way is the first.
+    first: bool,
     mark: Option<(Sequence, usize)>,
 }
 
@@ -33,7 +33,7 @@ impl<R: BorrowMut<Resident>> CardCache<R> {
 
     /// A text of which `tokens` went through.
     pub fn resumed(resident: R, sequence: Sequence, tokens: usize) -> Self {
-        Self { resident, sequence, tokens, pass: (0, true), mark: None }
+        Self { resident, sequence, tokens, first: true, mark: None }
     }
 
     /// Stores a layer of a first pass that was attended elsewhere, as [`attend`](KvCache::attend) does.
@@ -47,18 +47,33 @@ impl<R: BorrowMut<Resident>> CardCache<R> {
         values: &Tensor,
         drops: Option<&Tensor>,
     ) -> Result<()> {
-        let words = words(keys, drops)?;
-        let resident = self.resident.borrow_mut();
-        let stream = resident.stream().clone();
-        memory::after_torch(&stream)?;
-        let bits = memory::bits(&words, self.pass.0)?;
-        resident.fill(self.sequence, layer, memory::rows(keys)?, memory::rows(values)?, bits)?;
-        memory::before_torch(&stream)
+        Pool::fill(self.resident.borrow_mut(), self.sequence, layer, keys, values, drops)
     }
 
     /// Goes on with a first pass of `tokens` that another of these has begun.
     pub(super) fn goes_on(&mut self, tokens: usize) {
-        (self.pass, self.tokens) = ((tokens, true), tokens);
+        (self.first, self.tokens) = (true, tokens);
+    }
+
+    /// Counts a token that a step reads; the cache, and the text in it.
+    pub(super) fn step(&mut self) -> (&mut Resident, Sequence) {
+        self.tokens += 1;
+        (self.resident.borrow_mut(), self.sequence)
+    }
+
+    /// Says what is held where more was wanted. Waits for the card.
+    pub(super) fn out_of_pages(&self) -> Error {
+        let resident = self.resident.borrow();
+        let (pages, free) = (resident.shape().pages, resident.free_pages().unwrap_or(0));
+        let (tokens, held) = (self.tokens, pages.saturating_sub(free));
+        Error::TextOutOfPages { tokens, held, free, pages }
+    }
+
+    /// Whether a pass found the pages that it wanted, which the host learns after the last layer. Waits for the card.
+    fn settle(&self, layer: usize) -> Result<()> {
+        let resident = self.resident.borrow();
+        let last = layer + 1 == resident.shape().layers;
+        if last && resident.missing()? > 0 { Err(self.out_of_pages()) } else { Ok(()) }
     }
 
     /// The text.
@@ -77,9 +92,8 @@ impl<R: BorrowMut<Resident>> KvCache for CardCache<R> {
     }
 
     fn begin(&mut self, tokens: usize) -> Result<()> {
-        let first = self.tokens == 0;
-        self.pass = (tokens, first);
-        if !first {
+        self.first = self.tokens == 0;
+        if !self.first {
             self.resident.borrow_mut().begin_pass(&[(self.sequence, tokens)])?;
         }
         self.tokens += tokens;
@@ -94,21 +108,15 @@ impl<R: BorrowMut<Resident>> KvCache for CardCache<R> {
         values: &Tensor,
         drops: Option<&Tensor>,
     ) -> Result<Tensor> {
-        if self.pass.1 {
+        if self.first {
             self.store(layer, keys, values, drops)?;
-            return causal(queries, keys, values);
+            let out = causal(queries, keys, values)?;
+            self.settle(layer)?;
+            return Ok(out);
         }
-        let words = words(keys, drops)?;
-        let out = Tensor::f_empty(queries.size(), (queries.kind(), queries.device()))?;
         let resident = self.resident.borrow_mut();
-        let stream = resident.stream().clone();
-        memory::after_torch(&stream)?;
-        let bits = memory::bits(&words, self.pass.0)?;
-        resident.append(layer, memory::rows(keys)?, memory::rows(values)?, Some(bits))?;
-        let seen = memory::rows(queries)?;
-        let scale = (seen.shape()[2] as f32).powf(-0.5);
-        resident.attend(layer, seen, scale, memory::view_mut(&out, seen.shape())?, None)?;
-        memory::before_torch(&stream)?;
+        let out = Pool::attend(resident, layer, queries, keys, values, drops)?;
+        self.settle(layer)?;
         Ok(out)
     }
 
@@ -143,50 +151,5 @@ impl<R: BorrowMut<Resident>> KvCache for CardCache<R> {
         self.sequence = resident.fork(marked)?;
         self.tokens = tokens;
         Ok(())
-    }
-}
-
-/// The words of a pass's drop bits; without any all stay.
-fn words(keys: &Tensor, drops: Option<&Tensor>) -> Result<Tensor> {
-    match drops {
-        Some(drops) => packed(drops),
-        None => {
-            let words = (keys.size()[2] + 31) / 32;
-            Ok(Tensor::f_zeros([keys.size()[1], words], (Kind::Int, keys.device()))?)
-        }
-    }
-}
-
-/// Drop bits `[1, heads, tokens]` as words, i32 `[heads, tokens / 32 rounded up]`, the first token in the lowest bit.
-fn packed(drops: &Tensor) -> Result<Tensor> {
-    let [_, heads, tokens] = drops.size()[..] else { unreachable!("drop bits of a text") };
-    let words = (tokens + 31) / 32;
-    let padded = drops.f_constant_pad_nd([0, 32 * words - tokens])?;
-    // As wide as the sum needs, its last bit negative as in a signed word.
-    let places = (0..32).map(|bit| i64::from(1i32 << bit)).collect::<Vec<_>>();
-    let places = Tensor::f_from_slice(&places)?.f_to_device(drops.device())?;
-    let spread = padded.f_view([heads, words, 32])?.f_to_kind(Kind::Int64)?;
-    Ok(spread
-        .f_mul(&places)?
-        .f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Int64)?
-        .f_to_kind(Kind::Int)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bits_lie_as_the_kernels_read_them() {
-        let tokens = 70;
-        let drops: Vec<bool> = (0..2 * tokens).map(|i| i % 3 == 0 || i % 32 == 31).collect();
-        let tensor = Tensor::from_slice(&drops).view([1, 2, tokens as i64]);
-        let words = Vec::<i32>::try_from(packed(&tensor).unwrap().reshape([-1])).unwrap();
-        assert_eq!(words.len(), 6);
-        for (i, &drop) in drops.iter().enumerate() {
-            let (head, token) = (i / tokens, i % tokens);
-            assert_eq!(words[head * 3 + token / 32] >> (token % 32) & 1 == 1, drop, "bit {i}");
-        }
-        assert_eq!(words[2] as u32 >> 6, 0, "bits past the last token are zero");
     }
 }

@@ -3,6 +3,10 @@
 //! A launch checks what it names, and what it names must live until it has run: that of a graph, as long as the graph.
 #![allow(unsafe_code)]
 
+mod norms;
+
+pub(super) use norms::{AddNormed, NormWhole};
+
 use super::memory::{Element, address, after_torch, before_torch, device, layout, optional};
 use crate::error::{Error, Result};
 use crate::layers::Linear;
@@ -17,6 +21,8 @@ const PTX: &str = concat!(include_str!("../../kernels/step.compute_80.ptx"), "\0
 const PTX_HOPPER: &str = concat!(include_str!("../../kernels/step.compute_90.ptx"), "\0");
 const SAMPLE: &str = concat!(include_str!("../../kernels/sample.compute_80.ptx"), "\0");
 const SAMPLE_HOPPER: &str = concat!(include_str!("../../kernels/sample.compute_90.ptx"), "\0");
+const NORMS: &str = concat!(include_str!("../../kernels/norms.compute_80.ptx"), "\0");
+const NORMS_HOPPER: &str = concat!(include_str!("../../kernels/norms.compute_90.ptx"), "\0");
 const THREADS: u32 = 256;
 /// Threads of a block that draws a token.
 const DRAWERS: u32 = 1024;
@@ -46,12 +52,14 @@ pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
 /// The step's kernels on a card, launched on one stream.
 pub(super) struct Kernels {
     stream: Arc<CudaStream>,
-    modules: [sys::CUmodule; 2],
+    modules: [sys::CUmodule; 3],
     /// By [`End`], then by width.
     products: Vec<Vec<sys::CUfunction>>,
     embed: sys::CUfunction,
     seat: sys::CUfunction,
     draw: sys::CUfunction,
+    add_normed: sys::CUfunction,
+    norm_whole: sys::CUfunction,
     /// Whether a kernel may start while the one before it ends.
     overlaps: bool,
     multiprocessors: usize,
@@ -85,10 +93,13 @@ impl Kernels {
         }
         let stages = stages.map(|stages| stages.min(STAGES[0]));
         context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
-        let [step, sample] =
-            if overlaps { [PTX_HOPPER, SAMPLE_HOPPER] } else { [PTX, SAMPLE] }.map(load);
-        let modules = [step?, sample?];
-        let [step, sample] = modules;
+        let [step, sample, norms] = match overlaps {
+            true => [PTX_HOPPER, SAMPLE_HOPPER, NORMS_HOPPER],
+            false => [PTX, SAMPLE, NORMS],
+        }
+        .map(load);
+        let modules = [step?, sample?, norms?];
+        let [step, sample, norms] = modules;
         let kinds = ["store", "gated", "add", "score"];
         let products = kinds.map(|kind| {
             let width = |(width, stages): (usize, usize)| {
@@ -107,17 +118,20 @@ impl Kernels {
             embed: function(step, "step_embed")?,
             seat: function(step, "step_seat")?,
             draw: function(sample, "sample_draw")?,
+            add_normed: function(norms, "norms_add")?,
+            norm_whole: function(norms, "norms_whole")?,
             stream,
             modules,
             overlaps,
             multiprocessors: multiprocessors as usize,
             stages,
         };
-        let sizes = Tensor::f_zeros([4], (Kind::Int, device(&kernels.stream)))?;
+        let sizes = Tensor::f_zeros([6], (Kind::Int, device(&kernels.stream)))?;
         after_torch(&kernels.stream)?;
-        let start = address(&sizes, Kind::Int, 4)?;
+        let start = address(&sizes, Kind::Int, 6)?;
         kernels.launch(function(step, "step_sizes")?, grid(1, 1), &start)?;
         kernels.launch(function(sample, "sample_sizes")?, grid(1, 1), &(start + 12))?;
+        kernels.launch(function(norms, "norms_sizes")?, grid(1, 1), &(start + 16))?;
         before_torch(&kernels.stream)?;
         let sizes = Vec::<i32>::try_from(&sizes)?;
         let mirrored = [
@@ -125,6 +139,8 @@ impl Kernels {
             size_of::<EmbedCall>(),
             size_of::<SeatCall>(),
             size_of::<DrawCall>(),
+            size_of::<norms::AddNormedCall>(),
+            size_of::<norms::NormWholeCall>(),
         ];
         assert_eq!(
             sizes,

@@ -1,47 +1,27 @@
 //! Many texts on one card: prompts through libtorch, steps through the graph.
 
-use super::{CardCache, Gates, Place, Step, Token, resident_for};
+use super::step::decoder;
+use super::{CardCache, CardRoom, Gates, Place, Step, Token, resident_for};
 use crate::cache::KvCache;
 use crate::causal_lm::{CausalLm, Pass, Whose};
 use crate::config::Config;
-use crate::decoder::Decoder;
 use crate::engine::{Drawn, Executor, Held, Limits, TextId};
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
+use crate::paged::cache_shape;
 use crate::sampling::{Sampler, Sampling};
-use paged_kernels::{CacheShape, Mode, Resident, Seats, Sequence, Suspended};
+use paged_kernels::{CacheShape, Resident, Seats, Sequence, Suspended};
 use std::collections::{BTreeMap, VecDeque};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const PAGE_SIZE: usize = 16;
-
-/// What a [`CardExecutor`] has room for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CardRoom {
-    /// Pages of all texts.
-    pub pages: usize,
-    /// Texts at once.
-    pub seats: usize,
-    /// Texts in one step, up to 64.
-    pub batch: usize,
-    /// Tokens of a text.
-    pub tokens: usize,
-    /// Tokens of a question about a text that was read, up to 8192.
-    pub question: usize,
-    /// Newest tokens that always stay.
-    pub window: usize,
-    /// What attention promises. [`Mode::BatchInvariant`] makes good what [`Executor`] promises, bit for bit; in
-    /// [`Mode::Fast`] a text's neighbours change the last bits of its scores.
-    pub mode: Mode,
-}
 
 /// The [`Executor`] of a card: weights in bf16, a [`Resident`] cache, and a graph for each size of a batch.
 ///
 /// A step waits for nothing. [`drawn`](Executor::drawn), if it is to wait, [`draw`](Executor::draw), `suspend`, `resume`,
 /// `release` and `held` wait for the card.
-#[derive(Debug)]
 pub struct CardExecutor {
-    model: Decoder,
+    model: Box<dyn CausalLm>,
     hooks: Hooks,
     cache: Resident,
     step: Step,
@@ -116,32 +96,26 @@ impl CardExecutor {
     /// # Errors
     /// [`Error::Step`]; a cache that the card has no memory for.
     pub fn new(
-        model: Decoder,
+        model: Box<dyn CausalLm>,
         hooks: Hooks,
         gates: Option<&Gates>,
         room: CardRoom,
     ) -> Result<Self> {
-        let config = &model.config;
-        let shape = CacheShape {
-            layers: config.layers,
-            kv_heads: config.kv_heads,
-            query_heads: config.query_heads,
-            head_dim: config.head_dim,
-            page_size: PAGE_SIZE,
-            window: room.window,
-            pages: room.pages,
-            dtype: paged_kernels::Dtype::Bf16,
-        };
+        let config = model.config();
+        let shape = cache_shape(config, 1, room.window, Kind::BFloat16)?;
+        let shape = CacheShape { pages: room.pages, dtype: room.stored, ..shape };
         let CardRoom { seats: texts, tokens, question: pass, mode, .. } = room;
-        let cache = resident_for(&model, shape, Seats { texts, tokens, pass, mode })?;
-        let step = Step::new(&model, gates, &cache, config.vocab_size)?;
+        let seats = Seats { texts, tokens, pass, mode };
+        let cache = resident_for(decoder(model.as_ref())?, shape, seats)?;
+        let vocabulary = room.vocabulary.min(config.vocab_size);
+        let step = Step::new(model.as_ref(), gates, &cache, vocabulary)?;
         let limits = Limits {
             pages: room.pages,
             seats: room.seats,
             batch: room.batch.min(room.seats).min(64),
             tokens: room.tokens.min(config.max_positions),
             question: room.question,
-            vocabulary: config.vocab_size,
+            vocabulary,
         };
         Ok(Self {
             hooks,
@@ -160,7 +134,7 @@ impl CardExecutor {
     }
 
     fn config(&self) -> &Config {
-        &self.model.config
+        self.model.config()
     }
 
     /// Heads of all layers: what a token costs in rows.
@@ -233,9 +207,8 @@ impl CardExecutor {
     /// The input of a text that was all read, or is.
     fn input(&self, tokens: &[u32]) -> Result<Tensor> {
         let ids = tokens.iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
-        Ok(Tensor::f_from_slice(&ids)?
-            .f_to_device(self.model.embedding.device())?
-            .f_unsqueeze(0)?)
+        let device = self.model.output_projection(0).device();
+        Ok(Tensor::f_from_slice(&ids)?.f_to_device(device)?.f_unsqueeze(0)?)
     }
 }
 
@@ -504,5 +477,14 @@ impl Executor for CardExecutor {
 
     fn held(&mut self, id: TextId) -> Result<Held> {
         self.count(id)
+    }
+}
+
+impl std::fmt::Debug for CardExecutor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CardExecutor")
+            .field("limits", &self.limits)
+            .field("texts", &self.texts.len())
+            .finish_non_exhaustive()
     }
 }

@@ -48,6 +48,8 @@ pub struct Decoded {
     pub floor_seconds: f64,
     /// Bytes of keys and values, from the cache's own count.
     pub kv_bytes: usize,
+    /// Bytes that the card lost to the cache, as the driver counts them: its tables and room for 256 more tokens are among them.
+    pub cache_bytes: usize,
     /// Bytes of the card in use, as the driver counts them.
     pub used_bytes: usize,
 }
@@ -89,7 +91,10 @@ impl Bench {
     ) -> Result<Decoded> {
         let _no_grad = tch::no_grad_guard();
         let config = &self.model.config;
+        let stream = memory::stream(self.model.embedding.device())?;
+        let before = memory::used(&stream)?;
         let mut cache = self.room(batch, tokens, keep, mode, None)?;
+        let cache_bytes = memory::used(&stream)?.saturating_sub(before);
         let synthetic = self.synthetic(tokens, keep)?;
         let (mut places, mut kv_bytes) = (Vec::new(), 0);
         for text in 0..batch {
@@ -99,8 +104,7 @@ impl Bench {
             let sampling = Sampling::default();
             places.push(Some(Place { sequence, token, position: tokens, sampling }));
         }
-        let gates =
-            synthetic.thresholds.clone().map(|of| Gates::new(&self.scorer, of)).transpose()?;
+        let gates = synthetic.thresholds.clone().map(|of| Gates::new(&self.scorer, of));
         drop(synthetic);
         let mut step = Step::new(&self.model, gates.as_ref(), &cache, config.vocab_size)?;
         step.batch(&mut cache, &places)?;
@@ -120,11 +124,13 @@ impl Bench {
             let (wanted, free) = (cache.missing()?, cache.free_pages()?);
             return Err(paged_kernels::Error::OutOfPages { wanted, free }.into());
         }
-        let parts = self.model.rank.as_ref().map_or(1, Rank::of);
-        let bytes = weight_bytes(config, parts) + kv_bytes;
+        // Each part reads a share of the head.
+        let head = config.vocab_size * config.hidden_size;
+        let share = head / self.model.rank.as_ref().map_or(1, Rank::of);
+        let bytes = 2 * (config.matrix_elements() - head + share) + kv_bytes;
         let floor_seconds = bytes as f64 / self.copy_bytes_per_second;
         let used_bytes = memory::used(cache.stream())?;
-        Ok(Decoded { seconds, wall_seconds, floor_seconds, kv_bytes, used_bytes })
+        Ok(Decoded { seconds, wall_seconds, floor_seconds, kv_bytes, cache_bytes, used_bytes })
     }
 
     /// A prompt of `tokens` through the whole model, `runs` times; with `keep` under 1 scored, judged and compacted, by a
@@ -266,14 +272,6 @@ impl Synthetic {
         }
         Ok(text)
     }
-}
-
-/// Bytes of all matrices that a step of one of so many parts must read, with its share of the head.
-fn weight_bytes(config: &Config, parts: usize) -> usize {
-    let attention =
-        config.hidden_size * config.head_dim * 2 * (config.query_heads + config.kv_heads);
-    let mlp = 3 * config.hidden_size * config.intermediate_size;
-    2 * (config.layers * (attention + mlp) + config.vocab_size * config.hidden_size / parts)
 }
 
 /// An MLP whose scores spread as a trained one's do, wider over heads than over tokens.

@@ -53,11 +53,14 @@ pub(super) fn device(stream: &CudaStream) -> Device {
 
 /// A stream of our own on the card that libtorch uses, which must be there.
 pub(super) fn stream(device: Device) -> Result<Arc<CudaStream>> {
+    context(device)?.new_stream().map_err(failed("cuStreamCreate"))
+}
+
+fn context(device: Device) -> Result<Arc<CudaContext>> {
     let Device::Cuda(ordinal) = device else {
         return Err(Error::NoCuda { reason: format!("the model lies on {device:?}") });
     };
-    let context = CudaContext::new(ordinal).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-    context.new_stream().map_err(failed("cuStreamCreate"))
+    CudaContext::new(ordinal).map_err(failed("cuDevicePrimaryCtxRetain"))
 }
 
 /// Lets what comes on our stream wait for what libtorch has been asked so far.
@@ -216,6 +219,12 @@ pub(super) fn wait_for_torch(device: Device) {
     if let Device::Cuda(card) = device {
         tch::Cuda::synchronize(card as i64);
     }
+}
+
+/// Bytes of a card that nobody uses.
+pub(super) fn free(device: Device) -> Result<usize> {
+    let (free, _) = context(device)?.mem_get_info().map_err(failed("cuMemGetInfo"))?;
+    Ok(free)
 }
 
 /// Bytes of the card in use, by whomever.

@@ -1,14 +1,17 @@
 //! A step of one token for each text of a batch, as a graph.
 
+use super::buffers::Buffers;
 use super::driver::{
-    self, Draw, Draws, Embed, End, Input, Kernels, MOST_COLUMNS, Norm, PARTS, Product, ROWS, Stream,
+    self, AddNormed, Draw, Embed, End, Input, Kernels, MOST_COLUMNS, Norm, NormWhole, PARTS,
+    Product, ROWS, Stream,
 };
 use super::memory::{self, Mailbox};
 use super::ranks::Across;
-use crate::config::{Architecture, Config};
+use crate::causal_lm::CausalLm;
+use crate::config::Config;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::layers::Linear;
+use crate::layers::{GatedMlp, Linear};
 use crate::positions::LayerPositions;
 use crate::sampling::Sampling;
 use cudarc::driver::CudaGraph;
@@ -22,26 +25,19 @@ use tch::{Kind, Tensor};
 /// What judges the tokens of a step: a surrogate whose first layer runs with the projections.
 #[derive(Debug)]
 pub struct Gates {
-    /// Of each layer, the two maps, bf16 on the card.
-    pub maps: Vec<[(Tensor, Tensor); 2]>,
+    /// Of each layer, the map of a linear surrogate or the two of an MLP, weights and biases, bf16 on the card.
+    pub maps: Vec<Vec<(Tensor, Tensor)>>,
     /// Of each layer: tokens that score less go.
     pub thresholds: Vec<f32>,
 }
 
 impl Gates {
-    /// The maps of `surrogate`, which must be an MLP in bf16 on the card, with a threshold for each layer.
-    ///
-    /// # Errors
-    /// [`Error::Step`] for a linear surrogate.
-    pub fn new(surrogate: &TorchSurrogate, thresholds: Vec<f32>) -> Result<Self> {
-        let two = |maps: &Vec<(Tensor, Tensor)>| match &maps[..] {
-            [first, second] => {
-                Ok([first, second].map(|(w, b)| (w.shallow_clone(), b.shallow_clone())))
-            }
-            _ => Err(Error::Step { what: "a linear surrogate", advice: "take an MLP" }),
+    /// The maps of `surrogate`, in bf16 on the card, with a threshold for each layer.
+    pub fn new(surrogate: &TorchSurrogate, thresholds: Vec<f32>) -> Self {
+        let copy = |maps: &Vec<(Tensor, Tensor)>| {
+            maps.iter().map(|(w, b)| (w.shallow_clone(), b.shallow_clone())).collect()
         };
-        let maps = surrogate.modules().iter().map(two).collect::<Result<Vec<_>>>()?;
-        Ok(Self { maps, thresholds })
+        Self { maps: surrogate.modules().iter().map(copy).collect(), thresholds }
     }
 }
 
@@ -87,6 +83,12 @@ pub struct Step {
     norm: Tensor,
     head: Linear,
     inverse: Tensor, // f32 [head_dim / 2]
+    /// The inverse frequencies of layers that turn nothing.
+    still: Tensor,
+    /// What cosines and sines are multiplied by.
+    turned: f32,
+    /// Where blocks norm what they write: the weights of a norm that changes nothing.
+    ones: Option<Tensor>,
     buffers: Buffers,
     vocabulary: usize,
     mailbox: Mailbox,
@@ -102,6 +104,9 @@ struct Layer {
     attention_norm: Tensor,
     qkv: Linear,
     qk_norms: Option<[Tensor; 2]>,
+    positions: LayerPositions,
+    /// What reads positions off the hidden state.
+    repo: Option<[Linear; 2]>,
     gate: Option<LayerGate>,
     output: Linear,
     mlp_norm: Tensor,
@@ -111,88 +116,39 @@ struct Layer {
 
 struct LayerGate {
     first: Linear,
-    second: Tensor,
-    bias: Tensor,
+    /// Of an MLP: weight and bias.
+    second: Option<[Tensor; 2]>,
     rule: ScoreRule,
-}
-
-/// What the kernels hand to each other; addresses never change.
-struct Buffers {
-    tokens: Tensor,
-    positions: Tensor,
-    residual: Tensor,
-    normed: Tensor,
-    squares: Tensor,
-    projected: Tensor,
-    queries: Tensor,
-    attended: Tensor,
-    hidden: Tensor,
-    scores: Tensor,
-    best: Tensor,
-    draws: Draws,
-    from: Tensor,
-    fresh: Tensor,
-}
-
-impl Buffers {
-    fn new(config: &Config, columns: usize, projected: usize, device: tch::Device) -> Result<Self> {
-        let room = |width: usize, kind| Tensor::f_zeros([(columns * width) as i64], (kind, device));
-        let (width, queries) = (config.hidden_size, config.query_heads * config.head_dim);
-        let bf16 = Kind::BFloat16;
-        Ok(Self {
-            tokens: room(1, Kind::Int)?,
-            positions: room(1, Kind::Float)?,
-            residual: room(width, Kind::Float)?,
-            normed: room(width, bf16)?,
-            squares: room(width.div_ceil(ROWS) * PARTS, Kind::Float)?,
-            projected: room(projected, bf16)?,
-            queries: room(queries, bf16)?,
-            attended: room(queries, bf16)?,
-            hidden: room(config.intermediate_size, bf16)?,
-            scores: room(config.vocab_size, Kind::Float)?,
-            best: room(1, Kind::Int64)?,
-            draws: Draws {
-                temperatures: room(1, Kind::Float)?,
-                tops: room(1, Kind::Int)?,
-                nuclei: room(1, Kind::Float)?,
-                randoms: room(1, Kind::Double)?,
-            },
-            from: room(1, Kind::Int)?,
-            fresh: room(1, Kind::Int)?,
-        })
-    }
-
-    fn stream(&self) -> Stream<'_> {
-        let Self { residual, normed, squares, .. } = self;
-        Stream { residual, normed, squares }
-    }
 }
 
 impl Step {
     /// The step of `model`, which lies on the card of `cache` in bf16. Tokens from `vocabulary` on are never chosen.
     ///
     /// # Errors
-    /// [`Error::Step`] for what the graph doesn't have: another dtype, norms over what is written (OLMo 2), learned
-    /// positions, YaRN's factor, biases in the MLP.
+    /// [`Error::Step`] for what the graph doesn't have: another dtype than bf16, biases in the MLP, odd widths.
     pub fn new(
-        model: &Decoder,
+        model: &dyn CausalLm,
         gates: Option<&Gates>,
         cache: &Resident,
         vocabulary: usize,
     ) -> Result<Self> {
+        let model = decoder(model)?;
         let config = model.config.clone();
         check(model)?;
         let columns = cache.seats().texts.min(MOST_COLUMNS);
+        let maps = model.repo.iter().map(|module| module.as_ref().map(position_maps).transpose());
+        let mut maps = maps.collect::<Result<Vec<_>>>()?.into_iter();
         let layers = model.blocks.iter().enumerate();
         let layers = layers.map(|(i, block)| {
             let gate = gates.map(|gates| {
-                let [(weight, bias), (second, second_bias)] = &gates.maps[i];
-                let (weight, bias) = (weight.shallow_clone(), Some(bias.shallow_clone()));
+                let mut maps = gates.maps[i]
+                    .iter()
+                    .map(|(weight, bias)| [weight.shallow_clone(), bias.shallow_clone()]);
+                let [weight, bias] = maps.next().expect("a surrogate has a map a layer");
                 let precision = ScorePrecision::MatchTorchBf16;
                 LayerGate {
-                    first: Linear { weight, bias },
-                    second: second.shallow_clone(),
-                    bias: second_bias.shallow_clone(),
+                    first: Linear { weight, bias: Some(bias) },
+                    second: maps.next(),
                     rule: ScoreRule { threshold: gates.thresholds[i], precision },
                 }
             });
@@ -203,6 +159,8 @@ impl Step {
                     .qk_norms
                     .as_ref()
                     .map(|norms| norms.each_ref().map(|norm| norm.weight.shallow_clone())),
+                positions: config.positions[i],
+                repo: maps.next().flatten(),
                 gate,
                 output: block.output.shallow_clone(),
                 mlp_norm: block.mlp_norm.weight.shallow_clone(),
@@ -215,8 +173,15 @@ impl Step {
         let projected = layers.iter().map(|layer| {
             rows(&layer.qkv) + layer.gate.as_ref().map_or(0, |gate| rows(&gate.first))
         });
-        let device = model.embedding.device();
-        let buffers = Buffers::new(&config, columns, projected.max().unwrap_or(0), device)?;
+        let projected = projected.max().unwrap_or(0);
+        let maps = layers.iter().flat_map(|layer| &layer.repo);
+        let inner = maps.map(|[first, _]| rows(first) / 2).max().unwrap_or(0);
+        let (device, inner) = (model.embedding.device(), inner.max(config.intermediate_size));
+        let buffers = Buffers::new(&config, columns, [projected, inner], device)?;
+        let ones = config
+            .architecture
+            .norms_outputs()
+            .then(|| Tensor::f_ones([config.hidden_size as i64], (Kind::BFloat16, device)));
         let inverse = Tensor::f_from_slice(model.frequencies.inverse())?.f_to_device(device)?;
         let step = Self {
             kernels: Kernels::load(cache.stream().clone())?,
@@ -224,7 +189,10 @@ impl Step {
             embedding: model.embedding.shallow_clone(),
             norm: model.norm.weight.shallow_clone(),
             head: Linear { weight: model.head.shallow_clone(), bias: None },
+            still: inverse.f_zeros_like()?,
             inverse,
+            turned: model.frequencies.scale(),
+            ones: ones.transpose()?,
             buffers,
             vocabulary,
             mailbox: Mailbox::new(cache.stream())?,
@@ -323,15 +291,23 @@ impl Step {
         self.kernels.embed(Embed {
             embedding: &self.embedding,
             tokens,
-            norm: &self.layers[0].attention_norm,
+            norm: self.ones.as_ref().unwrap_or(&self.layers[0].attention_norm),
             stream: self.buffers.stream(),
             columns,
         })?;
         let mut parts = PARTS;
         for (i, layer) in self.layers.iter().enumerate() {
             self.attention(cache, i, parts, columns)?;
-            parts = self.across.as_ref().map_or(hidden_size.div_ceil(ROWS), |_| 1) * PARTS;
-            let next = self.layers.get(i + 1).map_or(&self.norm, |next| &next.attention_norm);
+            if self.across.is_some() {
+                parts = PARTS;
+            } else if self.ones.is_none() {
+                parts = hidden_size.div_ceil(ROWS) * PARTS;
+            }
+            let next = match (self.layers.get(i + 1), &self.ones) {
+                (Some(_), Some(ones)) => ones,
+                (Some(next), None) => &next.attention_norm,
+                (None, _) => &self.norm,
+            };
             self.mlp(layer, next, parts, columns)?;
         }
         let vocabulary = self.vocabulary;
@@ -339,7 +315,7 @@ impl Step {
             weight: &self.head,
             more: None,
             input: plain(&self.buffers.normed, hidden_size),
-            norm: Some(self.factor(squares, parts)),
+            norm: Some(self.norm_of(squares, parts)),
             columns,
             end: End::Score { scores, best, vocabulary },
         })?;
@@ -364,14 +340,24 @@ impl Step {
     ) -> Result<()> {
         let layer = &self.layers[i];
         let Config { query_heads, kv_heads, head_dim, hidden_size, .. } = self.config;
-        let Buffers { positions, normed, squares, projected, queries, attended, .. } =
-            &self.buffers;
+        let Buffers {
+            positions,
+            normed,
+            squares,
+            projected,
+            queries,
+            attended,
+            hidden,
+            stands,
+            best,
+            ..
+        } = &self.buffers;
         let first = layer.gate.as_ref().map(|gate| &gate.first);
         self.kernels.product(Product {
             weight: &layer.qkv,
             more: first,
             input: plain(normed, hidden_size),
-            norm: Some(self.factor(squares, parts)),
+            norm: self.factor(squares, parts),
             columns,
             end: End::Store(projected),
         })?;
@@ -379,28 +365,70 @@ impl Step {
         let units = first.map_or(0, |first| first.weight.size()[0] as usize);
         let stride = width + units;
         let part = |from, width| memory::view(projected, from, [1, columns, width], [0, stride]);
+        let epsilon = self.config.norm_epsilon as f32;
         let norms = match &layer.qk_norms {
-            Some([query, key]) => Some(HeadNorms {
-                query: row(query)?,
-                key: row(key)?,
-                epsilon: self.config.norm_epsilon as f32,
-            }),
+            Some(norms @ [query, _]) if query.numel() != head_dim => {
+                self.kernels.norm_whole(NormWhole {
+                    projected,
+                    norms,
+                    columns,
+                    stride,
+                    epsilon,
+                })?;
+                None
+            }
+            Some([query, key]) => Some(HeadNorms { query: row(query)?, key: row(key)?, epsilon }),
             None => None,
         };
         let gate = match &layer.gate {
-            Some(gate) => Some(Gate {
+            Some(LayerGate { second, rule, .. }) => Some(Gate {
                 units: part(width, units)?,
-                second: memory::view(&gate.second, 0, [1, kv_heads, units], [0, units])?,
-                bias: row(&gate.bias)?,
-                rule: gate.rule,
+                second: match second {
+                    Some([weight, bias]) => Some([
+                        memory::view(weight, 0, [1, kv_heads, units], [0, units])?,
+                        row(bias)?,
+                    ]),
+                    None => None,
+                },
+                rule: *rule,
             }),
             None => None,
+        };
+        let positions = match &layer.repo {
+            Some([first, last]) => {
+                self.kernels.product(Product {
+                    weight: first,
+                    more: None,
+                    input: plain(normed, hidden_size),
+                    norm: self.factor(squares, parts),
+                    columns,
+                    end: End::Gated(hidden),
+                })?;
+                let inner = first.weight.size()[0] as usize / 2;
+                self.kernels.product(Product {
+                    weight: last,
+                    more: None,
+                    input: plain(hidden, inner),
+                    norm: None,
+                    columns,
+                    end: End::Score { scores: stands, best, vocabulary: 0 },
+                })?;
+                memory::view(stands, 0, [kv_heads, columns, 1], [1, kv_heads])?
+            }
+            None => memory::view(positions, 0, [1, columns, 1], [columns, 1])?,
         };
         let projected = Projected {
             qkv: part(0, width)?,
             norms,
-            positions: memory::view(positions, 0, [1, columns, 1], [columns, 1])?,
-            inverse: row(&self.inverse)?,
+            positions,
+            inverse: match layer.positions {
+                LayerPositions::Nope => row(&self.still)?,
+                _ => row(&self.inverse)?,
+            },
+            turned: match layer.positions {
+                LayerPositions::Nope => 1.0,
+                _ => self.turned,
+            },
             gate,
         };
         let shape = [query_heads, columns, head_dim];
@@ -414,7 +442,8 @@ impl Step {
             run_stride: columns * head_dim,
             column_stride: head_dim,
         };
-        self.add(&layer.output, &layer.mlp_norm, input, columns)
+        let next = self.ones.as_ref().unwrap_or(&layer.mlp_norm);
+        self.add(&layer.output, [&layer.attention_norm, next], input, columns)
     }
 
     fn mlp(&self, layer: &Layer, norm: &Tensor, parts: usize, columns: usize) -> Result<()> {
@@ -423,29 +452,49 @@ impl Step {
             weight: &layer.gate_up,
             more: None,
             input: plain(normed, self.config.hidden_size),
-            norm: Some(self.factor(squares, parts)),
+            norm: self.factor(squares, parts),
             columns,
             end: End::Gated(hidden),
         })?;
         let input = plain(hidden, self.config.intermediate_size);
-        self.add(&layer.down, norm, input, columns)
+        self.add(&layer.down, [&layer.mlp_norm, norm], input, columns)
     }
 
-    /// Adds `weight` times `input` to the residual stream, and readies that for `norm`.
-    fn add(&self, weight: &Linear, norm: &Tensor, input: Input<'_>, columns: usize) -> Result<()> {
+    /// Adds `weight` times `input` to the residual stream, by the norm `own` where blocks norm what they write, and readies
+    /// that for the norm `next`.
+    fn add(
+        &self,
+        weight: &Linear,
+        [own, next]: [&Tensor; 2],
+        input: Input<'_>,
+        columns: usize,
+    ) -> Result<()> {
+        let stream @ Stream { residual, normed, squares } = self.buffers.stream();
+        let Buffers { written, best, .. } = &self.buffers;
+        // Where it is not added at once: scores, of which none is the best.
+        let apart = |scores| End::Score { scores, best, vocabulary: 0 };
+        let end = match (&self.across, &self.ones) {
+            (Some(across), _) => apart(&across.part),
+            (None, Some(_)) => apart(written),
+            (None, None) => End::Add { residual, norm: next, normed, squares },
+        };
+        self.kernels.product(Product { weight, more: None, input, norm: None, columns, end })?;
         if let Some(across) = &self.across {
-            // Scores, of which none is the best.
-            let end = End::Score { scores: &across.part, best: &self.buffers.best, vocabulary: 0 };
-            let product = Product { weight, more: None, input, norm: None, columns, end };
-            self.kernels.product(product)?;
-            return across.add(self.buffers.stream(), norm, columns);
+            return across.add(stream, next, columns);
         }
-        let Stream { residual, normed, squares } = self.buffers.stream();
-        let end = End::Add { residual, norm, normed, squares };
-        self.kernels.product(Product { weight, more: None, input, norm: None, columns, end })
+        if self.ones.is_none() {
+            return Ok(());
+        }
+        let (bias, epsilon) = (weight.bias.as_ref(), self.config.norm_epsilon as f32);
+        self.kernels.add_normed(AddNormed { written, bias, own, next, stream, columns, epsilon })
     }
 
-    fn factor<'a>(&self, squares: &'a Tensor, parts: usize) -> Norm<'a> {
+    /// The norm of what a block reads, if it norms that.
+    fn factor<'a>(&self, squares: &'a Tensor, parts: usize) -> Option<Norm<'a>> {
+        self.ones.is_none().then(|| self.norm_of(squares, parts))
+    }
+
+    fn norm_of<'a>(&self, squares: &'a Tensor, parts: usize) -> Norm<'a> {
         Norm { squares, parts, epsilon: self.config.norm_epsilon as f32 }
     }
 }
@@ -461,29 +510,46 @@ fn row(tensor: &Tensor) -> Result<DeviceView<'_>> {
     memory::view(tensor, 0, [1, 1, width], [width, width])
 }
 
+/// The maps that read positions, in bf16: as they came, and not rounded, for positions may be large.
+fn position_maps(module: &GatedMlp) -> Result<[Linear; 2]> {
+    let narrow = |map: &Linear| {
+        let weight = map.weight.f_to_kind(Kind::BFloat16)?;
+        if weight.f_to_kind(map.weight.kind())? != map.weight {
+            return Err(Error::Step {
+                what: "position maps that bf16 does not hold",
+                advice: ADVICE,
+            });
+        }
+        Ok(Linear { weight, bias: None })
+    };
+    Ok([narrow(&module.gate_up)?, narrow(&module.down)?])
+}
+
+/// The network whose step there is.
+pub(super) fn decoder(model: &dyn CausalLm) -> Result<&Decoder> {
+    let what = "network but the decoder";
+    model.as_decoder().ok_or(Error::Step { what, advice: ADVICE })
+}
+
+const ADVICE: &str = "decode it through libtorch: CardCache and Session";
+
 /// Says what of a model the graph doesn't have.
 fn check(model: &Decoder) -> Result<()> {
-    let Config {
-        architecture, positions, mlp_bias, hidden_size, intermediate_size, head_dim, ..
-    } = &model.config;
-    let advice = "decode it through libtorch: CardCache and Session";
-    let wrong = |what| Err(Error::Step { what, advice });
+    let Config { mlp_bias, hidden_size, intermediate_size, head_dim, positions, .. } =
+        &model.config;
+    let wrong = |what| Err(Error::Step { what, advice: ADVICE });
     if model.embedding.kind() != Kind::BFloat16 {
         return wrong("weights that are not bf16");
-    }
-    if *architecture == Architecture::Olmo2 {
-        return wrong("norms of what attention and MLP write");
-    }
-    if positions.iter().any(|position| !matches!(position, LayerPositions::Rope)) {
-        return wrong("learned positions, or layers without any");
-    }
-    if model.frequencies.scale() != 1.0 {
-        return wrong("rotations that scale, as YaRN's do");
     }
     if *mlp_bias {
         return wrong("biases in the MLP");
     }
-    if [hidden_size, intermediate_size, head_dim].iter().any(|&&width| width % 8 != 0) {
+    if positions.iter().any(|layer| matches!(layer, LayerPositions::Offset(_))) {
+        return wrong("positions that are offsets to the index");
+    }
+    let maps = model.repo.iter().flatten().map(|module| module.down.weight.size()[1] as usize);
+    let mut widths = maps.chain([*hidden_size, *intermediate_size, *head_dim]);
+    if widths.any(|width| width % 8 != 0) {
         return wrong("widths that are not multiples of 8");
     }
     Ok(())

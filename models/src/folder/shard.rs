@@ -84,6 +84,7 @@ impl Shard {
             shape: shape.clone(),
             encoding,
             bytes: self.map[self.data..].get(*from..*to).ok_or_else(missing)?,
+            map: Some(&self.map),
             interleaved: None,
         })
     }

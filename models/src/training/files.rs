@@ -8,7 +8,7 @@ use crate::weights::{Source, Tensors};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const STATE: &str = "longctx-training";
 const VECTORS: [&str; 3] = ["weights", "first", "second"];
@@ -70,7 +70,7 @@ impl Trainable {
                     found: stored.shape,
                 });
             }
-            stored.read(None, Kind::Float)
+            stored.read(None, Kind::Float, Device::Cpu)
         };
         let [weights, first, second] = VECTORS.map(read);
         let notes = shard.metadata("notes").unwrap_or_default().to_owned();

@@ -20,6 +20,8 @@ pub struct Projected<'a> {
     pub positions: DeviceView<'a>,
     /// The angle of a position of 1 for each pair of dimensions, f32 `[1, 1, D / 2]`; `i` is paired with `i + D / 2`.
     pub inverse: DeviceView<'a>,
+    /// What cosines and sines are multiplied by: 1, or YaRN's factor.
+    pub turned: f32,
     /// A surrogate whose first layer ran with the projections. Without it all tokens stay.
     pub gate: Option<Gate<'a>>,
 }
@@ -35,15 +37,13 @@ pub struct HeadNorms<'a> {
     pub epsilon: f32,
 }
 
-/// The second layer of a KVzap MLP.
+/// What is left to do of a KVzap surrogate.
 #[derive(Debug, Clone, Copy)]
 pub struct Gate<'a> {
-    /// Hidden units with their bias, before GELU, `[1, N, width]`.
+    /// Hidden units of an MLP with their bias, before GELU, `[1, N, width]`; scores of a linear surrogate, `[1, N, H]`.
     pub units: DeviceView<'a>,
-    /// Weights, `[1, H, width]`, rows contiguous.
-    pub second: DeviceView<'a>,
-    /// Bias, `[1, 1, H]`, of the weights' type.
-    pub bias: DeviceView<'a>,
+    /// The second layer of an MLP: weights, `[1, H, width]`, rows contiguous, and bias, `[1, 1, H]`, of one type.
+    pub second: Option<[DeviceView<'a>; 2]>,
     /// Which tokens to drop.
     pub rule: ScoreRule,
 }
@@ -66,7 +66,7 @@ impl Resident {
     ) -> Result<()> {
         let CacheShape { kv_heads, query_heads, head_dim, .. } = *self.shape();
         let texts = self.places();
-        let Projected { qkv, norms, positions, inverse, gate } = projected;
+        let Projected { qkv, norms, positions, inverse, gate, .. } = projected;
         if !head_dim.is_multiple_of(2) {
             let advice = "rotary positions need an even one";
             return Err(Error::CacheShape { field: "head_dim", found: head_dim, advice });
@@ -84,18 +84,20 @@ impl Resident {
             check_type("key norm", key.dtype(), query.dtype())?;
         }
         let mut threshold = f32::NEG_INFINITY;
-        if let Some(Gate { units, second, bias, rule }) = gate {
-            let width = units.shape()[2];
+        if let Some(Gate { units, second, rule }) = gate {
+            let width = if second.is_some() { units.shape()[2] } else { kv_heads };
             check_shape("units", units.shape(), [1, texts, width])?;
-            check_shape("second", second.shape(), [1, kv_heads, width])?;
-            check_shape("bias", bias.shape(), [1, 1, kv_heads])?;
-            check_type("bias", bias.dtype(), second.dtype())?;
             if width == 0 {
                 let (field, most) = ("hidden units", u32::MAX as usize);
                 return Err(Error::Surrogate { field, found: 0, most });
             }
-            if second.raw().token_stride != width as i64 {
-                return Err(Error::Rows { tensor: "second" });
+            if let Some([second, bias]) = second {
+                check_shape("second", second.shape(), [1, kv_heads, width])?;
+                check_shape("bias", bias.shape(), [1, 1, kv_heads])?;
+                check_type("bias", bias.dtype(), second.dtype())?;
+                if second.raw().token_stride != width as i64 {
+                    return Err(Error::Rows { tensor: "second" });
+                }
             }
             threshold = match rule.precision {
                 ScorePrecision::F32 => rule.threshold,

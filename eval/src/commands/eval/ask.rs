@@ -5,13 +5,12 @@ use crate::commands::progress;
 use crate::metrics::percent;
 use crate::suite::{Group, Suite};
 use crate::tasks::ruler::TooShort;
-use crate::together::IN_FLIGHT;
-use crate::{Answer, Asked, Method, Runner, Sample, Together};
+use crate::together::{IN_FLIGHT, MOST_TEXTS};
+use crate::{Answer, Asked, Method, Sample, Together};
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use kvzap::Surrogate;
 use models::{Model, Sampling};
-use tch::Device;
 
 /// Answers all groups of the shard with every method; says which tasks do not fit their length.
 pub fn ask(
@@ -92,11 +91,7 @@ impl Asking<'_> {
             self.bar.inc(1);
             Ok(())
         };
-        // On a card there are no branches of a text.
-        let asked = match model.device {
-            Device::Cpu => self.together(methods, &samples, limit, record),
-            _ => self.apart(methods, &samples, limit, record),
-        };
+        let asked = self.together(methods, &samples, limit, record);
         asked.with_context(|| named(samples[0].index))
     }
 
@@ -109,7 +104,8 @@ impl Asking<'_> {
     ) -> Result<()> {
         let Self { args, suite, model, surrogate, .. } = *self;
         let while_decoding = while_decoding(args, suite);
-        let all = Together { model, surrogate, methods, window: args.window, while_decoding };
+        let window = args.window;
+        let all = Together { model, surrogate, methods, window, while_decoding, limit };
         let mut shared = all.read(&samples[0].sample)?;
         if samples.len() > 1 {
             shared.mark()?;
@@ -130,44 +126,11 @@ impl Asking<'_> {
         }
         Ok(())
     }
-
-    fn apart(
-        &self,
-        methods: Vec<Method>,
-        samples: &[Wanted],
-        limit: usize,
-        record: &mut Record<'_>,
-    ) -> Result<()> {
-        let Self { args, suite, model, surrogate, .. } = *self;
-        for (at, method) in methods.into_iter().enumerate() {
-            let runner = Runner {
-                model,
-                surrogate,
-                method,
-                window: args.window,
-                protect: 0,
-                stored: None,
-                while_decoding: while_decoding(args, suite),
-                limit,
-                sampling: Sampling::default(),
-            };
-            let mut reading = runner.read_sample(&samples[0].sample)?;
-            if samples.len() > 1 {
-                reading.mark()?;
-            }
-            for wanted in samples.iter().filter(|wanted| wanted.whose.contains(&at)) {
-                let sampling = sampling(args, suite, wanted.index);
-                record(at, wanted, reading.answer(&wanted.sample, limit, &sampling)?)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Of samples that share a context, how many are written side by side, by all methods: what is in flight when a run is killed
 /// is written again, and is held until then.
 fn at_once(samples: &[Wanted], limit: usize) -> usize {
-    const MOST_TEXTS: usize = 64;
     let methods = samples.iter().map(|wanted| wanted.whose.len()).max().unwrap_or(1);
     // Texts whose likelihood is asked for are read one at a time.
     let likely = samples.iter().any(|wanted| !wanted.sample.likelihood_of.is_empty());

@@ -159,7 +159,7 @@ fn speed() -> Result<Option<Speed>> {
     let args = ModelArgs {
         model: path,
         repo: None,
-        machine: Machine { device: DeviceName::Cpu, dtype: DtypeName::F32, threads: None },
+        machine: Machine { device: DeviceName::Cpu, dtype: Some(DtypeName::F32), threads: None },
     };
     let model = args.load()?;
     let runner = Runner {

@@ -2,11 +2,16 @@
 
 use super::lines::{self, Line};
 use super::{Args, Forgetting};
+use crate::Method;
 use crate::commands::{beside, megabytes, no_place, progress};
+#[cfg(feature = "cuda")]
+use crate::runner::card::gates;
 use crate::runner::context_ids;
 use anyhow::{Context, Result, bail, ensure};
 use models::engine::{CpuExecutor, End, Engine, Event, Request, Room, Totals};
-use models::{Message, Model, RenderOptions, Sampling, Specials, Stop, Tokenizer};
+#[cfg(feature = "cuda")]
+use models::{CardExecutor, CardRoom, Dtype};
+use models::{Hooks, Message, Model, RenderOptions, Sampling, Specials, Stop, Tokenizer};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -27,7 +32,7 @@ pub struct BatchArgs {
     /// Texts of a batch that are written at once, up to 64
     #[arg(long, value_name = "TEXTS", default_value_t = 16, requires = "batch")]
     at_once: usize,
-    /// Gigabytes of keys and values of a batch; half of the free memory if left out
+    /// Gigabytes of keys and values of a batch; half of the free memory if left out, on a card all that a prompt leaves
     #[arg(long, value_name = "GB", requires = "batch")]
     memory: Option<f64>,
 }
@@ -37,13 +42,13 @@ impl BatchArgs {
         self.batch.as_deref()
     }
 
-    fn bytes(&self) -> Result<usize> {
+    fn bytes(&self) -> Result<Option<usize>> {
         match self.memory {
             Some(gigabytes) if gigabytes > 0.0 && gigabytes.is_finite() => {
-                Ok((gigabytes * 1e9) as usize)
+                Ok(Some((gigabytes * 1e9) as usize))
             }
             Some(gigabytes) => bail!("--memory {gigabytes}: give more than 0 gigabytes"),
-            None => Ok(models::free_memory().map_or(1 << 30, |bytes| bytes / 2) as usize),
+            None => Ok(None),
         }
     }
 }
@@ -62,8 +67,6 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
     let bytes = args.batch.bytes()?;
     let forgetting = Forgetting::of(args)?;
     let model = args.model.load()?;
-    ensure!(model.device == Device::Cpu, "--batch runs on the CPU; leave --device out");
-
     let requests = lines.iter().map(|(number, line)| {
         request(args, &model, line).with_context(|| format!("{} line {number}", file.display()))
     });
@@ -73,15 +76,14 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
     let surrogate = forgetting.surrogate.as_ref();
     let (mut hooks, _) = method.hooks(&model, surrogate, args.window, args.prune_while_decoding)?;
     hooks.protect = args.protect;
-    let Model { lm, tokenizer, kind, .. } = model;
-    let room = Room {
-        batch: args.batch.at_once,
-        window: args.window,
-        stored: args.cache_dtype.map(Into::into),
-        vocabulary: tokenizer.vocab_size(),
-        ..Room::new(lm.config(), bytes)
+    let (engine, tokenizer) = if model.device == Device::Cpu {
+        on_cpu(args, model, hooks, bytes)?
+    } else {
+        let texts = requests
+            .iter()
+            .map(|request| request.context.len() + request.question.len() + request.limit);
+        on_card(args, model, hooks, &forgetting, &method, texts.max().unwrap_or(1), bytes)?
     };
-    let engine = Engine::builder().start(move || CpuExecutor::new(lm, kind, hooks, room))?;
 
     let start = Instant::now();
     let bar = progress(requests.len() as u64, "answering");
@@ -117,6 +119,65 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
         answers.len()
     );
     Ok(())
+}
+
+/// An engine on the machine where the model lies, which it takes; and the model's tokenizer.
+type Started = Result<(Engine, Tokenizer)>;
+
+fn on_cpu(args: &Args, model: Model, hooks: Hooks, bytes: Option<usize>) -> Started {
+    let free = || models::free_memory().map_or(1 << 30, |bytes| bytes / 2) as usize;
+    let Model { lm, tokenizer, kind, .. } = model;
+    let room = Room {
+        batch: args.batch.at_once,
+        window: args.window,
+        stored: args.cache_dtype.map(Into::into),
+        vocabulary: tokenizer.vocab_size(),
+        ..Room::new(lm.config(), bytes.unwrap_or_else(free))
+    };
+    let engine = Engine::builder().start(move || CpuExecutor::new(lm, kind, hooks, room))?;
+    Ok((engine, tokenizer))
+}
+
+/// On a card every text gets what it gets alone, too: attention cuts each by its own length.
+#[cfg(feature = "cuda")]
+fn on_card(
+    args: &Args,
+    model: Model,
+    hooks: Hooks,
+    forgetting: &Forgetting,
+    method: &Method,
+    longest: usize,
+    bytes: Option<usize>,
+) -> Started {
+    ensure!(
+        (1..=64).contains(&args.batch.at_once),
+        "--at-once {}: give 1 to 64 texts",
+        args.batch.at_once
+    );
+    let surrogate = forgetting.surrogate.as_ref();
+    let gates = gates(&model, surrogate, method, args.prune_while_decoding)?;
+    let Model { lm, tokenizer, device, .. } = model;
+    let stored = args.cache_dtype.map_or(Dtype::Bf16, Into::into);
+    let room = CardRoom {
+        window: args.window,
+        vocabulary: tokenizer.vocab_size(),
+        ..CardRoom::new(lm.config(), device, args.batch.at_once, longest, stored, bytes)?
+    };
+    let make = move || CardExecutor::new(lm, hooks, gates.as_ref(), room);
+    Ok((Engine::builder().start(make)?, tokenizer))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_card(
+    _: &Args,
+    _: Model,
+    _: Hooks,
+    _: &Forgetting,
+    _: &Method,
+    _: usize,
+    _: Option<usize>,
+) -> Started {
+    bail!("this longctx was built without the feature cuda; build it with it")
 }
 
 fn request(args: &Args, model: &Model, line: &Line) -> Result<Request> {

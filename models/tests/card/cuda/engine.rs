@@ -4,7 +4,7 @@ use crate::{ids, load, pruning, random_surrogate, wide};
 use anyhow::Result;
 use kvzap::TorchSurrogate;
 use models::engine::{Admission, Event, Executor, Request, Scheduler, Settings};
-use models::{CardExecutor, CardRoom, CausalLm, Gates, Random, Sampling, Source, cuda};
+use models::{CardExecutor, CardRoom, CausalLm, Dtype, Gates, Random, Sampling, Source, cuda};
 use paged_kernels::Mode;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,6 +18,8 @@ pub const ROOM: CardRoom = CardRoom {
     tokens: 1024,
     question: 64,
     window: 128,
+    stored: Dtype::Bf16,
+    vocabulary: 500,
     mode: Mode::BatchInvariant,
 };
 
@@ -26,9 +28,9 @@ fn machine(folder: &Path, room: CardRoom) -> Result<CardExecutor> {
     let model = load(Source::Random(Random::open(folder, 3)?), Kind::BFloat16, device)?;
     let surrogate = random_surrogate(model.config(), 24)?;
     let on_torch = TorchSurrogate::new(&surrogate, Kind::BFloat16, device)?;
-    let gates = Gates::new(&on_torch, vec![0.0; model.config().layers])?;
+    let gates = Gates::new(&on_torch, vec![0.0; model.config().layers]);
     let hooks = pruning(&surrogate, 0.0, Kind::BFloat16, device)?;
-    Ok(CardExecutor::new(model, hooks, Some(&gates), room)?)
+    Ok(CardExecutor::new(Box::new(model), hooks, Some(&gates), room)?)
 }
 
 /// Requests of all kinds, some with a context in common.

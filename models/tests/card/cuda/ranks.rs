@@ -131,11 +131,11 @@ fn machine(folder: &Path, room: CardRoom) -> Result<Ranks<CardExecutor>> {
         let model = Decoder::load_part(&weights, rank)?;
         let own = surrogate.of_heads(rank.share(surrogate.kv_heads()))?;
         let on_torch = TorchSurrogate::new(&own, Kind::BFloat16, rank.device())?;
-        let gates = Gates::new(&on_torch, vec![0.0; model.config().layers])?;
+        let gates = Gates::new(&on_torch, vec![0.0; model.config().layers]);
         let hooks = pruning(&own, 0.0, Kind::BFloat16, rank.device());
         let hooks = hooks
             .map_err(|error| Error::RankLost { rank: rank.index(), cause: format!("{error:#}") })?;
-        CardExecutor::new(model, hooks, Some(&gates), room)
+        CardExecutor::new(Box::new(model), hooks, Some(&gates), room)
     })?)
 }
 

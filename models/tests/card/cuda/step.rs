@@ -1,7 +1,7 @@
 //! The decode step and the cache.
 
 use crate::common::golden;
-use crate::{ids, load, pruning, random_surrogate, wide};
+use crate::{ids, learned, load, pruning, random_surrogate, wide, wide_with};
 use anyhow::Result;
 use kvzap::TorchSurrogate;
 use models::{
@@ -9,6 +9,7 @@ use models::{
     Sampler, Sampling, Source, Step, Token, cache_shape, cuda, open, resident,
 };
 use paged_kernels::{Mode, PagedAttention, Resident, Seats, Sequence};
+use serde_json::json;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
@@ -59,14 +60,30 @@ pub fn best(scores: &Tensor) -> u32 {
 type Opened = Box<dyn Fn() -> Result<Source>>;
 
 fn sources(folder: &Path) -> Result<Vec<(&'static str, Opened)>> {
-    wide(folder)?;
-    let folder = folder.to_owned();
     let file = |path: &'static str| -> Opened { Box::new(move || Ok(open(&golden(path))?)) };
+    let random = |name: &str, changes| -> Result<Opened> {
+        let folder = folder.join(name);
+        std::fs::create_dir(&folder)?;
+        wide_with(&folder, changes)?;
+        Ok(Box::new(move || Ok(Source::Random(Random::open(&folder, 3)?))))
+    };
+    let nope = json!({"pe_config": {"dynamic_pe_mode": "nope", "dynamic_pe_layer_ids": "1"}});
+    let yarn = json!({"rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+    }});
+    let with_maps = folder.join("maps");
+    std::fs::create_dir(&with_maps)?;
+    learned(&with_maps)?;
     Ok(vec![
         ("llama", file("kvzap/model")),
         ("qwen3", file("families/qwen3")),
         ("qwen3, tied", file("families/qwen3_tied_sharded")),
-        ("wide", Box::new(move || Ok(Source::Random(Random::open(&folder, 3)?)))),
+        ("olmo2", file("families/olmo2")),
+        ("olmo2, yarn", file("families/olmo2_gqa_yarn_sharded")),
+        ("wide", random("wide", json!({}))?),
+        ("wide, nope", random("nope", nope)?),
+        ("wide, yarn", random("yarn", yarn)?),
+        ("wide olmo2, repo", Box::new(move || Ok(open(&with_maps)?))),
     ])
 }
 
@@ -127,11 +144,12 @@ fn steps_keep_what_the_cpu_keeps() -> Result<()> {
         let cpu = load(source()?, Kind::Float, Device::Cpu)?;
         let card = load(source()?, Kind::BFloat16, device)?;
         let config = cpu.config().clone();
-        let surrogate = random_surrogate(&config, 24)?;
-        let on_torch = TorchSurrogate::new(&surrogate, Kind::BFloat16, device)?;
-        for threshold in [f32::NEG_INFINITY, 0.0, f32::INFINITY] {
+        let all = [(24, f32::NEG_INFINITY), (24, 0.0), (24, f32::INFINITY), (0, 0.0)];
+        for (units, threshold) in all {
+            let surrogate = random_surrogate(&config, units)?;
+            let on_torch = TorchSurrogate::new(&surrogate, Kind::BFloat16, device)?;
             let mut resident = cache(&config, device, 2, 64, Mode::Fast)?;
-            let gates = Gates::new(&on_torch, vec![threshold; config.layers])?;
+            let gates = Gates::new(&on_torch, vec![threshold; config.layers]);
             let mut step = Step::new(&card, Some(&gates), &resident, config.vocab_size)?;
             let ids = ids(200, config.vocab_size, 1);
             let shape = cache_shape(&config, 1024, 128, Kind::Float)?;
@@ -186,7 +204,7 @@ fn a_text_gets_the_same_bits_whatever_its_neighbours() -> Result<()> {
     let config = card.config().clone();
     let surrogate = random_surrogate(&config, 24)?;
     let gates = TorchSurrogate::new(&surrogate, Kind::BFloat16, device)?;
-    let gates = Gates::new(&gates, vec![0.0; config.layers])?;
+    let gates = Gates::new(&gates, vec![0.0; config.layers]);
     let hooks = pruning(&surrogate, 0.0, Kind::BFloat16, device)?;
     let mut alone: Option<Tensor> = None;
     // With how many others, and where among them.

@@ -20,13 +20,15 @@ impl Device {
         let [query_heads, texts, _] = queries.shape();
         let heads = state.kv_heads;
         assert_eq!(to.rows.words, heads * texts);
-        let Projected { qkv, norms, positions, inverse, gate } = projected;
+        let Projected { qkv, norms, positions, inverse, turned, gate } = projected;
         let none = RawView { data: 0, head_stride: 0, token_stride: 0, dtype: 0, unused: 0 };
         let norm = |pick: fn(&HeadNorms<'_>) -> RawView| norms.as_ref().map_or(none, pick);
         let gated = |pick: fn(&Gate<'_>) -> RawView| gate.as_ref().map_or(none, pick);
         let (query_norm, key_norm) =
             (norm(|norms| norms.query.raw()), norm(|norms| norms.key.raw()));
-        let second = gated(|gate| gate.second.raw());
+        let [second, bias] = [0, 1].map(|i| {
+            gate.as_ref().and_then(|gate| gate.second).map_or(none, |second| second[i].raw())
+        });
         let torch = gate.is_some_and(|gate| gate.rule.precision == ScorePrecision::MatchTorchBf16);
         let call = FusedCall {
             state: state.raw(),
@@ -38,7 +40,7 @@ impl Device {
             key_norm: key_norm.data,
             units: gated(|gate| gate.units.raw()),
             second: second.data,
-            second_bias: gated(|gate| gate.bias.raw()).data,
+            second_bias: bias.data,
             rows: to.rows.address,
             marks: to.marks.address,
             texts: texts as u32,
@@ -50,7 +52,7 @@ impl Device {
             epsilon: norms.map_or(0.0, |norms| norms.epsilon),
             threshold,
             torch: torch.into(),
-            unused: 0,
+            turned: *turned,
         };
         // A warp a task: each query head's row, a key, a value, and a score if there is a surrogate.
         let tasks = heads * texts * (query_heads / heads + 2 + usize::from(gate.is_some()));
@@ -86,5 +88,5 @@ pub(super) struct FusedCall {
     epsilon: f32,
     threshold: f32,
     torch: u32,
-    unused: u32,
+    turned: f32,
 }
