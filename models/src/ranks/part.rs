@@ -3,7 +3,6 @@
 use super::Rank;
 use crate::config::{Architecture, Config};
 use crate::error::{Error, Result};
-use crate::positions::LayerPositions;
 use crate::weights::{Cut, Tensors, Weights};
 use tch::{Device, Kind, Tensor};
 
@@ -28,7 +27,7 @@ impl<'a> Part<'a> {
             let advice = "run OLMo 2, whose norms go over all heads together, on one device";
             return uncut("a norm over all heads", whole.query_heads, advice);
         }
-        if whole.positions.contains(&LayerPositions::Repo) {
+        if whole.positions.iter().any(|positions| positions.learned()) {
             return uncut("learned positions", whole.kv_heads, "run them on one device");
         }
         for (what, found) in

@@ -6,6 +6,7 @@ mod common;
 
 /// What wants a card says so in its path.
 mod cuda {
+    mod branches;
     mod engine;
     mod ranks;
     mod step;
