@@ -72,30 +72,28 @@ impl Allocation {
         let old = judged(tokens as usize, self.window).len() as i64;
         let spared = old.min(self.protected as i64);
         let judged = old - spared;
-        let by_age = scores.iter().map(|scores| {
+        for scores in scores {
             expect(scores, "scores", &[1, heads, tokens])?;
-            Ok(scores.f_narrow(2, spared, judged)?.f_transpose(1, 2)?) // [1, judged, kv_heads]
-        });
-        let by_age = by_age.collect::<Result<Vec<_>>>()?;
+        }
+        // All layers in one tensor, as on a card each launch costs what all of them do.
+        let rows = Tensor::f_cat(scores, 0)?.f_narrow(2, spared, judged)?;
+        let rows = rows.f_transpose(1, 2)?; // [layers, judged, kv_heads]
         let share = |rows: i64| self.round(rows * tokens).min(rows * judged);
-        let together = |rows: &Tensor, goes: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<_> {
-            Ok(goes(&rows.f_reshape([1, -1, 1])?)?.f_view_as(rows)?)
+        let of_layers = |rows: &Tensor| -> Result<Tensor> {
+            let layers = rows.f_reshape([rows.size()[0], -1, 1])?;
+            Ok(lowest(&layers, share(heads))?.f_view_as(rows)?)
         };
-        let of_model = |goes: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<Vec<Tensor>> {
-            let all = together(&Tensor::f_cat(&by_age, 2)?, goes)?;
-            Ok(all.f_split(heads.max(1), 2)?)
+        let of_model = |goes: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<Tensor> {
+            let by_age = rows.f_transpose(0, 1)?; // [judged, layers, kv_heads]
+            let all = goes(&by_age.f_reshape([1, -1, 1])?)?;
+            Ok(all.f_view_as(&by_age)?.f_transpose(0, 1)?)
         };
-        let goes: Vec<Tensor> = match self.rule {
-            Rule::Head => {
-                by_age.iter().map(|rows| lowest(rows, share(1))).collect::<Result<_>>()?
-            }
-            Rule::Layer => {
-                let lowest = |rows: &Tensor| lowest(rows, share(heads));
-                by_age.iter().map(|rows| together(rows, &lowest)).collect::<Result<_>>()?
-            }
+        let goes = match self.rule {
+            Rule::Head => lowest(&rows, share(1))?,
+            Rule::Layer => of_layers(&rows)?,
             Rule::Model => {
-                let rows = heads * scores.len() as i64;
-                of_model(&|all| lowest(all, share(rows)))?
+                let count = heads * scores.len() as i64;
+                of_model(&|all| lowest(all, share(count)))?
             }
             Rule::ModelThreshold => of_model(&|all| self.threshold(all))?,
             Rule::AdaKv { safe } => {
@@ -103,23 +101,21 @@ impl Allocation {
                 let least = if safe > 0.0 && kept > 0 { 1 } else { 0 };
                 let safe = ((kept as f64 * safe) as i64).max(least);
                 let safe = (safe - (tokens - judged)).clamp(0, judged);
-                let goes = |rows: &Tensor| -> Result<Tensor> {
-                    let exposed = lowest(rows, judged - safe)?;
-                    let rows = rows.f_where_self(&exposed, &rows.f_full_like(f64::INFINITY)?)?;
-                    together(&rows, &|rows| lowest(rows, share(heads)))
-                };
-                by_age.iter().map(goes).collect::<Result<_>>()?
+                let exposed = lowest(&rows, judged - safe)?;
+                of_layers(&rows.f_where_self(&exposed, &rows.f_full_like(f64::INFINITY)?)?)?
             }
             Rule::PyramidKv { beta } => {
                 let kept = self.pyramid(beta, tokens as usize, scores.len());
-                let goes = |(rows, kept): (_, i64)| lowest(rows, (tokens - kept).clamp(0, judged));
-                by_age.iter().zip(kept).map(goes).collect::<Result<_>>()?
+                let goes = rows
+                    .f_split(1, 0)?
+                    .into_iter()
+                    .zip(kept)
+                    .map(|(layer, kept)| lowest(&layer, (tokens - kept).clamp(0, judged)));
+                Tensor::f_cat(&goes.collect::<Result<Vec<_>>>()?, 0)?
             }
         };
-        let widen = |goes: Tensor| -> Result<Tensor> {
-            Ok(goes.f_transpose(1, 2)?.f_constant_pad_nd([spared, tokens - old])?)
-        };
-        goes.into_iter().map(widen).collect()
+        let goes = goes.f_transpose(1, 2)?.f_constant_pad_nd([spared, tokens - old])?;
+        Ok(goes.f_split(1, 0)?)
     }
 
     fn round(&self, count: i64) -> i64 {
