@@ -24,15 +24,17 @@ fn samples_come_back_as_they_were_written_and_a_few_layers_at_a_time() {
         assert!(samples.has(index).unwrap());
     }
     for layer in 0..3 {
-        let (hidden, scores) = samples.layer(layer, 2, Device::Cpu).unwrap();
+        let (hidden, scores) = samples.layer(layer, 0..2, Device::Cpu).unwrap();
         let all = |pick: fn(&(Tensor, Tensor)) -> &Tensor| {
             Tensor::cat(&shards.iter().map(|rows| pick(&rows[layer])).collect::<Vec<_>>(), 0)
         };
         assert_eq!(hidden, all(|row| &row.0));
         assert_eq!(scores, all(|row| &row.1));
     }
-    assert!(matches!(samples.shard(0, 3, Device::Cpu), Err(Error::NoTensor { .. })));
-    assert!(matches!(samples.shard(2, 0, Device::Cpu), Err(Error::File { .. })));
+    assert_eq!(samples.layer(1, 1..2, Device::Cpu).unwrap().0, shards[1][1].0);
+    assert!(matches!(samples.layer(3, 0..2, Device::Cpu), Err(Error::NoTensor { .. })));
+    assert!(matches!(samples.layer(0, 0..3, Device::Cpu), Err(Error::File { .. })));
+    assert!(matches!(samples.layer(0, 1..1, Device::Cpu), Err(Error::NoRows { layer: 0 })));
 }
 
 #[test]

@@ -6,11 +6,16 @@ use crate::torch::{dims, expect};
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Metadata, TensorInfo, View};
 use std::borrow::Cow;
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
-use tch::{Device, Kind, Tensor};
+use std::thread::{self, available_parallelism};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// Hidden states and their targets, layer by layer: `[rows, hidden]` of any float dtype and `[rows, kv_heads]` f32.
 pub type Rows = Vec<(Tensor, Tensor)>;
@@ -56,7 +61,7 @@ impl Samples {
     /// # Errors
     /// [`Error::Rows`] if a number is NaN or infinite, also after rounding; then nothing is written.
     pub fn write(&self, shard: usize, rows: &Rows) -> Result<()> {
-        let mut tensors = Vec::new();
+        let (mut tensors, failed) = (Vec::new(), OnceCell::new());
         let mut finite = Vec::new();
         for (layer, (hidden, scores)) in rows.iter().enumerate() {
             let kind = if hidden.kind() == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Half };
@@ -66,7 +71,8 @@ impl Samples {
                 let tensor = tensor.f_to_kind(kind)?.f_contiguous()?;
                 finite.push(tensor.f_isfinite()?.f_all()?);
                 let shape = [rows as usize, size as usize];
-                tensors.push((format!("{name}.{layer}"), Stored { tensor, shape }));
+                tensors
+                    .push((format!("{name}.{layer}"), Stored { tensor, shape, failed: &failed }));
             }
         }
         // Asked once: each answer waits for the card.
@@ -80,7 +86,9 @@ impl Samples {
         let path = self.path(shard);
         let metadata = HashMap::from([(SETTINGS.to_owned(), self.settings.clone())]);
         file::write_with(&path, |beside| {
-            safetensors::serialize_to_file(tensors, Some(metadata), beside)
+            safetensors::serialize_to_file(tensors, Some(metadata), beside)?;
+            let failed = failed.get().map(|error| io::Error::other(error.to_string()));
+            failed.map_or(Ok(()), |error| Err(error.into()))
         })
         .map_err(|error| match error {
             SafeTensorError::IoError(cause) => Error::File { path: path.clone(), cause },
@@ -88,19 +96,41 @@ impl Samples {
         })
     }
 
-    /// One layer's rows of the first `shards` shards, in their order, on `device`.
-    pub fn layer(&self, layer: usize, shards: usize, device: Device) -> Result<(Tensor, Tensor)> {
-        let (mut hidden, mut scores) = (Vec::new(), Vec::new());
-        for shard in 0..shards {
-            let (x, y) = self.shard(shard, layer, device)?;
-            hidden.push(x);
-            scores.push(y);
+    /// One layer's rows of some `shards`, in their order, on `device`: as many files are read at once as there are cores.
+    ///
+    /// # Errors
+    /// [`Error::NoRows`] if `shards` is empty, and what is wrong with the first that is missing or damaged.
+    pub fn layer(
+        &self,
+        layer: usize,
+        shards: Range<usize>,
+        device: Device,
+    ) -> Result<(Tensor, Tensor)> {
+        if shards.is_empty() {
+            return Err(Error::NoRows { layer });
         }
+        let readers = available_parallelism().map_or(1, usize::from).min(shards.len());
+        let some = |reader: usize| {
+            let [start, end] =
+                [reader, reader + 1].map(|n| shards.start + shards.len() * n / readers);
+            move || {
+                (start..end)
+                    .map(|shard| self.shard(shard, layer, device))
+                    .collect::<Result<Vec<_>>>()
+            }
+        };
+        let rows = thread::scope(|scope| -> Result<Vec<_>> {
+            let readers: Vec<_> = (0..readers).map(|reader| scope.spawn(some(reader))).collect();
+            let each = readers
+                .into_iter()
+                .map(|reader| reader.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            Ok(each.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+        })?;
+        let (hidden, scores): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
         Ok((Tensor::f_cat(&hidden, 0)?, Tensor::f_cat(&scores, 0)?))
     }
 
-    /// One layer's rows of one shard.
-    pub fn shard(&self, shard: usize, layer: usize, device: Device) -> Result<(Tensor, Tensor)> {
+    fn shard(&self, shard: usize, layer: usize, device: Device) -> Result<(Tensor, Tensor)> {
         let shard = Shard::open(self.path(shard), &self.settings)?;
         let hidden = shard.tensor(&format!("hidden.{layer}"), device)?;
         let scores = shard.tensor(&format!("scores.{layer}"), device)?;
@@ -173,12 +203,15 @@ impl Shard {
 }
 
 /// A tensor in host memory on its way to a file, a copy at a time: all of a shard's would be its size once more.
-struct Stored {
+///
+/// [`View`] knows no failure, so one is left where the writer looks before it keeps the file.
+struct Stored<'a> {
     tensor: Tensor,
     shape: [usize; 2],
+    failed: &'a OnceCell<TchError>,
 }
 
-impl View for Stored {
+impl View for Stored<'_> {
     fn dtype(&self) -> safetensors::Dtype {
         dtype(self.tensor.kind())
     }
@@ -189,7 +222,9 @@ impl View for Stored {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let mut bytes = vec![0; self.data_len()];
-        self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
+        if let Err(error) = self.tensor.f_copy_data_u8(&mut bytes, self.tensor.numel()) {
+            let _ = self.failed.set(error);
+        }
         bytes.into()
     }
 

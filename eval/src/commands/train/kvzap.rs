@@ -95,6 +95,9 @@ fn shard(device: Device) -> usize {
 /// Shards that are written at once: a card collects faster than one thread writes.
 const WRITERS: usize = 4;
 
+/// Shards that are read together where a fit needs no more at once.
+const READ: usize = 16;
+
 /// Rows of one kind, collected.
 struct Set {
     name: &'static str,
@@ -317,8 +320,9 @@ fn linear(args: &Args, model: &Model, set: &Set) -> Result<Surrogate> {
     let mut maps: Vec<Affine> = Vec::new();
     for layer in 0..config.layers {
         let mut ridge = Ridge::new(1, config.hidden_size, config.kv_heads);
-        for shard in 0..set.shards {
-            let (hidden, scores) = set.samples.shard(shard, layer, model.device)?;
+        for first in (0..set.shards).step_by(READ) {
+            let some = first..set.shards.min(first + READ);
+            let (hidden, scores) = set.samples.layer(layer, some, model.device)?;
             ridge.add_tensors(0, &hidden, &scores)?;
         }
         maps.extend(ridge.solve(args.alpha)?.maps(0).map(|maps| maps[0].clone()));
@@ -348,7 +352,7 @@ fn mlp(args: &Args, model: &Model, set: &Set, folder: &Path) -> Result<Surrogate
     for group in layers.chunks(at_once) {
         let rows = group
             .iter()
-            .map(|&layer| Ok(set.samples.layer(layer, set.shards, model.device)?))
+            .map(|&layer| Ok(set.samples.layer(layer, 0..set.shards, model.device)?))
             .collect::<Result<_>>()?;
         let mut fit = MlpFit::new(settings, &rows)?;
         drop(rows);
@@ -379,7 +383,7 @@ fn measure(model: &Model, surrogate: &Surrogate, set: &Set) -> Result<Vec<Vec<f6
     let scorer = TorchSurrogate::new(surrogate, Kind::Float, model.device)?;
     let layers = 0..surrogate.layers();
     let each = layers.map(|layer| {
-        let (hidden, scores) = set.samples.layer(layer, set.shards, model.device)?;
+        let (hidden, scores) = set.samples.layer(layer, 0..set.shards, model.device)?;
         Ok(r2(&scorer, layer, &hidden.f_to_kind(Kind::Float)?, &scores)?)
     });
     each.collect()
