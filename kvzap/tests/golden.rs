@@ -1,28 +1,35 @@
-//! The plain forward against kvpress; tests/golden/make.py tells how the numbers came.
+//! The plain forward against kvpress; tests/golden/make.py and shipped.py tell how the numbers came.
 
 use kvzap::{Array, Dtype, Surrogate};
 use safetensors::SafeTensors;
 
-fn golden(name: &str) -> Array {
-    let bytes = std::fs::read("tests/golden/scores.safetensors").unwrap();
+fn golden(file: &str, name: &str) -> Array {
+    let bytes = std::fs::read(format!("tests/golden/{file}.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let view = file.tensor(name).unwrap();
     let numbers = view.data().as_chunks().0.iter().map(|&x| f32::from_le_bytes(x)).collect();
     Array::new(numbers, view.shape()).unwrap()
 }
 
+/// Whether the scores of `hidden` by the surrogate in `folder`, layer after layer, are `expected`.
+fn assert_scores(folder: &str, hidden: &Array, expected: &Array) {
+    let surrogate = Surrogate::load(folder).unwrap();
+    let found: Vec<f32> = (0..surrogate.layers())
+        .flat_map(|layer| surrogate.forward(layer, hidden).unwrap().data().to_vec())
+        .collect();
+    assert_eq!(found.len(), expected.data().len(), "{folder}");
+    let each = found.iter().zip(expected.data()).map(|(a, b)| (a - b).abs() / b.abs().max(1.0));
+    let error = each.fold(0.0, f32::max);
+    assert!(error <= 1e-5, "{folder}: {error}");
+}
+
 #[test]
 fn scores_are_those_of_kvpress() {
     for name in ["linear", "mlp"] {
-        let surrogate = Surrogate::load(format!("tests/golden/{name}")).unwrap();
-        let expected = golden(&format!("{name}.f32"));
-        let found: Vec<f32> = (0..surrogate.layers())
-            .flat_map(|layer| surrogate.forward(layer, &golden("hidden")).unwrap().data().to_vec())
-            .collect();
-        assert_eq!(found.len(), expected.data().len());
-        let error =
-            found.iter().zip(expected.data()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(error <= 1e-5, "{name}: {error}");
+        let expected = golden("scores", &format!("{name}.f32"));
+        assert_scores(&format!("tests/golden/{name}"), &golden("scores", "hidden"), &expected);
+        let shipped = format!("surrogates/smollm2-135m-instruct-{name}");
+        assert_scores(&shipped, &golden("shipped", "hidden"), &golden("shipped", name));
     }
 }
 
