@@ -57,7 +57,7 @@ pub struct Args {
     /// Of samples and of chance
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// Rows of earlier runs, of other tasks or lengths, to put beside these
+    /// Rows of earlier runs, to put beside these; what was measured again, method by method, is the later run's
     #[arg(long, num_args = 1.., value_name = "FILE")]
     merge: Vec<PathBuf>,
     /// Write the rows and all settings here
@@ -119,7 +119,7 @@ pub fn run(args: &Args) -> Result<()> {
         })?;
         report.r2.extend(earlier.r2);
         report.settings.extend(earlier.settings);
-        report.curve.extend(earlier.curve);
+        supersede(&mut report.curve, earlier.curve);
     }
     if !args.task.is_empty() {
         ask_all(args, &mut report)?;
@@ -145,13 +145,22 @@ fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
         let probes = Probes::open(args, &model, task, tokens)?;
         let rows = measure(args, &model, &methods, &probes)?;
         print(&rows);
-        report.curve.retain(|row| !(row.task == *task && row.context == tokens));
-        report.curve.extend(rows);
+        supersede(&mut report.curve, rows);
         if let Some(path) = &args.json {
             write_json(path, &serde_json::to_value(&report)?)?; // what is done is not lost
         }
     }
     Ok(())
+}
+
+/// Adds `rows`; of their tasks and lengths, earlier rows of methods that were measured again go.
+fn supersede(curve: &mut Vec<Row>, rows: Vec<Row>) {
+    let again = |old: &Row| {
+        let same = |new: &Row| new.task == old.task && new.context == old.context;
+        rows.iter().any(|new| same(new) && new.method == old.method)
+    };
+    curve.retain(|row| !again(row));
+    curve.extend(rows);
 }
 
 fn settings(args: &Args) -> serde_json::Value {
@@ -299,6 +308,32 @@ fn print(rows: &[Row]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_measured_again_replaces_its_method_alone() {
+        let row = |task: &str, context, method: &str, score| Row {
+            task: task.to_owned(),
+            context,
+            method: method.to_owned(),
+            asked: 0.5,
+            removed: 0.5,
+            removed_of_judged: 0.5,
+            score,
+            low: 0.0,
+            high: 1.0,
+            n: 9,
+        };
+        let mut curve = vec![
+            row("a", 1, "mlp", 0.1),
+            row("a", 1, "mlp", 0.2),
+            row("a", 1, "KVzip", 0.3),
+            row("a", 2, "mlp", 0.4),
+            row("b", 1, "mlp", 0.5),
+        ];
+        supersede(&mut curve, vec![row("a", 1, "mlp", 0.6)]);
+        let scores: Vec<f64> = curve.iter().map(|row| row.score).collect();
+        assert_eq!(scores, [0.3, 0.4, 0.5, 0.6]);
+    }
 
     #[test]
     fn shares_are_counted_over_layers_and_heads() {
