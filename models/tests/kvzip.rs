@@ -81,7 +81,13 @@ fn scores_and_pruned_sets_are_those_of_kvpress_under_its_rules() -> Result<()> {
         let body = |scores: &Tensor| scores.narrow(2, 4, case.tokens as i64 - 4);
         let error = common::difference(&body(&found), &body(kvpress));
         let each = (body(&found) / body(kvpress) - 1.0).abs().nan_to_num(0.0, None, None).max();
+        let exact = body(get(&wanted, &format!("{name}.exact"))?);
+        let [ours, theirs] =
+            [&found, kvpress].map(|scores| common::difference(&body(scores), &exact));
         println!("{name}: {error:.1e}, of each score {:.1e}", each.double_value(&[]));
+        println!("from f64: {ours:.1e}, kvpress {theirs:.1e}");
+        // So what lies between the two is rounding: either is as far from f64.
+        assert!(ours <= 4e-6 && theirs <= 4e-6, "{name}: {ours:.1e}, {theirs:.1e}");
         assert!(error <= 2e-6 && each.double_value(&[]) <= 1e-5, "{name}: {error:.1e}, {each}");
         assert_eq!(found.narrow(2, 0, 4).isinf().all().int64_value(&[]), 1);
 

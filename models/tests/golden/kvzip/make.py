@@ -8,10 +8,12 @@ kvzip.json         first, next, suffix: ids of the two instructions and of what 
                    cases: {name, tokens, prefix, chunk, plus}. The context is ids[..tokens]
 kvzip.safetensors  ids     i64 [2500]
                    {name}.scores         f32 [L, H, tokens]  0 in the prefix, sinks not yet protected
+                   {name}.exact          f32 [L, H, tokens]  the same, all computed in f64 and rounded at last
                    {name}.{ratio}        u8 [L, H, tokens]   1 where kvpress masks, its budget over the model
                    {name}.{ratio}.layer  the same, its budget in each layer
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +23,7 @@ from kvpress import KVzipPress
 from kvpress.presses import kvzip_press
 from safetensors.torch import save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).resolve().parent
@@ -72,6 +75,18 @@ def run(lm, ids, prefix, chunk, plus, ratio, layerwise):
     return scores[0], masked
 
 
+def exact(lm, *case):
+    """The scores by the same code in f64, where transformers' norm would go by way of f32."""
+    norm, LlamaRMSNorm.forward = LlamaRMSNorm.forward, lambda norm, x: norm.weight * x / (
+        x.square().mean(-1, keepdim=True) + norm.variance_epsilon
+    ).sqrt()
+    torch.set_default_dtype(torch.float64)
+    scores, _ = run(copy.deepcopy(lm).double(), *case, 0.5, False)
+    torch.set_default_dtype(torch.float32)
+    LlamaRMSNorm.forward = norm
+    return scores.float()
+
+
 @torch.no_grad()
 def main():
     disable_progress_bar()
@@ -94,6 +109,7 @@ def main():
                         gap = ordered.diff()[int(one.numel() * ratio) - 1] / ordered[int(one.numel() * ratio)]
                         assert gap > 1e-5, f"{name} at {ratio}: two scores lie {gap} apart, change the seed"
             tensors[f"{name}.scores"] = scores
+            tensors[f"{name}.exact"] = exact(lm, ids[:, :tokens], prefix, chunk, plus)
     encode = lambda text: Tokenizer(0).encode(text, "pt", False)[0].tolist()
     table = {
         "first": encode("\n\nRepeat the previous context exactly."),
