@@ -5,11 +5,12 @@ use anyhow::Result;
 use plotters::prelude::*;
 
 /// Methods in the order and colour of the legend; others follow in grey.
-const COLOURS: [(&str, RGBColor); 15] = [
+const COLOURS: [(&str, RGBColor); 16] = [
     ("mlp", RGBColor(208, 28, 60)),
     ("linear", RGBColor(240, 120, 40)),
     ("mlp, first free", RGBColor(232, 140, 160)),
     ("linear, first free", RGBColor(248, 190, 150)),
+    ("mlp, 9,000 pieces", RGBColor(130, 0, 50)),
     ("KVzip+", RGBColor(20, 20, 20)),
     ("KVzip", RGBColor(120, 120, 120)),
     ("AdaKV ExpectedAttention", RGBColor(0, 110, 190)),
@@ -22,6 +23,8 @@ const COLOURS: [(&str, RGBColor); 15] = [
     ("Knorm", RGBColor(200, 170, 90)),
     ("StreamingLLM", RGBColor(90, 140, 220)),
 ];
+/// Those to look at first.
+const WIDE: [&str; 4] = ["mlp", "linear", "mlp, 9,000 pieces", "KVzip+"];
 const GREY: RGBColor = RGBColor(190, 190, 190);
 
 /// File names and SVGs.
@@ -89,7 +92,7 @@ fn one(task: &str, context: usize, rows: &[&Row]) -> Result<String> {
                 .collect();
             points.sort_by(|a, b| a.0.total_cmp(&b.0));
             points.splice(0..0, full.map(|full| (0.0, full.score)));
-            let wide = if index < 2 || *method == "KVzip+" { 3 } else { 1 };
+            let wide = if WIDE.contains(method) { 3 } else { 1 };
             chart.draw_series(LineSeries::new(points.clone(), colour.stroke_width(wide)))?;
             let dots =
                 points.iter().map(|point| Circle::new(*point, 2 + wide / 2, colour.filled()));
