@@ -110,9 +110,7 @@ impl ModelArgs {
         let bar = spinner("loading the model");
         let model = Model::load_overlaid(&self.model, self.repo.as_deref(), kind, device)?;
         bar.finish_and_clear();
-        for note in &model.notes {
-            eprintln!("note: {note}");
-        }
+        note(&model);
         Ok(model)
     }
 
@@ -121,13 +119,11 @@ impl ModelArgs {
     }
 
     /// Where and in what it computes, once the threads are set.
-    #[cfg(feature = "cuda")]
     fn machine(&self) -> Result<(Kind, Device)> {
         self.machine.prepare()
     }
 
     /// The file or folder.
-    #[cfg(feature = "cuda")]
     fn path(&self) -> &Path {
         &self.model
     }
@@ -153,6 +149,13 @@ impl ModelArgs {
             json.extend(machine);
         }
         json
+    }
+}
+
+/// Says what a person should know of how a model's files were read.
+fn note(model: &Model) {
+    for note in &model.notes {
+        eprintln!("note: {note}");
     }
 }
 

@@ -177,3 +177,29 @@ fn a_batch_that_is_killed_leaves_no_half_answers_and_starts_again() {
     assert!(batch.run(&lines, &["--output", out.to_str().unwrap()]).status.success());
     assert_eq!(parse(&fs::read(&out).unwrap()).len(), 40);
 }
+
+#[test]
+fn a_model_in_parts_answers_as_the_whole() {
+    let batch = Batch::new();
+    let file = batch.path("batch.jsonl");
+    let lines = requests().iter().map(|line| format!("{line}\n")).collect::<String>();
+    fs::write(&file, lines).unwrap();
+    let run = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+        command.args(["generate", "--threads", "1", "--window", "16", "--model"]);
+        command.arg(batch.path("model")).arg("--batch").arg(&file).args(more).output().unwrap()
+    };
+    let (whole, parts) = (run(&[]), run(&["--cards", "2"]));
+    assert!(parts.status.success(), "{}", String::from_utf8_lossy(&parts.stderr));
+    let untimed = |output: &Output| {
+        let mut answers = parse(&output.stdout);
+        let usages = answers.iter_mut().filter_map(|answer| answer["usage"].as_object_mut());
+        usages.for_each(|usage| usage.retain(|key, _| !key.ends_with("_seconds")));
+        answers
+    };
+    assert_eq!(untimed(&parts), untimed(&whole), "texts, stops and what was held");
+    let refused = |more: &[&str]| String::from_utf8(run(more).stderr).unwrap();
+    assert!(refused(&["--cards", "3"]).contains("kv heads (2) cannot be cut into 3 equal parts"));
+    let other = refused(&["--cards", "2", "--method", "recency", "--budget", "0.5"]);
+    assert!(other.contains("only a surrogate's threshold"), "{other}");
+}

@@ -6,6 +6,7 @@ use crate::decoder::Decoder;
 use crate::error::Result;
 use crate::gguf::Gguf;
 use crate::overlay::Overlay;
+use crate::ranks::Rank;
 use crate::tokenizer::{GgufVocabulary, Tokenizer};
 use crate::weights::{Source, Weights, open};
 use std::collections::BTreeMap;
@@ -45,6 +46,26 @@ impl Model {
         kind: Kind,
         device: Device,
     ) -> Result<Self> {
+        let overlay = overlay.map(Overlay::open).transpose()?;
+        Self::assemble(path, overlay, kind, device, Decoder::load)
+    }
+
+    /// What is `rank`'s of a model, on its device.
+    ///
+    /// # Errors
+    /// As for the whole, and those of [`Decoder::load_part`].
+    pub fn load_part(path: &Path, kind: Kind, rank: &Rank) -> Result<Self> {
+        let load = |weights: &Weights| Decoder::load_part(weights, rank);
+        Self::assemble(path, None, kind, rank.device(), load)
+    }
+
+    fn assemble(
+        path: &Path,
+        overlay: Option<Overlay>,
+        kind: Kind,
+        device: Device,
+        load: impl FnOnce(&Weights) -> Result<Decoder>,
+    ) -> Result<Self> {
         let source = open(path)?;
         let (tokenizer, template) = texts(&source)?;
         let mut notes = source.notes().to_vec();
@@ -53,9 +74,9 @@ impl Model {
         }
         let mut weights = Weights::new(source, kind, device)?;
         if let Some(overlay) = overlay {
-            weights = weights.overlaid(Overlay::open(overlay)?)?;
+            weights = weights.overlaid(overlay)?;
         }
-        let lm = Box::new(Decoder::load(&weights)?);
+        let lm = Box::new(load(&weights)?);
         let stop = lm.config().eos_tokens.clone();
         Ok(Self { lm, tokenizer, template, stop, kind, device, notes })
     }

@@ -2,6 +2,7 @@
 
 mod batch;
 mod lines;
+mod parts;
 
 use super::prompt::PromptArgs;
 use super::{ModelArgs, megabytes, surrogate};

@@ -1,16 +1,17 @@
 //! `longctx generate --batch`: many requests at once, answers in their order.
 
 use super::lines::{self, Line};
-use super::{Args, Forgetting};
+use super::{Args, Forgetting, parts};
 use crate::Method;
 use crate::commands::{beside, megabytes, no_place, progress};
 #[cfg(feature = "cuda")]
 use crate::runner::card::gates;
 use crate::runner::context_ids;
 use anyhow::{Context, Result, bail, ensure};
+use kvzap::Surrogate;
 use models::engine::{CpuExecutor, End, Engine, Event, Request, Room, Totals};
 #[cfg(feature = "cuda")]
-use models::{CardExecutor, CardRoom, Dtype};
+use models::{CardExecutor, CardRoom, Dtype, Gates};
 use models::{Hooks, Message, Model, RenderOptions, Sampling, Specials, Stop, Tokenizer};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -35,6 +36,10 @@ pub struct BatchArgs {
     /// Gigabytes of keys and values of a batch; half of the free memory if left out, on a card all that a prompt leaves
     #[arg(long, value_name = "GB", requires = "batch")]
     memory: Option<f64>,
+    /// Cards to cut the model over: its kv heads, and its MLP's width, must divide. On the CPU so many parts of host memory,
+    /// which shows that they are the model and gains nothing
+    #[arg(long, value_name = "CARDS", default_value_t = 1, requires = "batch")]
+    cards: usize,
 }
 
 impl BatchArgs {
@@ -66,23 +71,32 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
     };
     let bytes = args.batch.bytes()?;
     let forgetting = Forgetting::of(args)?;
-    let model = args.model.load()?;
+    let (ranks, mut models) = match args.batch.cards {
+        1 => (Vec::new(), vec![args.model.load()?]),
+        cards => parts::load(&args.model, cards)?,
+    };
     let requests = lines.iter().map(|(number, line)| {
-        request(args, &model, line).with_context(|| format!("{} line {number}", file.display()))
+        let request = request(args, &models[0], line);
+        request.with_context(|| format!("{} line {number}", file.display()))
     });
     let requests = requests.collect::<Result<Vec<_>>>()?;
     let longest = requests.iter().map(|request| request.context.len()).max().unwrap_or(0);
     let method = forgetting.method(longest, args.window)?;
-    let surrogate = forgetting.surrogate.as_ref();
-    let (mut hooks, _) = method.hooks(&model, surrogate, args.window, args.prune_while_decoding)?;
-    hooks.protect = args.protect;
-    let (engine, tokenizer) = if model.device == Device::Cpu {
-        on_cpu(args, model, hooks, bytes)?
+    let texts = requests
+        .iter()
+        .map(|request| request.context.len() + request.question.len() + request.limit);
+    let work = Work { args, method, surrogate: forgetting.surrogate.as_ref(), bytes };
+    let longest = texts.max().unwrap_or(1);
+    let (engine, tokenizer) = if !ranks.is_empty() {
+        parts::start(&work, ranks, models, longest)?
     } else {
-        let texts = requests
-            .iter()
-            .map(|request| request.context.len() + request.question.len() + request.limit);
-        on_card(args, model, hooks, &forgetting, &method, texts.max().unwrap_or(1), bytes)?
+        let model = models.pop().expect("one was loaded");
+        let hooks = work.hooks(&model)?;
+        if model.device == Device::Cpu {
+            on_cpu(&work, model, hooks)?
+        } else {
+            on_card(&work, model, hooks, longest)?
+        }
     };
 
     let start = Instant::now();
@@ -121,62 +135,77 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An engine on the machine where the model lies, which it takes; and the model's tokenizer.
-type Started = Result<(Engine, Tokenizer)>;
+/// What an engine is to do.
+pub(super) struct Work<'a> {
+    pub args: &'a Args,
+    pub method: Method,
+    /// Of the whole model, or of a part.
+    pub surrogate: Option<&'a Surrogate>,
+    /// Of keys and values on each device.
+    pub bytes: Option<usize>,
+}
 
-fn on_cpu(args: &Args, model: Model, hooks: Hooks, bytes: Option<usize>) -> Started {
-    let free = || models::free_memory().map_or(1 << 30, |bytes| bytes / 2) as usize;
+impl Work<'_> {
+    pub fn hooks(&self, model: &Model) -> Result<Hooks> {
+        let Self { args, method, surrogate, .. } = self;
+        let (mut hooks, _) =
+            method.hooks(model, *surrogate, args.window, args.prune_while_decoding)?;
+        hooks.protect = args.protect;
+        Ok(hooks)
+    }
+
+    pub fn room_on_cpu(&self, model: &Model) -> Room {
+        let free = || models::free_memory().map_or(1 << 30, |bytes| bytes / 2) as usize;
+        Room {
+            batch: self.args.batch.at_once,
+            window: self.args.window,
+            stored: self.args.cache_dtype.map(Into::into),
+            vocabulary: model.tokenizer.vocab_size(),
+            ..Room::new(model.lm.config(), self.bytes.unwrap_or_else(free))
+        }
+    }
+
+    /// For texts of up to `longest` tokens.
+    #[cfg(feature = "cuda")]
+    pub fn room_on_card(&self, model: &Model, longest: usize) -> Result<CardRoom> {
+        let at_once = self.args.batch.at_once;
+        ensure!((1..=64).contains(&at_once), "--at-once {at_once}: give 1 to 64 texts");
+        let stored = self.args.cache_dtype.map_or(Dtype::Bf16, Into::into);
+        let (config, device) = (model.lm.config(), model.device);
+        Ok(CardRoom {
+            window: self.args.window,
+            vocabulary: model.tokenizer.vocab_size(),
+            ..CardRoom::new(config, device, at_once, longest, stored, self.bytes)?
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn gates(&self, model: &Model) -> Result<Option<Gates>> {
+        Ok(gates(model, self.surrogate, &self.method, self.args.prune_while_decoding)?)
+    }
+}
+
+/// An engine on the machine where the model lies, which it takes; and the model's tokenizer.
+pub(super) type Started = Result<(Engine, Tokenizer)>;
+
+fn on_cpu(work: &Work<'_>, model: Model, hooks: Hooks) -> Started {
+    let room = work.room_on_cpu(&model);
     let Model { lm, tokenizer, kind, .. } = model;
-    let room = Room {
-        batch: args.batch.at_once,
-        window: args.window,
-        stored: args.cache_dtype.map(Into::into),
-        vocabulary: tokenizer.vocab_size(),
-        ..Room::new(lm.config(), bytes.unwrap_or_else(free))
-    };
     let engine = Engine::builder().start(move || CpuExecutor::new(lm, kind, hooks, room))?;
     Ok((engine, tokenizer))
 }
 
 /// On a card every text gets what it gets alone, too: attention cuts each by its own length.
 #[cfg(feature = "cuda")]
-fn on_card(
-    args: &Args,
-    model: Model,
-    hooks: Hooks,
-    forgetting: &Forgetting,
-    method: &Method,
-    longest: usize,
-    bytes: Option<usize>,
-) -> Started {
-    ensure!(
-        (1..=64).contains(&args.batch.at_once),
-        "--at-once {}: give 1 to 64 texts",
-        args.batch.at_once
-    );
-    let surrogate = forgetting.surrogate.as_ref();
-    let gates = gates(&model, surrogate, method, args.prune_while_decoding)?;
-    let Model { lm, tokenizer, device, .. } = model;
-    let stored = args.cache_dtype.map_or(Dtype::Bf16, Into::into);
-    let room = CardRoom {
-        window: args.window,
-        vocabulary: tokenizer.vocab_size(),
-        ..CardRoom::new(lm.config(), device, args.batch.at_once, longest, stored, bytes)?
-    };
+fn on_card(work: &Work<'_>, model: Model, hooks: Hooks, longest: usize) -> Started {
+    let (gates, room) = (work.gates(&model)?, work.room_on_card(&model, longest)?);
+    let Model { lm, tokenizer, .. } = model;
     let make = move || CardExecutor::new(lm, hooks, gates.as_ref(), room);
     Ok((Engine::builder().start(make)?, tokenizer))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_card(
-    _: &Args,
-    _: Model,
-    _: Hooks,
-    _: &Forgetting,
-    _: &Method,
-    _: usize,
-    _: Option<usize>,
-) -> Started {
+fn on_card(_: &Work<'_>, _: Model, _: Hooks, _: usize) -> Started {
     bail!("this longctx was built without the feature cuda; build it with it")
 }
 
