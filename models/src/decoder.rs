@@ -54,13 +54,7 @@ impl Decoder {
 
     /// The same, with learned positions rounded as `round` says and angles as `precision`.
     pub fn load_with(weights: &Weights, round: RoundZ, precision: Precision) -> Result<Self> {
-        let what = "the model's weights";
-        match weights.device() {
-            Device::Cpu => memory::check(what, weights.bytes())?,
-            #[cfg(feature = "cuda")]
-            device @ Device::Cuda(_) => crate::card::check_memory(device, what, weights.bytes())?,
-            _ => {}
-        }
+        fits("the model's weights", weights.bytes(), weights.device())?;
         Self::assemble(weights, round, precision)
     }
 
@@ -71,6 +65,7 @@ impl Decoder {
     /// [`Error::Uncut`] for what does not divide.
     pub fn load_part(weights: &Weights, rank: &Rank) -> Result<Self> {
         let part = Part::new(weights, rank)?;
+        fits("a part of the model's weights", part.bytes(), rank.device())?;
         Ok(Self {
             rank: Some(rank.clone()),
             ..Self::assemble(&part, RoundZ::None, Precision::Parity)?
@@ -239,6 +234,16 @@ impl Decoder {
         let mixed = attend(&queries, &keys, values, drops.as_ref())?;
         let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, tokens, -1])?;
         self.blocks[layer].output.forward(&mixed)
+    }
+}
+
+/// Refuses what the memory of a device has no room for.
+fn fits(what: &'static str, bytes: u64, device: Device) -> Result<()> {
+    match device {
+        Device::Cpu => memory::check(what, bytes),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => crate::card::check_memory(device, what, bytes),
+        _ => Ok(()),
     }
 }
 

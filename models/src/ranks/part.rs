@@ -46,6 +46,14 @@ impl<'a> Part<'a> {
         Ok(Self { weights, rank, config })
     }
 
+    /// Bytes of its matrices.
+    pub fn bytes(&self) -> u64 {
+        let Config { tied_embeddings, vocab_size, hidden_size, .. } = self.config;
+        let embedding = if tied_embeddings { 0 } else { vocab_size * hidden_size };
+        let elements = self.config.matrix_elements() + embedding;
+        (elements * self.kind().elt_size_in_bytes()) as u64
+    }
+
     /// Which dimension of a tensor is cut.
     fn dimension(name: &str) -> Option<usize> {
         let mut words = name.rsplit('.');
