@@ -74,10 +74,7 @@ impl Runner<'_> {
     fn session(&self, hooks: Hooks, context: usize) -> Result<(Session<'_>, Option<String>)> {
         let Model { lm, device, kind, .. } = self.model;
         if *device != Device::Cpu {
-            #[cfg(feature = "cuda")]
             return self.on_card(hooks, context);
-            #[cfg(not(feature = "cuda"))]
-            anyhow::bail!("this longctx was built without the feature cuda; build it with it");
         }
         // For the longest text and as many copies of its pages; the memory grows as they are used.
         let room = 2 * lm.config().max_positions;
@@ -85,6 +82,11 @@ impl Runner<'_> {
         shape.dtype = self.stored.unwrap_or(shape.dtype);
         let cache = Paged::new(Cpu::new(shape)?)?;
         Ok((Session::new(lm.as_ref(), *device, cache, hooks), None))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn on_card(&self, _: Hooks, _: usize) -> Result<(Session<'_>, Option<String>)> {
+        anyhow::bail!("this longctx was built without the feature cuda; build it with it")
     }
 
     /// Reads a context and prunes it.

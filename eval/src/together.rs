@@ -103,25 +103,37 @@ impl Together<'_> {
         let Self { model: Model { lm, device, kind, .. }, methods, window, .. } = self;
         let ways = methods.len();
         if *device != Device::Cpu {
-            #[cfg(feature = "cuda")]
-            {
-                // In the mean over the ways, one of which may forget nothing.
-                let whole = if methods.contains(&Method::Full) { context / ways } else { 0 };
-                let least = whole.max(*window);
-                let more = QUESTION + self.limit;
-                let (window, kind) = (*window, *kind);
-                let (at_once, stored) = (MOST_TEXTS, None);
-                let room = TextRoom { ways, at_once, context, more, least, window, kind, stored };
-                let pool = text_cache(lm.config(), *device, room)?;
-                return Ok(Branches::new(lm.as_ref(), pool, ways, hooks, turn)?);
-            }
-            #[cfg(not(feature = "cuda"))]
-            anyhow::bail!("this longctx was built without the feature cuda; build it with it");
+            return self.on_card(context, hooks, turn);
         }
         // For the longest text in each branch, as many copies of its pages, and answers; the memory grows as they are used.
         let room = 2 * (ways * lm.config().max_positions + IN_FLIGHT);
         let shape = cache_shape(lm.config(), room, *window, *kind)?;
         Ok(Branches::new(lm.as_ref(), Cpu::new(shape)?, ways, hooks, turn)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_card(&self, context: usize, hooks: Hooks, turn: Turn) -> Result<Branches<'_>> {
+        let Self { model: Model { lm, device, kind, .. }, methods, window, .. } = self;
+        let ways = methods.len();
+        // In the mean over the ways, one of which may forget nothing.
+        let whole = if methods.contains(&Method::Full) { context / ways } else { 0 };
+        let room = TextRoom {
+            ways,
+            at_once: MOST_TEXTS,
+            context,
+            more: QUESTION + self.limit,
+            least: whole.max(*window),
+            window: *window,
+            kind: *kind,
+            stored: None,
+        };
+        let pool = text_cache(lm.config(), *device, room)?;
+        Ok(Branches::new(lm.as_ref(), pool, ways, hooks, turn)?)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn on_card(&self, _: usize, _: Hooks, _: Turn) -> Result<Branches<'_>> {
+        anyhow::bail!("this longctx was built without the feature cuda; build it with it")
     }
 }
 
