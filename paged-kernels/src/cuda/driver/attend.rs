@@ -170,7 +170,7 @@ impl Device {
                 overlaps: self.overlaps,
             };
             // SAFETY: as below; `shares` is the plan's, `parts` holds the parts of its cut, and `arrivals` a number
-            // for each head, 0 between launches. It may overlap: it waits before it reads what kernels write.
+            // for each head, 0 between launches. It may overlap: it waits before it reads what the kernel before writes.
             return unsafe { self.launch(stream.kernel, grid, &call) };
         }
         // SAFETY: the views hold what their shapes say; the arrays are a `Plan`'s, whose heads name ranges of its
