@@ -138,8 +138,6 @@ impl Cuda {
             arrivals: self.arrivals.whole(),
             cut: Cut::Fast,
             single: self.plan.single,
-            early: false,
-            slim: false,
             sequences: self.plan.sequences,
             group: self.book.shape.group(),
         };

@@ -384,8 +384,6 @@ impl Device {
             arrivals: pass.parts.whole(),
             cut: Cut::Fast,
             single: false,
-            early: false,
-            slim: false,
             sequences: pass.count,
             group,
         };
