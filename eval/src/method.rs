@@ -38,7 +38,7 @@ pub enum Method {
         /// Share of the cache to remove.
         remove: f64,
     },
-    /// One of [`BASELINES`].
+    /// One of those that [`Method::baselines`] names.
     Baseline {
         /// Its name.
         name: &'static str,
