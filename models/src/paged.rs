@@ -57,10 +57,7 @@ pub(crate) fn attend<B: PagedAttention>(
     values: &Tensor,
     drops: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let drops = match drops {
-        Some(drops) => Vec::<bool>::try_from(&drops.f_reshape([-1])?)?,
-        None => vec![false; (keys.size()[1] * keys.size()[2]) as usize],
-    };
+    let drops = bits(keys, drops)?;
     let (keys_view, values_view) = (bridge::view(keys)?, bridge::view(values)?);
     if let Some(sequence) = first {
         backend.fill(sequence, layer, keys_view, values_view, &drops)?;
@@ -72,6 +69,14 @@ pub(crate) fn attend<B: PagedAttention>(
     let (queries, view) = (bridge::view(queries)?, bridge::view_mut(&mut out)?);
     backend.attend(layer, queries, scale, view, None)?;
     Ok(out)
+}
+
+/// A bit for each of `keys`, `[1, kv_heads, tokens]`; without `drops` all stay.
+pub(crate) fn bits(keys: &Tensor, drops: Option<&Tensor>) -> Result<Vec<bool>> {
+    Ok(match drops {
+        Some(drops) => Vec::try_from(&drops.f_reshape([-1])?)?,
+        None => vec![false; (keys.size()[1] * keys.size()[2]) as usize],
+    })
 }
 
 impl<B: PagedAttention> Paged<B> {

@@ -2,7 +2,7 @@
 
 use crate::bridge;
 use crate::error::Result;
-use crate::paged::attend;
+use crate::paged::{attend, bits};
 use paged_kernels::{CacheShape, Cpu, PagedAttention, Sequence};
 use tch::{Device, Tensor};
 
@@ -85,10 +85,7 @@ impl Pool for Cpu {
         values: &Tensor,
         drops: Option<&Tensor>,
     ) -> Result<()> {
-        let drops = match drops {
-            Some(drops) => Vec::<bool>::try_from(&drops.f_reshape([-1])?)?,
-            None => vec![false; (keys.size()[1] * keys.size()[2]) as usize],
-        };
+        let drops = bits(keys, drops)?;
         let (keys, values) = (bridge::view(keys)?, bridge::view(values)?);
         Ok(PagedAttention::fill(self, text, layer, keys, values, &drops)?)
     }
