@@ -16,13 +16,19 @@ use tch::{Cuda, Device};
 /// # Errors
 /// [`Error::NoCuda`] where the library, the driver or the card is missing.
 pub fn cuda() -> Result<Device> {
-    static WRONG: OnceLock<Option<String>> = OnceLock::new();
-    let reason = match WRONG.get_or_init(load) {
+    let reason = match cuda_half() {
         None if Cuda::is_available() => return Ok(Device::Cuda(0)),
         None => "libtorch finds no driver or no card".to_owned(),
         Some(reason) => reason.clone(),
     };
     Err(Error::NoCuda { reason })
+}
+
+/// Loads libtorch's CUDA half, once, and says what went wrong. Whatever makes libtorch ask itself whether there is CUDA, as its
+/// random seed does, comes after this: it keeps its first answer for ever.
+pub(crate) fn cuda_half() -> &'static Option<String> {
+    static WRONG: OnceLock<Option<String>> = OnceLock::new();
+    WRONG.get_or_init(load)
 }
 
 /// The first `count` CUDA cards.
@@ -39,7 +45,6 @@ pub(crate) fn cards(count: usize) -> Result<Vec<Device>> {
     Ok((0..count).map(Device::Cuda).collect())
 }
 
-/// Loads it and says what went wrong: libtorch answers its first question about CUDA for ever, so this comes before.
 fn load() -> Option<String> {
     // SAFETY: the library is libtorch's own, made to be loaded beside the half that runs already; what it does when it is
     // loaded is to register its kernels there. It is never unloaded.

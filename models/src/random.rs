@@ -2,6 +2,7 @@
 //! download. Speed and memory are those of real weights; what it writes means nothing.
 
 use crate::config::Config;
+use crate::device;
 use crate::error::Result;
 use crate::folder;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -54,6 +55,8 @@ impl Random {
         let _drawing = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut hasher = DefaultHasher::new();
         (self.seed, name).hash(&mut hasher);
+        // A seed asks for CUDA: without its half at hand, no card would be found later.
+        device::cuda_half();
         tch::manual_seed(hasher.finish() as i64);
         let small = shape.iter().product::<i64>() <= SMALL;
         let on = if small { Device::Cpu } else { device };
