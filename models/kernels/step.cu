@@ -2,11 +2,12 @@
 // as fast as memory. Mirrored in src/card/driver.rs.
 //
 // A product's tile is 16 rows of a weight for all columns. Eight warps share its inner dimension and meet in shared memory,
-// so what a column gets is the same whatever its neighbours and however many they are. A block fills a multiprocessor and goes
-// from tile to tile, each warp with a ring of asynchronous copies of its own that runs on over their ends, so deep that memory
-// is busy while the warps meet. Weights are asked for before the kernel before has ended. Columns are the rows of mma.sync,
-// and the order of the inner dimension is free as long as both sides have the same, so a lane takes eight neighbouring
-// elements where the instruction's own order would give it pairs.
+// so what a column gets is the same whatever its neighbours and however many they are. A multiprocessor has one block, which
+// goes from tile to tile, each warp with a ring of asynchronous copies of its own that runs on over their ends, so deep that
+// memory is busy while the warps meet. Weights are asked for before the kernel before has ended: a ring leaves room for a block
+// of attention beside it. They pass through the second-level cache as what goes first, so that what is read again stays. Columns
+// are the rows of mma.sync, and the order of the inner dimension is free as long as both sides have the same, so a lane takes
+// eight neighbouring elements where the instruction's own order would give it pairs.
 //
 // A norm's factor is one number a column, so it is applied to the sums: what adds to the residual stream also leaves the
 // stream times the next norm's weight, and each tile's sum of squares.
@@ -23,7 +24,7 @@ namespace step {
 constexpr int LANES = 32;
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * LANES;
-constexpr int ROWS = 16;     // of a tile
+constexpr int ROWS = 16;     // of a tile, or of each half of a tall one
 constexpr int COLUMNS = 8;   // of a group
 constexpr int PARTS = 4;     // of a column's squares that a tile, or a token, brings: a warp each
 constexpr int CHUNK = 32;   // of the inner dimension: eight elements for each lane of four
@@ -60,7 +61,7 @@ struct Product {
     float *residual;        // [columns][rows]
     const bf16 *norm;       // [rows]: the next norm's weight
     bf16 *normed;           // [columns][rows]: residual * norm
-    float *next_squares;    // [columns][PARTS * tiles]
+    float *next_squares;    // [columns][next_parts]
     unsigned long long *best;  // [columns]
     uint32_t tiles;
     uint32_t rows;
@@ -74,14 +75,17 @@ struct Product {
     uint32_t vocabulary;  // tokens below it may be the best
     float epsilon;
     uint32_t stages;  // of a ring
-};
+    uint32_t kind;
+    uint32_t next_parts;   // PARTS for each 16 rows
+    uint32_t run_inverse;  // 2^32 / run, rounded up
+    uint32_t unused;
 
-template <int KIND>
-__device__ uint32_t row_of(const Product &call, uint32_t tile, uint32_t i) {
-    // A tile of a gated product is eight rows of each half.
-    if (KIND == GATED) return tile * (ROWS / 2) + i % 8 + (i < 8 ? 0 : call.rows / 2);
-    return tile * ROWS + i;
-}
+    __device__ uint32_t row(uint32_t tile, uint32_t i) const {
+        // A tile of a gated product is eight rows of each half.
+        if (kind == GATED) return tile * (ROWS / 2) + i % 8 + (i < 8 ? 0 : rows / 2);
+        return tile * ROWS + i;
+    }
+};
 
 // The factor of a column's norm, by a warp.
 __device__ float factor(const Product &call, uint32_t column) {
@@ -98,7 +102,7 @@ __device__ float factor(const Product &call, uint32_t column) {
 // 32 elements of the inner dimension of each group's columns, a lane its eight.
 template <int GROUPS>
 __device__ void columns_of(const Product &call, uint32_t inner, uint4 (&a)[GROUPS]) {
-    const uint32_t lane = threadIdx.x % LANES, at = inner + lane % 4 * 8, run = at / call.run;
+    const uint32_t lane = threadIdx.x % LANES, at = inner + lane % 4 * 8, run = __umulhi(at, call.run_inverse);
     const bf16 *from = call.input + run * call.run_stride + at - run * call.run;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
@@ -131,11 +135,11 @@ __device__ void ask_added(const Product &call, uint32_t tile, Added<GROUPS> &add
 }
 
 // What becomes of a tile's sums.
-template <int KIND, int GROUPS>
+template <int GROUPS>
 __device__ void finish(const Product &call, uint32_t tile, const float *sums, const float *factors,
                        const Added<GROUPS> &added) {
     const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, total = call.rows + call.more_rows;
-    const uint32_t i = threadIdx.x % 128 / COLUMNS, within = threadIdx.x % COLUMNS, row = row_of<KIND>(call, tile, i);
+    const uint32_t i = threadIdx.x % 128 / COLUMNS, within = threadIdx.x % COLUMNS, row = call.row(tile, i);
 #pragma unroll
     for (int n = 0; n < (GROUPS + 1) / 2; n++) {
         const uint32_t g = threadIdx.x / 128 + 2 * n;
@@ -148,7 +152,7 @@ __device__ void finish(const Product &call, uint32_t tile, const float *sums, co
             for (int w = 0; w < WARPS; w++) sum += sums[(w * ROWS + i) * GROUPS * COLUMNS + column];
             return sum;
         };
-        if (KIND == GATED) {
+        if (call.kind == GATED) {
             if (i >= 8 || column >= call.columns || row >= call.rows / 2) continue;
             const float gate = sum_of(i) * factors[column], up = sum_of(i + 8) * factors[column];
             static_cast<bf16 *>(call.out)[uint64_t(column) * (call.rows / 2) + row] =
@@ -156,13 +160,13 @@ __device__ void finish(const Product &call, uint32_t tile, const float *sums, co
             continue;
         }
         float sum = sum_of(i);
-        if (KIND == STORE) {
+        if (call.kind == STORE) {
             if (!there) continue;
             sum *= factors[column];
             if (row < call.rows) sum += call.bias ? __bfloat162float(call.bias[row]) : 0.0f;
             else sum += call.more_bias ? __bfloat162float(call.more_bias[row - call.rows]) : 0.0f;
             static_cast<bf16 *>(call.out)[uint64_t(column) * total + row] = __float2bfloat16(sum);
-        } else if (KIND == SCORE) {
+        } else if (call.kind == SCORE) {
             if (there) static_cast<float *>(call.out)[uint64_t(column) * total + row] = sum *= factors[column];
             unsigned long long best = there && row < call.vocabulary ? ranked(sum, row) : 0;
             best = max(best, __shfl_xor_sync(~0u, best, 8));
@@ -181,19 +185,29 @@ __device__ void finish(const Product &call, uint32_t tile, const float *sums, co
             }
             square += __shfl_xor_sync(~0u, square, 8);
             square += __shfl_xor_sync(~0u, square, 16);
-            if (lane < 8 && column < call.columns)
-                call.next_squares[(column * call.tiles + tile) * PARTS + warp % 4] = square;
+            if (lane < 8 && column < call.columns && tile * PARTS < call.next_parts)
+                call.next_squares[column * call.next_parts + tile * PARTS + warp % 4] = square;
         }
     }
 }
 
-// A warp's part of the ring: stages of 16 rows of 128 elements, whose 16-byte pieces lie so that no two lanes that read at once
-// meet in a bank.
-constexpr int PIECE = 128;                     // of the inner dimension
-constexpr int STAGE_BYTES = ROWS * PIECE * 2;  // of a warp
+// With more columns the inputs, which lie in the second-level cache, would take longer than the weights. Tiles are then twice
+// as tall, and stages half as long.
+template <int GROUPS>
+constexpr int TALL = GROUPS > 2 ? 2 : 1;
+
+// A warp's part of the ring: stages of a tile's rows times a piece of the inner dimension, whose 16 bytes lie so that no two
+// lanes that read at once meet in a bank.
+constexpr int STRETCH = 128;  // of the inner dimension: what warps have whole ones of
+template <int GROUPS>
+constexpr int PIECE = STRETCH / TALL<GROUPS>;
+constexpr int STAGE_BYTES = ROWS * STRETCH * 2;    // of a warp
 constexpr int LINES = STAGE_BYTES / (16 * LANES);  // copies of a lane for a stage
 
-__device__ uint32_t place_of(uint32_t row, uint32_t sixteenth) { return row * (PIECE * 2) + (sixteenth ^ (row & 1) << 2) * 16; }
+template <int GROUPS>
+__device__ uint32_t place_of(uint32_t row, uint32_t sixteenth) {
+    return row * (PIECE<GROUPS> * 2) + (sixteenth ^ (row & 1) << 2) * 16;
+}
 
 // Waits for the oldest of as many stages as are under way.
 __device__ void await(uint32_t stages) {
@@ -206,35 +220,52 @@ __device__ void await(uint32_t stages) {
     }
 }
 
-template <int KIND, int GROUPS>
+template <int GROUPS>
 __device__ void product(const Product &call) {
-    constexpr int SUMS = WARPS * ROWS * GROUPS * COLUMNS;
+    constexpr int PIECE = ::PIECE<GROUPS>, TALL = ::TALL<GROUPS>, SUMS = WARPS * ROWS * GROUPS * COLUMNS;
+    constexpr int ROW_LANES = PIECE / 8, LINE_ROWS = LANES / ROW_LANES;  // a copy of all lanes is of so many rows
+    constexpr int EIGHTS = 2 * TALL, EIGHT_LINES = LINES / EIGHTS;       // rows of a tile, eight by eight
     extern __shared__ __align__(128) char shared[];
-    float *const sums = reinterpret_cast<float *>(shared + call.stages * WARPS * STAGE_BYTES);  // [2][warp][row][column]
+    // [2][warp][row][column]: of one tile and the next, or of a tall one's halves
+    float *const sums = reinterpret_cast<float *>(shared + call.stages * WARPS * STAGE_BYTES);
     __shared__ float factors[GROUPS * COLUMNS];
     const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quad = lane % 4;
-    const uint32_t total = call.rows + call.more_rows, pieces = (call.inner + PIECE - 1) / PIECE;
-    const uint32_t first = warp * pieces / WARPS, own = (warp + 1) * pieces / WARPS - first;
-    const uint32_t tiles = (call.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
+    const uint32_t total = call.rows + call.more_rows, inner = call.inner, stretches = (inner + STRETCH - 1) / STRETCH;
+    // The warp's pieces of the inner dimension.
+    const uint32_t first = warp * stretches / WARPS * TALL, own = (warp + 1) * stretches / WARPS * TALL - first;
     const uint32_t ring = uint32_t(__cvta_generic_to_shared(shared)) + warp * call.stages * STAGE_BYTES;
     start_next();
+    uint64_t passing;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(passing));
 
     // What is asked for next: it runs ahead of what is multiplied, over the ends of tiles too.
-    uint32_t asked_tile = blockIdx.x, asked = 0, asked_stage = 0, left = tiles * own;
+    uint32_t asked_tile = blockIdx.x, asked = 0, asked_stage = 0;
+    const char *from[EIGHTS];  // where rows begin, each eight of which lie in one matrix
+    uint32_t there = 0;        // bits of the lines whose row exists
+    const auto begin_tile = [&]() {
+        there = 0;
+#pragma unroll
+        for (int e = 0; e < EIGHTS; e++) {
+            const uint32_t row = call.row(asked_tile * TALL + e / 2, e % 2 * 8 + lane / ROW_LANES);
+            const bool more = row >= call.rows;
+            from[e] = reinterpret_cast<const char *>((more ? call.more : call.weight) + uint64_t(more ? row - call.rows : row) * inner);
+#pragma unroll
+            for (int i = 0; i < EIGHT_LINES; i++) there |= uint32_t(row + i * LINE_ROWS < total) << (e * EIGHT_LINES + i);
+        }
+    };
     const auto ask = [&]() {
-        if (left > 0) {
-            left--;
-            const uint32_t at = (first + asked) * PIECE + lane % 16 * 8;
+        if (asked_tile < call.tiles && own > 0) {
+            if (asked == 0) begin_tile();
+            const uint32_t at = (first + asked) * PIECE + lane % ROW_LANES * 8;
+            const uint32_t to = ring + asked_stage * STAGE_BYTES + place_of<GROUPS>(lane / ROW_LANES, lane % ROW_LANES);
+            const uint32_t here = at < inner ? there : 0;  // past the last row and the last element are zeros
 #pragma unroll
             for (int i = 0; i < LINES; i++) {
-                const uint32_t r = 2 * i + lane / 16;
-                // Past the last row the last one stands in, and its sums are dropped; past the last element are zeros.
-                const uint32_t row = min(row_of<KIND>(call, asked_tile, r), total - 1);
-                const bf16 *from = (row < call.rows ? call.weight + uint64_t(row) * call.inner
-                                                    : call.more + uint64_t(row - call.rows) * call.inner) + min(at, call.inner - 8);
-                const uint32_t to = ring + asked_stage * STAGE_BYTES + place_of(r, lane % 16);
-                asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                             "r"(at < call.inner ? 16 : 0) : "memory");
+                const char *line = from[i / EIGHT_LINES] + uint64_t(i % EIGHT_LINES * LINE_ROWS * 2) * inner + at * 2;
+                const bool exists = here >> i & 1;
+                asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;" ::"r"(to + i * 16 * LANES),
+                             "l"(exists ? line : reinterpret_cast<const char *>(call.weight)), "r"(exists ? 16 : 0), "l"(passing)
+                             : "memory");
             }
             if (++asked == own) asked = 0, asked_tile += gridDim.x;
             if (++asked_stage == call.stages) asked_stage = 0;
@@ -244,34 +275,30 @@ __device__ void product(const Product &call) {
     for (uint32_t i = 0; i < call.stages; i++) ask();
     settle();
 
-    uint32_t stage = 0;
-    for (uint32_t n = 0; n < tiles; n++) {
-        const uint32_t tile = blockIdx.x + n * gridDim.x;
+    uint32_t stage = 0, turn = 0;
+    for (uint32_t tile = blockIdx.x; tile < call.tiles; tile += gridDim.x) {
         Added<GROUPS> added = {};
-        if (KIND == ADD && GROUPS <= 2) ask_added(call, tile, added);
-        float c[(GROUPS + 1) / 2][2][4] = {};
-        for (uint32_t piece = first; piece < first + own; piece++) {
+        if (call.kind == ADD && TALL == 1) ask_added(call, tile, added);
+        float c[(GROUPS + 1) / 2][EIGHTS][4] = {};
+        for (uint32_t piece = 0; piece < own; piece++) {
             uint4 a[PIECE / CHUNK][GROUPS];
-            if (GROUPS <= 2) {
 #pragma unroll
-                for (int j = 0; j < PIECE / CHUNK; j++) columns_of<GROUPS>(call, piece * PIECE + j * CHUNK, a[j]);
-            }
+            for (int j = 0; j < PIECE / CHUNK; j++) columns_of<GROUPS>(call, (first + piece) * PIECE + j * CHUNK, a[j]);
             await(call.stages);
             __syncwarp();
 #pragma unroll
             for (int j = 0; j < PIECE / CHUNK; j++) {
-                if (GROUPS > 2) columns_of<GROUPS>(call, piece * PIECE + j * CHUNK, a[j]);
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
+                for (int e = 0; e < EIGHTS; e++) {
                     uint4 b;
-                    const uint32_t from = ring + stage * STAGE_BYTES + place_of(half * 8 + lane / 4, j * 4 + quad);
+                    const uint32_t place = ring + stage * STAGE_BYTES + place_of<GROUPS>(e * 8 + lane / 4, j * 4 + quad);
                     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                                 : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w) : "r"(from) : "memory");
+                                 : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w) : "r"(place) : "memory");
 #pragma unroll
                     for (int g = 0; g < GROUPS; g += 2) {
                         const uint4 none = make_uint4(0, 0, 0, 0), x = a[j][g], y = g + 1 < GROUPS ? a[j][g + 1] : none;
-                        multiply(c[g / 2][half], x.x, y.x, x.y, y.y, b.x, b.y);
-                        multiply(c[g / 2][half], x.z, y.z, x.w, y.w, b.z, b.w);
+                        multiply(c[g / 2][e], x.x, y.x, x.y, y.y, b.x, b.y);
+                        multiply(c[g / 2][e], x.z, y.z, x.w, y.w, b.z, b.w);
                     }
                 }
             }
@@ -279,45 +306,40 @@ __device__ void product(const Product &call) {
             ask();
             if (++stage == call.stages) stage = 0;
         }
-        float *const mine = sums + n % 2 * SUMS;
+        float *const mine = sums + turn * SUMS;
+        if (TALL == 1) turn ^= 1;
+        else __syncthreads();  // the sums before have been read
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t row = i / 2 * 8 + quad * 2 + i % 2, column = g * COLUMNS + lane / 4;
-                mine[(warp * ROWS + row) * GROUPS * COLUMNS + column] = c[g / 2][i / 2][g % 2 * 2 + i % 2];
+            for (int i = 0; i < 2 * EIGHTS; i++) {
+                const uint32_t row = i / 2 % 2 * 8 + quad * 2 + i % 2, column = g * COLUMNS + lane / 4;
+                mine[i / 4 * SUMS + (warp * ROWS + row) * GROUPS * COLUMNS + column] = c[g / 2][i / 2][g % 2 * 2 + i % 2];
             }
         }
-        if (KIND != ADD && n == 0)
-            for (uint32_t column = warp; column < call.columns; column += WARPS) {
-                const float x = call.squares ? factor(call, column) : 1.0f;
-                if (lane == 0) factors[column] = x;
-            }
-        if (KIND == ADD && GROUPS > 2) ask_added(call, tile, added);
+        for (uint32_t column = warp; call.kind != ADD && tile == blockIdx.x && column < call.columns; column += WARPS) {
+            const float x = call.squares ? factor(call, column) : 1.0f;
+            if (lane == 0) factors[column] = x;
+        }
         __syncthreads();
-        finish<KIND, GROUPS>(call, tile, mine, factors, added);
+#pragma unroll 1
+        for (int half = 0; half < TALL; half++) {
+            if (call.kind == ADD && TALL > 1) ask_added(call, tile * TALL + half, added);
+            finish<GROUPS>(call, tile * TALL + half, mine + half * SUMS, factors, added);
+        }
     }
 }
 
 // By the columns that they have room for.
-#define PRODUCT(name, kind)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_8(Product call) {             \
-        product<kind, 1>(call);                                                                          \
-    }                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_16(Product call) {            \
-        product<kind, 2>(call);                                                                          \
-    }                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_32(Product call) {            \
-        product<kind, 4>(call);                                                                          \
-    }                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_##name##_64(Product call) {            \
-        product<kind, 8>(call);                                                                          \
+#define PRODUCT(columns)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_product_##columns(Product call) {        \
+        product<columns / COLUMNS>(call);                                                                  \
     }
 
-PRODUCT(store, STORE)
-PRODUCT(gated, GATED)
-PRODUCT(add, ADD)
-PRODUCT(score, SCORE)
+PRODUCT(8)
+PRODUCT(16)
+PRODUCT(32)
+PRODUCT(64)
 
 struct Embed {
     const bf16 *embedding;  // [vocabulary][width]

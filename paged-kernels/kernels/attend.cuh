@@ -193,5 +193,5 @@ struct Stream {
     float *parts;         // [parts][group * (dim + 2)]
     uint32_t *arrivals;   // [H][sequences]: parts of a head that are done; 0 between launches
     uint32_t cut;
-    uint32_t unused;
+    uint32_t early;  // Attend::slots are rows of the pool, and the kernel before writes no other rows
 };

@@ -11,7 +11,7 @@ namespace fused {
 
 constexpr int THREADS = WARPS * LANES;
 constexpr int PAIRS = 8;  // of a row, that a lane holds at most
-constexpr int UNITS = 8;  // of a surrogate, that a lane has on their way at once
+constexpr int UNITS = 16;  // of a surrogate, that a lane has on their way at once
 
 }  // namespace fused
 
@@ -83,33 +83,43 @@ __device__ void load_pairs(const void *data, uint32_t type, int64_t at, uint32_t
     });
 }
 
+// A lane's elements of a row of `width` that begins at `at`, from `base` on.
+__device__ void load_units(const void *data, uint32_t type, int64_t at, uint32_t width, uint32_t base,
+                           float (&x)[UNITS]) {
+    typed(data, type, [&](auto *from) {
+#pragma unroll
+        for (int k = 0; k < UNITS; k++) {
+            const uint32_t i = base + threadIdx.x % LANES + k * LANES;
+            x[k] = i < width ? widen(from[at + i]) : 0.0f;
+        }
+    });
+}
+
 // The score of a kv head: the surrogate's second layer, and its drop bit.
 __device__ void score(const Fused &call, uint32_t i, uint32_t kv_head, uint32_t text) {
     const uint32_t lane = threadIdx.x % LANES, row = call.rows[i];
     const uint64_t mark = call.marks[i];
     float sum = 0.0f;
-    if (!call.second) sum = load(call.units.data, call.units.type, call.units.at(0, text) + kv_head);
-    else typed(call.units.data, call.units.type, [&](auto *units) {
-        units += call.units.at(0, text);
-        typed(call.second, call.weight_type, [&](auto *weights) {
-            weights += int64_t(kv_head) * call.width;
-            for (uint32_t base = lane; base < call.width; base += UNITS * LANES) {
-                float x[UNITS], weight[UNITS];
+    if (!call.second) {
+        settle();
+        sum = load(call.units.data, call.units.type, call.units.at(0, text) + kv_head);
+    } else {
+        const float bias = load(call.second_bias, call.weight_type, kv_head);
+        const int64_t weights = int64_t(kv_head) * call.width, units = call.units.at(0, text);
+        float x[UNITS], weight[UNITS];
+        load_units(call.second, call.weight_type, weights, call.width, 0, weight);
+        settle();
+        for (uint32_t base = 0; base < call.width; base += UNITS * LANES) {
+            if (base > 0) load_units(call.second, call.weight_type, weights, call.width, base, weight);
+            load_units(call.units.data, call.units.type, units, call.width, base, x);
 #pragma unroll
-                for (int k = 0; k < UNITS; k++) {
-                    const uint32_t u = base + k * LANES;
-                    x[k] = u < call.width ? widen(units[u]) : 0.0f;
-                    weight[k] = u < call.width ? widen(weights[u]) : 0.0f;
-                }
-#pragma unroll
-                for (int k = 0; k < UNITS; k++) {
-                    const float gelu = 0.5f * x[k] * (1.0f + erff(x[k] * 0.70710678118654752f));
-                    sum += torch_round(gelu, call.torch) * weight[k];
-                }
+            for (int k = 0; k < UNITS; k++) {
+                const float gelu = 0.5f * x[k] * (1.0f + erff(x[k] * 0.70710678118654752f));
+                sum += torch_round(gelu, call.torch) * weight[k];
             }
-        });
-    });
-    if (call.second) sum = load(call.second_bias, call.weight_type, kv_head) + warp_sum(sum);
+        }
+        sum = bias + warp_sum(sum);
+    }
     // A NaN compares false, and stays.
     if (lane == 0 && row != NO_ROW && torch_round(sum, call.torch) < call.threshold) call.state.rings[mark] |= 1;
 }
@@ -121,7 +131,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
     const uint32_t count = state.kv_heads * call.texts, task = blockIdx.x * WARPS + threadIdx.x / LANES;
     uint32_t kind = task / count;  // the longest first: the score, if there is one, then queries, key, value
     const uint32_t i = task - kind * count, kv_head = i / call.texts, text = i - kv_head * call.texts;
-    settle();
     if (call.width > 0 && kind-- == 0) return score(call, i, kv_head, text);
     if (kind > call.group + 1) return;
     const bool is_query = kind < call.group, is_value = kind > call.group;
@@ -129,20 +138,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
     const uint32_t head = is_query ? kv_head * call.group + kind
                                    : query_heads + (is_value ? state.kv_heads : 0) + kv_head;
     const uint32_t row = call.rows[i];
-    float x[PAIRS], y[PAIRS];
+    // What the kernel before does not write is on its way before that has ended.
+    const void *norm = is_query ? call.query_norm : call.key_norm;
+    float x[PAIRS], y[PAIRS], a[PAIRS], b[PAIRS], inverse[PAIRS];
+    if (!is_value && norm) load_pairs(norm, call.norm_type, 0, pairs, a, b);
+#pragma unroll
+    for (int k = 0; k < PAIRS; k++) {
+        const uint32_t at = threadIdx.x % LANES + k * LANES;
+        inverse[k] = at < pairs && !is_value ? call.inverse[at] : 0.0f;
+    }
+    settle();
     load_pairs(call.qkv.data, call.qkv.type, call.qkv.at(0, text) + int64_t(head) * pool.dim, pairs, x, y);
     if (!is_value) {
         const float position = load(call.positions.data, F32, call.positions.at(kv_head % call.position_heads, text));
-        const void *norm = is_query ? call.query_norm : call.key_norm;
-        float inverse[PAIRS];
-#pragma unroll
-        for (int k = 0; k < PAIRS; k++) {
-            const uint32_t at = threadIdx.x % LANES + k * LANES;
-            inverse[k] = at < pairs ? call.inverse[at] : 0.0f;
-        }
         if (norm) {
-            float a[PAIRS], b[PAIRS], squares = 0.0f;
-            load_pairs(norm, call.norm_type, 0, pairs, a, b);
+            float squares = 0.0f;
 #pragma unroll
             for (int k = 0; k < PAIRS; k++) squares += x[k] * x[k] + y[k] * y[k];
             const float scale = rsqrtf(warp_sum(squares) / float(2 * pairs) + call.epsilon);

@@ -7,6 +7,8 @@
 // as rows. One block fills a multiprocessor: two of half the size would keep as much in flight and leave twice as many
 // parts to fold. A part goes to a workspace; who brings the last of a head folds them in their order, so the same cuts give
 // the same bits. Fast cuts move when a neighbour grows, and then a head's bits may change; invariant ones do not.
+//
+// A slim block leaves room for a block of the kernel that follows, which may then fetch what it needs while this one runs.
 
 #pragma once
 
@@ -146,7 +148,6 @@ __device__ void attend_share(const Stream &call) {
         return attend.tables[(ahead - source.slabs >> shift) + source.table];
     };
     uint32_t id = next_page();
-    settle();
     auto fetch = [&]() {
         if (ahead < end) {
             const uint32_t inside = ahead - source.slabs & (1u << shift) - 1;  // the page, in slabs
@@ -170,8 +171,17 @@ __device__ void attend_share(const Stream &call) {
         filled = filled + 1 == STAGES ? 0 : filled + 1;
         id = next_page();
     };
+    if (!call.early) settle();
 #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; i++) fetch();
+    for (int i = 0; i < STAGES - 1; i++) {
+        // Since the step was planned nothing has changed in the pages but the rows of its own tokens.
+        if (call.early && ahead < end) {
+            const uint64_t slab = (uint64_t(id) << shift) + (ahead - source.slabs & (1u << shift) - 1);
+            if (slab == attend.slots[source_index] / SLAB) settle();
+        }
+        fetch();
+    }
+    settle();
 
     const float scale = attend.scale * LOG2E;
     constexpr int QUERIES = SCALED ? 4 : 2;  // of a row of 16, that lie together in a lane
@@ -396,6 +406,7 @@ __device__ void attend_share(const Stream &call) {
     STREAM_ATTEND(d96, T, 96, 8, 3, false)         \
     STREAM_ATTEND(wide_d96, T, 96, 8, 2, true)     \
     STREAM_ATTEND(d128, T, 128, 8, 3, false)       \
+    STREAM_ATTEND(slim_d128, T, 128, 4, 2, false)  \
     STREAM_ATTEND(wide_d128, T, 128, 8, 2, true)   \
     STREAM_ATTEND(d256, T, 256, 4, 3, false)       \
     STREAM_ATTEND(wide_d256, T, 256, 4, 2, true)   \

@@ -138,6 +138,8 @@ impl Cuda {
             arrivals: self.arrivals.whole(),
             cut: Cut::Fast,
             single: self.plan.single,
+            early: false,
+            slim: false,
             sequences: self.plan.sequences,
             group: self.book.shape.group(),
         };

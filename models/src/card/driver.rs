@@ -35,8 +35,11 @@ pub(super) const PARTS: usize = 4;
 /// Bytes of a stage of a block's ring of weights, and, for each column, of its warps' sums, twice: of kernels/step.cu.
 const STAGE: usize = 8 * 4096;
 const COLUMN_SUMS: usize = 2 * 8 * ROWS * 4;
-/// Stages of a ring, at most and at least; and shared memory that is the compiler's.
-const STAGES: [usize; 2] = [6, 2];
+/// Times [`ROWS`] that a tile has, by width.
+const TALL: [usize; 4] = [1, 1, 2, 2];
+/// Stages of a ring, at most and at least: more would leave no room for a block of attention. And shared memory that is the
+/// compiler's.
+const STAGES: [usize; 2] = [4, 2];
 const ASIDE: usize = 1024;
 /// The most columns of a step.
 pub(super) const MOST_COLUMNS: usize = 64;
@@ -53,8 +56,8 @@ pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
 pub(super) struct Kernels {
     stream: Arc<CudaStream>,
     modules: [sys::CUmodule; 3],
-    /// By [`End`], then by width.
-    products: Vec<Vec<sys::CUfunction>>,
+    /// By width.
+    products: Vec<sys::CUfunction>,
     embed: sys::CUfunction,
     seat: sys::CUfunction,
     draw: sys::CUfunction,
@@ -100,21 +103,17 @@ impl Kernels {
         .map(load);
         let modules = [step?, sample?, norms?];
         let [step, sample, norms] = modules;
-        let kinds = ["store", "gated", "add", "score"];
-        let products = kinds.map(|kind| {
-            let width = |(width, stages): (usize, usize)| {
-                let product = function(step, &format!("step_{kind}_{width}"))?;
-                use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
-                let bytes = room(width, stages) as i32;
-                // SAFETY: the function is loaded.
-                unsafe { result::function::set_function_attribute(product, SHARED, bytes) }
-                    .map_err(failed("cuFuncSetAttribute"))?;
-                Ok(product)
-            };
-            WIDTHS.into_iter().zip(stages).map(width).collect()
-        });
+        let product = |(width, stages): (usize, usize)| {
+            let product = function(step, &format!("step_product_{width}"))?;
+            use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+            let bytes = room(width, stages) as i32;
+            // SAFETY: the function is loaded.
+            unsafe { result::function::set_function_attribute(product, SHARED, bytes) }
+                .map_err(failed("cuFuncSetAttribute"))?;
+            Ok(product)
+        };
         let kernels = Self {
-            products: products.into_iter().collect::<Result<_>>()?,
+            products: WIDTHS.into_iter().zip(stages).map(product).collect::<Result<_>>()?,
             embed: function(step, "step_embed")?,
             seat: function(step, "step_seat")?,
             draw: function(sample, "sample_draw")?,
@@ -166,6 +165,7 @@ impl Kernels {
             inner: inner as u32,
             columns: columns as u32,
             run: input.run as u32,
+            run_inverse: (1u64 << 32).div_ceil(input.run as u64) as u32,
             run_stride: input.run_stride as u32,
             column_stride: input.column_stride as u32,
             ..ProductCall::default()
@@ -173,7 +173,11 @@ impl Kernels {
         let mut total = rows;
         if let Some(more) = more {
             let (rows, width) = matrix(more)?;
-            assert_eq!(width, inner, "joined rows are of one width");
+            assert_eq!(
+                (width, total % 8),
+                (inner, 0),
+                "joined rows are of one width, eight by eight"
+            );
             (raw.more, raw.more_rows) =
                 (address(&more.weight, Kind::BFloat16, rows * inner)?, rows as u32);
             raw.more_bias = optional(more.bias.as_ref(), Kind::BFloat16, rows)?;
@@ -184,7 +188,7 @@ impl Kernels {
             (raw.parts, raw.epsilon) = (norm.parts as u32, norm.epsilon);
         }
         let mut tiles = total.div_ceil(ROWS);
-        let kind = match end {
+        raw.kind = match end {
             End::Store(out) => {
                 raw.out = address(out, Kind::BFloat16, columns * total)?;
                 0
@@ -199,6 +203,7 @@ impl Kernels {
                 raw.norm = address(norm, Kind::BFloat16, rows)?;
                 raw.normed = address(normed, Kind::BFloat16, columns * rows)?;
                 raw.next_squares = address(squares, Kind::Float, columns * tiles * PARTS)?;
+                raw.next_parts = (tiles * PARTS) as u32;
                 2
             }
             End::Score { scores, best, vocabulary } => {
@@ -210,13 +215,14 @@ impl Kernels {
         };
         let width = self.width(columns)?;
         raw.stages = self.stages[width] as u32;
+        tiles = tiles.div_ceil(TALL[width]);
         raw.tiles = tiles as u32;
         let grid = Grid {
             blocks: tiles.min(self.multiprocessors),
             threads: THREADS,
             shared: room(WIDTHS[width], self.stages[width]),
         };
-        self.launch(self.products[kind][width], grid, &raw)
+        self.launch(self.products[width], grid, &raw)
     }
 
     /// Which kernels have room for so many columns.
@@ -484,6 +490,10 @@ struct ProductCall {
     vocabulary: u32,
     epsilon: f32,
     stages: u32,
+    kind: u32,
+    next_parts: u32,
+    run_inverse: u32,
+    unused: u32,
 }
 
 #[repr(C)]

@@ -221,6 +221,7 @@ impl Step {
         let taken = || taken().map(|place| place.and_then(Option::as_ref));
         let sequences = taken().map(|place| place.map(|place| place.sequence));
         cache.batch(&sequences.collect::<Vec<_>>())?;
+        cache.leave_room(true);
 
         let Buffers { tokens, positions, draws, from, fresh, .. } = &self.buffers;
         let floats = |of: &dyn Fn(&Place) -> f32| -> Vec<f32> {

@@ -54,7 +54,8 @@ impl Resident {
     /// there for a place that nobody has is left alone.
     ///
     /// Angles are the f32 products of position and frequency, reduced in full, as transformers has them. Sums are f32, and
-    /// each result is rounded once.
+    /// each result is rounded once. Norms, frequencies and the surrogate's weights are read early: the kernel before must not
+    /// write them if it lets this one begin before its end.
     ///
     /// # Errors
     /// Those of [`append`](Self::append); an odd head dim; positions, frequencies that are not f32.

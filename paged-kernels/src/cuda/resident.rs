@@ -327,6 +327,12 @@ impl Resident {
         self.device.append_fused(&self.state, self.targets(layer), projected, threshold, queries)
     }
 
+    /// Whether the attention of steps leaves room on each multiprocessor for a block of the kernel that follows: what that
+    /// needs and this does not write can come meanwhile. It is slower by itself, and its last bits are others.
+    pub fn leave_room(&mut self, room: bool) {
+        self.step.slim = room;
+    }
+
     /// Attends from the step's `queries`, `[Hq, N, D]`, in one layer, after its rows are appended; `lse`, if given, is f32
     /// `[Hq, N, 1]`.
     ///

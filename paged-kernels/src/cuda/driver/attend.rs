@@ -27,8 +27,10 @@ pub(super) fn in_slabs(page_size: u32) -> bool {
     page_size.is_power_of_two() && page_size >= SLAB as u32
 }
 
-/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each. The first that fits is taken.
-const STREAM_KERNELS: [Stream<&CStr>; 8] = [
+/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each, but for the slim ones. The first that fits is
+/// taken.
+const STREAM_KERNELS: [Stream<&CStr>; 9] = [
+    Stream { slim: true, ..kernel(c"stream_attend_slim_d128", 128, 8, 4, 2) },
     kernel(c"stream_attend_d64", 64, 8, 8, 4),
     kernel(c"stream_attend_wide_d64", 64, 16, 8, 4),
     kernel(c"stream_attend_d96", 96, 8, 8, 3),
@@ -54,7 +56,7 @@ const fn kernel(
     team: usize,
     stages: usize,
 ) -> Stream<&CStr> {
-    Stream { kernel, dim, group, team, stages }
+    Stream { kernel, dim, group, team, stages, slim: false }
 }
 
 /// 32-bit words of a head's record.
@@ -71,6 +73,7 @@ pub(super) struct Stream<K> {
     team: usize,
     /// Slabs that each of them has on their way.
     stages: usize,
+    slim: bool,
 }
 
 impl<K> Stream<K> {
@@ -106,6 +109,10 @@ pub struct AttendStep<'a> {
     pub group: usize,
     /// No sequence has more than one token.
     pub single: bool,
+    /// `slots` are rows of the pool, and nothing else in it has changed since the step was planned.
+    pub early: bool,
+    /// A block of the next kernel is to have room beside one of this.
+    pub slim: bool,
 }
 
 impl Device {
@@ -129,8 +136,8 @@ impl Device {
             // SAFETY: the function is of a module that is loaded.
             unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
                 .map_err(failed("cuFuncSetAttribute"))?;
-            let &Stream { dim, group, team, stages, .. } = stream;
-            self.streams.push(Stream { kernel, dim, group, team, stages });
+            let &Stream { dim, group, team, stages, slim, .. } = stream;
+            self.streams.push(Stream { kernel, dim, group, team, stages, slim });
         }
         self.sizes(function(module, c"stream_sizes")?, 2)
     }
@@ -154,7 +161,8 @@ impl Device {
         if let Some(stream) = self.fast(pool, step, &queries) {
             let (shares, parts) = (step.shares.address, step.parts.address);
             let (arrivals, cut) = (step.arrivals.address, step.cut as u32);
-            let call = StreamCall { attend: call, shares, parts, arrivals, cut, unused: 0 };
+            let call =
+                StreamCall { attend: call, shares, parts, arrivals, cut, early: step.early.into() };
             let grid = Grid {
                 blocks: self.blocks,
                 threads: 32 * stream.team as u32,
@@ -162,7 +170,7 @@ impl Device {
                 overlaps: self.overlaps,
             };
             // SAFETY: as below; `shares` is the plan's, `parts` holds the parts of its cut, and `arrivals` a number
-            // for each head, 0 between launches. It may overlap: it waits before it reads what kernels write.
+            // for each head, 0 between launches. It may overlap: it waits before it reads what the kernel before writes.
             return unsafe { self.launch(stream.kernel, grid, &call) };
         }
         // SAFETY: the views hold what their shapes say; the arrays are a `Plan`'s, whose heads name ranges of its
@@ -209,8 +217,11 @@ impl Device {
         let queries = if self.dtype == Dtype::F8 { Dtype::Bf16 } else { self.dtype };
         let made_for =
             (pool.dtype, dtype) == (self.dtype.code(), queries.code()) && in_slabs(pool.page_size);
-        let fits =
-            |stream: &&Stream<_>| stream.dim == pool.dim as usize && step.group <= stream.group;
+        let fits = |stream: &&Stream<_>| {
+            stream.dim == pool.dim as usize
+                && step.group <= stream.group
+                && (step.slim || !stream.slim)
+        };
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
     }
 
@@ -246,5 +257,5 @@ pub(super) struct StreamCall {
     parts: u64,
     arrivals: u64,
     cut: u32,
-    unused: u32,
+    early: u32,
 }

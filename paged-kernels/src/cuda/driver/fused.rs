@@ -59,7 +59,7 @@ impl Device {
         let grid = Grid { overlaps: self.overlaps, ..grid(tasks.div_ceil(WARPS), 0) };
         // SAFETY: the views hold what their shapes say, which go with each other and the cache, as the caller has checked;
         // rows and marks are those that `begin` or `begin_pass` has written for as many. It may overlap: it waits before it
-        // reads what kernels write.
+        // reads what the kernel before writes.
         unsafe { self.launch(state.fused(), grid, &call) }
     }
 }

@@ -384,6 +384,8 @@ impl Device {
             arrivals: pass.parts.whole(),
             cut: Cut::Fast,
             single: false,
+            early: false,
+            slim: false,
             sequences: pass.count,
             group,
         };

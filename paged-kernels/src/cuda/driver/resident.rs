@@ -259,6 +259,8 @@ pub struct Step {
     parts: Room,
     arrivals: Room,
     pub cut: Cut,
+    /// Attention leaves room for the kernel that follows.
+    pub slim: bool,
     /// Kept tokens before each stretch of a prompt.
     starts: Room,
 }
@@ -285,6 +287,7 @@ impl Step {
             parts: device.parts(&state.pool, group, parts)?,
             arrivals,
             cut,
+            slim: false,
             starts: device.room(0)?,
         })
     }
@@ -311,6 +314,8 @@ impl Step {
             arrivals: self.arrivals.whole(),
             cut: self.cut,
             single: true,
+            early: true,
+            slim: self.slim,
             sequences: texts,
             group,
         }
