@@ -3,7 +3,7 @@
 mod common;
 
 use anyhow::Result;
-use common::golden;
+use common::{Each, golden};
 use kvzap::{Policy, Random, Scorer, Threshold};
 use models::{
     Branches, CausalLm, Cpu, Decoder, Error, Hooks, Paged, Pruning, Sampler, Sampling, Session,
@@ -36,27 +36,9 @@ fn alone(lm: &Decoder, threshold: f32, while_decoding: bool) -> Result<Session<'
     Ok(Session::new(lm, Device::Cpu, Paged::new(cpu(lm)?)?, hooks))
 }
 
-/// A threshold of its own for each branch.
-struct Each(Turn);
-
-impl Policy<Tensor> for Each {
-    type Drops = Tensor;
-
-    fn drops(&self, scores: &Tensor) -> kvzap::Result<Tensor> {
-        let below = |threshold: f32| Threshold::new(threshold)?.drops(scores);
-        match self.0.next() {
-            Some(way) => below(THRESHOLDS[way]),
-            None => Ok(Tensor::f_cat(
-                &THRESHOLDS.into_iter().map(below).collect::<kvzap::Result<Vec<_>>>()?,
-                0,
-            )?),
-        }
-    }
-}
-
 fn together(lm: &Decoder, while_decoding: bool) -> Result<Branches<'_>> {
     let turn = Turn::default();
-    let hooks = hooks(Random::new(5), Each(turn.clone()), while_decoding);
+    let hooks = hooks(Random::new(5), Each(turn.clone(), THRESHOLDS), while_decoding);
     Ok(Branches::new(lm, cpu(lm)?, THRESHOLDS.len(), hooks, turn)?)
 }
 

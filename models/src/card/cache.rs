@@ -76,6 +76,11 @@ impl<R: BorrowMut<Resident>> CardCache<R> {
         if last && resident.missing()? > 0 { Err(self.out_of_pages()) } else { Ok(()) }
     }
 
+    /// The cache in which it is.
+    pub fn resident(&self) -> &Resident {
+        self.resident.borrow()
+    }
+
     /// The text.
     pub fn sequence(&self) -> Sequence {
         self.sequence

@@ -8,7 +8,9 @@ mod common;
 mod cuda {
     mod branches;
     mod engine;
+    mod kvpress;
     mod ranks;
+    mod soak;
     mod step;
     mod text;
 }

@@ -1,8 +1,11 @@
 //! What the golden tests share.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod kvpress;
+
 use anyhow::{Context, Result};
-use models::{CausalLm, Hooks, KvCache};
+use kvzap::{Policy, Threshold};
+use models::{CausalLm, Hooks, KvCache, Turn};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use tch::{Kind, Tensor};
@@ -50,4 +53,23 @@ pub fn assert_close(found: &Tensor, wanted: &Tensor, bound: f64, what: &str) {
 /// A tensor of a golden file by name.
 pub fn get<'a>(tensors: &'a Tensors, name: &str) -> Result<&'a Tensor> {
     tensors.get(name).with_context(|| format!("the golden file has no tensor {name}"))
+}
+
+/// A threshold of its own for each branch, in the order of its ways.
+pub struct Each(pub Turn, pub [f32; 3]);
+
+impl Policy<Tensor> for Each {
+    type Drops = Tensor;
+
+    fn drops(&self, scores: &Tensor) -> kvzap::Result<Tensor> {
+        let Self(turn, thresholds) = self;
+        let below = |threshold: f32| Threshold::new(threshold)?.drops(scores);
+        match turn.next() {
+            Some(way) => below(thresholds[way]),
+            None => Ok(Tensor::f_cat(
+                &thresholds.map(below).into_iter().collect::<kvzap::Result<Vec<_>>>()?,
+                0,
+            )?),
+        }
+    }
 }

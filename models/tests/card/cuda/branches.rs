@@ -1,40 +1,23 @@
 //! Branches of a text whose pages lie on the card.
 
+use crate::common::Each;
 use crate::{ids, load, random_surrogate, wide};
 use anyhow::Result;
-use kvzap::{Policy, Threshold, TorchSurrogate};
+use kvzap::TorchSurrogate;
 use models::{
     Branches, CausalLm, Cpu, Decoder, Hooks, Pruning, Random, Source, TextRoom, Turn, cache_shape,
     cuda, text_cache,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
 const THRESHOLDS: [f32; 3] = [f32::NEG_INFINITY, -0.2, 0.1];
-
-/// A threshold of its own for each branch.
-struct Each(Turn);
-
-impl Policy<Tensor> for Each {
-    type Drops = Tensor;
-
-    fn drops(&self, scores: &Tensor) -> kvzap::Result<Tensor> {
-        let below = |threshold: f32| Threshold::new(threshold)?.drops(scores);
-        match self.0.next() {
-            Some(way) => below(THRESHOLDS[way]),
-            None => Ok(Tensor::f_cat(
-                &THRESHOLDS.into_iter().map(below).collect::<kvzap::Result<Vec<_>>>()?,
-                0,
-            )?),
-        }
-    }
-}
 
 fn branches(lm: &Decoder, device: Device) -> Result<Branches<'_>> {
     let (turn, ways) = (Turn::default(), THRESHOLDS.len());
     let scorer = random_surrogate(lm.config(), 24)?;
     let hooks = Hooks::pruning(Pruning {
         scorer: Box::new(TorchSurrogate::new(&scorer, Kind::Float, device)?),
-        policy: Box::new(Each(turn.clone())),
+        policy: Box::new(Each(turn.clone(), THRESHOLDS)),
         while_decoding: true,
     });
     if device == Device::Cpu {

@@ -3,8 +3,10 @@
 use crate::{ids, load, pruning, random_surrogate, wide};
 use anyhow::Result;
 use kvzap::TorchSurrogate;
-use models::engine::{Admission, Event, Executor, Request, Scheduler, Settings};
-use models::{CardExecutor, CardRoom, CausalLm, Dtype, Gates, Random, Sampling, Source, cuda};
+use models::engine::{Event, Executor, Request, Scheduler, Settings};
+use models::{
+    CardExecutor, CardRoom, CausalLm, Dtype, Gates, Random, Sampling, Source, Stop, cuda,
+};
 use paged_kernels::Mode;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,7 +25,7 @@ pub const ROOM: CardRoom = CardRoom {
     mode: Mode::BatchInvariant,
 };
 
-fn machine(folder: &Path, room: CardRoom) -> Result<CardExecutor> {
+pub fn machine(folder: &Path, room: CardRoom) -> Result<CardExecutor> {
     let device = cuda()?;
     let model = load(Source::Random(Random::open(folder, 3)?), Kind::BFloat16, device)?;
     let surrogate = random_surrogate(model.config(), 24)?;
@@ -51,34 +53,74 @@ pub fn requests(count: usize) -> Vec<Request> {
     (0..count).map(request).collect()
 }
 
-pub fn at(tick: usize) -> Duration {
+fn at(tick: usize) -> Duration {
     Duration::from_millis(tick as u64)
 }
 
-/// Runs requests, a few of which come at each tick, and gives each one's tokens.
+/// Runs requests, a few of which come at each tick, and gives each one's tokens and why it ended.
 pub fn run<E: Executor>(
     scheduler: &mut Scheduler<E>,
     requests: &[Request],
     at_once: usize,
-) -> Result<Vec<Vec<u32>>> {
-    let (mut tokens, mut order, mut tick) = (BTreeMap::new(), Vec::new(), 0);
-    let mut waiting = requests.iter();
-    while order.len() < requests.len() || !scheduler.is_idle() {
+) -> Result<Vec<(Vec<u32>, Stop)>> {
+    let (mut tokens, mut stops) = (BTreeMap::new(), BTreeMap::new());
+    let (mut waiting, mut tick) = (requests.iter(), 0);
+    while stops.len() < requests.len() || !scheduler.is_idle() {
         for request in waiting.by_ref().take(at_once) {
-            order.push(scheduler.submit(request.clone(), at(tick))?);
+            tokens.insert(scheduler.submit(request.clone(), at(tick))?, Vec::new());
         }
         tick += 1;
-        for event in scheduler.tick(at(tick)) {
+        for (id, event) in scheduler.tick(at(tick)) {
             match event {
-                (id, Event::Token(token)) => tokens.entry(id).or_insert_with(Vec::new).push(token),
-                (_, Event::End(end)) => {
-                    end.stop.map_err(|error| anyhow::anyhow!("{error}"))?;
+                Event::Token(token) => tokens.entry(id).or_default().push(token),
+                Event::End(end) => {
+                    stops.insert(id, end.stop.map_err(|error| anyhow::anyhow!("{error}"))?);
                 }
             }
         }
         anyhow::ensure!(tick < 20_000, "no end");
     }
-    Ok(order.into_iter().map(|id| tokens.remove(&id).unwrap_or_default()).collect())
+    // Ids go up as requests come.
+    Ok(tokens.into_values().zip(stops.into_values()).collect())
+}
+
+/// What each request gets by itself.
+pub fn alone<E: Executor>(machine: E, requests: &[Request]) -> Result<Vec<(Vec<u32>, Stop)>> {
+    let mut one = Scheduler::new(machine, Settings::default());
+    let alone = requests.iter().map(|request| run(&mut one, std::slice::from_ref(request), 1));
+    Ok(alone.collect::<Result<Vec<_>>>()?.concat())
+}
+
+/// Requests get together what each gets alone, on machines with pages for all, and with so few that texts are moved to host
+/// memory and back; and all pages come back, of what is cancelled too.
+pub fn same_together<E: Executor>(
+    machine: impl Fn(CardRoom) -> Result<E>,
+    requests: &[Request],
+    [many, few]: [usize; 2],
+) -> Result<()> {
+    let alone = alone(machine(ROOM)?, requests)?;
+    let written = alone.iter().map(|(tokens, _)| tokens.len()).sum::<usize>();
+    assert!(written > 15 * requests.len(), "there is something to compare");
+    for pages in [many, few] {
+        let mut all = Scheduler::new(machine(CardRoom { pages, ..ROOM })?, Settings::default());
+        let found = run(&mut all, requests, 3)?;
+        for (i, (found, alone)) in found.iter().zip(&alone).enumerate() {
+            assert_eq!(found, alone, "request {i} with {pages} pages");
+        }
+        let totals = all.totals();
+        println!("{pages} pages: {totals:?}");
+        assert!(pages == many || totals.preemptions > 0, "{totals:?}");
+        assert_eq!(all.machine().free_pages(), pages, "all pages come back");
+        let long = |request: &Request| Request { limit: 200, stop: vec![], ..request.clone() };
+        let ids = requests[..6].iter().map(|request| all.submit(long(request), at(0)));
+        let ids = ids.collect::<models::Result<Vec<_>>>()?;
+        (1..5).for_each(|tick| drop(all.tick(at(tick))));
+        assert!(ids.iter().all(|&id| all.cancel(id, at(5))));
+        (6..9).for_each(|tick| drop(all.tick(at(tick))));
+        assert!(all.is_idle());
+        assert_eq!(all.machine().free_pages(), pages, "pages of what was cancelled come back");
+    }
+    Ok(())
 }
 
 #[test]
@@ -86,25 +128,5 @@ pub fn run<E: Executor>(
 fn each_of_many_texts_gets_what_it_gets_alone() -> Result<()> {
     let folder = tempfile::tempdir()?;
     wide(folder.path())?;
-    let requests = requests(64);
-    let settings = Settings { admission: Admission::Certain, ..Settings::default() };
-    let mut one = Scheduler::new(machine(folder.path(), ROOM)?, settings.clone());
-    let alone = requests.iter().map(|request| run(&mut one, std::slice::from_ref(request), 1));
-    let alone = alone.collect::<Result<Vec<_>>>()?.concat();
-    assert!(alone.iter().map(Vec::len).sum::<usize>() > 1000, "there is something to compare");
-    // With room for all, and with so little that texts are moved to host memory and back.
-    for pages in [3000, 700] {
-        let room = CardRoom { pages, ..ROOM };
-        let mut all = Scheduler::new(machine(folder.path(), room)?, settings.clone());
-        let found = run(&mut all, &requests, 3)?;
-        for (i, (found, alone)) in found.iter().zip(&alone).enumerate() {
-            assert_eq!(found, alone, "request {i} with {pages} pages");
-        }
-        let totals = all.totals();
-        println!("{pages} pages: {totals:?}");
-        assert!(pages > 700 || totals.preemptions > 0, "{totals:?}");
-        // Contexts that are kept for others to come may hold the rest.
-        assert!(all.machine().free_pages() <= pages);
-    }
-    Ok(())
+    same_together(|room| machine(folder.path(), room), &requests(64), [3000, 700])
 }

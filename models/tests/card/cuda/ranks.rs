@@ -1,11 +1,10 @@
 //! A model over two cards.
 
-use super::engine::{ROOM, at, requests, run};
+use super::engine::{requests, same_together};
 use super::step::{BF16, best, distance, place, read};
 use crate::{ids, load, pruning, random_surrogate};
 use anyhow::Result;
 use kvzap::TorchSurrogate;
-use models::engine::{Admission, Executor, Request, Scheduler, Settings};
 use models::ranks::{Rank, Ranks, on_each};
 use models::{
     CardCache, CardExecutor, CardRoom, CausalLm, Decoder, Dense, Error, Gates, Hooks, Random,
@@ -144,35 +143,7 @@ fn machine(folder: &Path, room: CardRoom) -> Result<Ranks<CardExecutor>> {
 fn each_of_many_texts_gets_over_two_cards_what_it_gets_alone() -> Result<()> {
     let folder = tempfile::tempdir()?;
     make(folder.path(), ARCHITECTURES[1])?;
-    let requests = requests(48);
-    let settings = Settings { admission: Admission::Certain, contexts: 0, ..Settings::default() };
-    let mut one = Scheduler::new(machine(folder.path(), ROOM)?, settings.clone());
-    let alone = requests.iter().map(|request| run(&mut one, std::slice::from_ref(request), 1));
-    let alone = alone.collect::<Result<Vec<_>>>()?.concat();
-    assert!(alone.iter().map(Vec::len).sum::<usize>() > 700, "there is something to compare");
-    // With room for all, and with so little that texts are moved to host memory and back.
-    for pages in [1500, 350] {
-        let room = CardRoom { pages, ..ROOM };
-        let mut all = Scheduler::new(machine(folder.path(), room)?, settings.clone());
-        let found = run(&mut all, &requests, 3)?;
-        for (i, (found, alone)) in found.iter().zip(&alone).enumerate() {
-            assert_eq!(found, alone, "request {i} with {pages} pages");
-        }
-        let totals = all.totals();
-        println!("{pages} pages a card: {totals:?}");
-        assert!(pages > 350 || totals.preemptions > 0, "{totals:?}");
-        assert_eq!(all.machine().free_pages(), pages, "all pages come back");
-        // What is cancelled leaves nothing behind.
-        let long = |request: &Request| Request { limit: 200, stop: vec![], ..request.clone() };
-        let ids = requests[..6].iter().map(|request| all.submit(long(request), at(0)));
-        let ids = ids.collect::<models::Result<Vec<_>>>()?;
-        (1..5).for_each(|tick| drop(all.tick(at(tick))));
-        assert!(ids.iter().all(|&id| all.cancel(id, at(5))));
-        (6..9).for_each(|tick| drop(all.tick(at(tick))));
-        assert!(all.is_idle());
-        assert_eq!(all.machine().free_pages(), pages, "pages of what was cancelled come back");
-    }
-    Ok(())
+    same_together(|room| machine(folder.path(), room), &requests(48), [1500, 350])
 }
 
 #[test]
