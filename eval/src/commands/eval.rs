@@ -143,7 +143,7 @@ impl Args {
     }
 }
 
-/// Every method at each of its levels.
+/// Every method at each of its levels, once.
 fn methods(args: &Args) -> Result<Vec<Method>> {
     let mut methods = Vec::new();
     for name in &args.method {
@@ -160,6 +160,12 @@ fn methods(args: &Args) -> Result<Vec<Method>> {
             }
         }
     }
+    let mut once = Vec::new();
+    methods.retain(|&method| {
+        let new = !once.contains(&method);
+        once.extend(new.then_some(method));
+        new
+    });
     ensure!(
         args.surrogate.is_some()
             || !methods.iter().any(|method| method.name().starts_with("kvzap")),

@@ -10,6 +10,7 @@ use crate::runner::context_ids;
 use anyhow::{Context, Result, bail, ensure};
 use kvzap::Surrogate;
 use models::engine::{CpuExecutor, End, Engine, Event, Request, Room, Totals};
+use models::ranks::Rank;
 #[cfg(feature = "cuda")]
 use models::{CardExecutor, CardRoom, Dtype, Gates};
 use models::{Hooks, Message, Model, RenderOptions, Sampling, Specials, Stop, Tokenizer};
@@ -71,12 +72,12 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
     };
     let bytes = args.batch.bytes()?;
     let forgetting = Forgetting::of(args)?;
-    let (ranks, mut models) = match args.batch.cards {
-        1 => (Vec::new(), vec![args.model.load()?]),
+    let loaded = match args.batch.cards {
+        1 => Loaded::Whole(Box::new(args.model.load()?)),
         cards => parts::load(&args.model, cards)?,
     };
     let requests = lines.iter().map(|(number, line)| {
-        let request = request(args, &models[0], line);
+        let request = request(args, loaded.first(), line);
         request.with_context(|| format!("{} line {number}", file.display()))
     });
     let requests = requests.collect::<Result<Vec<_>>>()?;
@@ -87,16 +88,10 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
         .map(|request| request.context.len() + request.question.len() + request.limit);
     let work = Work { args, method, surrogate: forgetting.surrogate.as_ref(), bytes };
     let longest = texts.max().unwrap_or(1);
-    let (engine, tokenizer) = if !ranks.is_empty() {
-        parts::start(&work, ranks, models, longest)?
-    } else {
-        let model = models.pop().expect("one was loaded");
-        let hooks = work.hooks(&model)?;
-        if model.device == Device::Cpu {
-            on_cpu(&work, model, hooks)?
-        } else {
-            on_card(&work, model, hooks, longest)?
-        }
+    let (engine, tokenizer) = match loaded {
+        Loaded::Whole(model) if model.device == Device::Cpu => on_cpu(&work, *model)?,
+        Loaded::Whole(model) => on_card(&work, *model, longest)?,
+        Loaded::Parts(ranks, models) => parts::start(&work, ranks, models, longest)?,
     };
 
     let start = Instant::now();
@@ -133,6 +128,22 @@ pub(super) fn run(args: &Args, file: &Path) -> Result<()> {
         answers.len()
     );
     Ok(())
+}
+
+/// A model, or its parts, one for each rank.
+pub(super) enum Loaded {
+    Whole(Box<Model>),
+    Parts(Vec<Rank>, Vec<Model>),
+}
+
+impl Loaded {
+    /// What each part knows of the whole: template and tokenizer.
+    fn first(&self) -> &Model {
+        match self {
+            Self::Whole(model) => model,
+            Self::Parts(_, models) => &models[0],
+        }
+    }
 }
 
 /// What an engine is to do.
@@ -188,8 +199,8 @@ impl Work<'_> {
 /// An engine on the machine where the model lies, which it takes; and the model's tokenizer.
 pub(super) type Started = Result<(Engine, Tokenizer)>;
 
-fn on_cpu(work: &Work<'_>, model: Model, hooks: Hooks) -> Started {
-    let room = work.room_on_cpu(&model);
+fn on_cpu(work: &Work<'_>, model: Model) -> Started {
+    let (hooks, room) = (work.hooks(&model)?, work.room_on_cpu(&model));
     let Model { lm, tokenizer, kind, .. } = model;
     let engine = Engine::builder().start(move || CpuExecutor::new(lm, kind, hooks, room))?;
     Ok((engine, tokenizer))
@@ -197,15 +208,16 @@ fn on_cpu(work: &Work<'_>, model: Model, hooks: Hooks) -> Started {
 
 /// On a card every text gets what it gets alone, too: attention cuts each by its own length.
 #[cfg(feature = "cuda")]
-fn on_card(work: &Work<'_>, model: Model, hooks: Hooks, longest: usize) -> Started {
-    let (gates, room) = (work.gates(&model)?, work.room_on_card(&model, longest)?);
+fn on_card(work: &Work<'_>, model: Model, longest: usize) -> Started {
+    let (hooks, gates) = (work.hooks(&model)?, work.gates(&model)?);
+    let room = work.room_on_card(&model, longest)?;
     let Model { lm, tokenizer, .. } = model;
     let make = move || CardExecutor::new(lm, hooks, gates.as_ref(), room);
     Ok((Engine::builder().start(make)?, tokenizer))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_card(_: &Work<'_>, _: Model, _: Hooks, _: usize) -> Started {
+fn on_card(_: &Work<'_>, _: Model, _: usize) -> Started {
     bail!("this longctx was built without the feature cuda; build it with it")
 }
 

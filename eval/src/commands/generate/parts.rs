@@ -1,6 +1,6 @@
 //! `longctx generate --batch --cards`: an engine over the parts of a model.
 
-use super::batch::{Started, Work};
+use super::batch::{Loaded, Started, Work};
 use crate::Method;
 use crate::commands::{ModelArgs, note, spinner};
 use anyhow::{Context, Result, ensure};
@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use tch::Device;
 
 /// Loads a part of the model on each of so many cards; on the CPU, in host memory.
-pub(super) fn load(args: &ModelArgs, cards: usize) -> Result<(Vec<Rank>, Vec<Model>)> {
+pub(super) fn load(args: &ModelArgs, cards: usize) -> Result<Loaded> {
     ensure!(cards > 1, "--cards {cards}: give 1 or more");
     ensure!(args.repo.is_none(), "--cards cuts no model with learned positions: leave out --repo");
     let (kind, device) = args.machine()?;
@@ -23,7 +23,7 @@ pub(super) fn load(args: &ModelArgs, cards: usize) -> Result<(Vec<Rank>, Vec<Mod
     let parts = on_each(&ranks, |rank| Model::load_part(args.path(), kind, rank))?;
     bar.finish_and_clear();
     note(&parts[0]);
-    Ok((ranks, parts))
+    Ok(Loaded::Parts(ranks, parts))
 }
 
 fn on(device: Device, cards: usize) -> Result<Vec<Rank>> {
