@@ -312,12 +312,22 @@ pub enum Error {
         advice: &'static str,
     },
 
-    /// NCCL cannot be loaded, or refused a call.
+    /// NCCL cannot be loaded.
     #[error(
-        "NCCL, which adds up what several cards have: {call}: {reason}; torch for CUDA brings it: put the lib folder of its \
-         nvidia/nccl on LD_LIBRARY_PATH, or use one card"
+        "NCCL, which adds up what several cards have: it cannot be loaded: {reason}; torch for CUDA brings it: put the \
+         lib folder of its nvidia/nccl on LD_LIBRARY_PATH, or use one card"
     )]
     Nccl {
+        /// Why.
+        reason: String,
+    },
+
+    /// NCCL refused a call.
+    #[error(
+        "NCCL, which adds up what several cards have: {call}: {reason}; leave it some of the cards' memory, and set \
+         NCCL_DEBUG=WARN to see what it lacks, or use one card"
+    )]
+    NcclCall {
         /// The call.
         call: &'static str,
         /// What it said.

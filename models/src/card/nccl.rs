@@ -45,7 +45,7 @@ impl Nccl {
         let missing = |error: libloading::Error| {
             use std::error::Error as _;
             let reason = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-            Error::Nccl { call: "it cannot be loaded", reason }
+            Error::Nccl { reason }
         };
         // SAFETY: NCCL may be loaded at any time; it is the one that libtorch has loaded already, if it has. The types are
         // those of nccl.h, the same in all versions 2.
@@ -68,7 +68,7 @@ impl Nccl {
         }
         // SAFETY: it takes any number, and gives a text that is never freed.
         let text = unsafe { CStr::from_ptr((self.text)(code)) };
-        Err(Error::Nccl { call, reason: text.to_string_lossy().into_owned() })
+        Err(Error::NcclCall { call, reason: text.to_string_lossy().into_owned() })
     }
 }
 
@@ -90,7 +90,7 @@ impl Clique {
     /// Of cards 0 up to `cards`.
     ///
     /// # Errors
-    /// [`Error::Nccl`] where it is missing, or cannot connect the cards.
+    /// [`Error::Nccl`] where it is missing; [`Error::NcclCall`] where it cannot connect the cards.
     pub fn new(cards: usize) -> Result<Self> {
         let nccl = Nccl::open(LIBRARY)?;
         let mut handles: Vec<Handle> = vec![std::ptr::null_mut(); cards];

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::decoder::Decoder;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::ranks::{Rank, Sum};
+use crate::ranks::{Rank, Sum, on_each};
 use cudarc::driver::CudaStream;
 use paged_kernels::{CacheShape, Resident, Seats};
 use std::sync::Arc;
@@ -23,10 +23,11 @@ pub(crate) struct CardSum {
 }
 
 impl Rank {
-    /// A part on each of the first `count` cards, whose sums NCCL adds.
+    /// A part on each of the first `count` cards, whose sums NCCL adds. Parts of one model at a time: sums of two that are on
+    /// their way over the same cards may wait for each other for ever.
     ///
     /// # Errors
-    /// Cards that are not there or not alike; [`Error::Nccl`].
+    /// Cards that are not there or not alike; [`Error::Nccl`] and [`Error::NcclCall`].
     pub fn on_cards(count: usize) -> Result<Vec<Self>> {
         let devices = device::cards(count)?;
         let streams = devices.iter().map(|&device| memory::stream(device));
@@ -41,9 +42,19 @@ impl Rank {
             let sums = Arc::new(CardSum { clique: clique.clone(), rank: index, stream });
             Self::new(index, count, device, sums)
         };
-        Ok(devices.into_iter().zip(streams).enumerate().map(rank).collect())
+        let ranks: Vec<_> = devices.into_iter().zip(streams).enumerate().map(rank).collect();
+        // NCCL takes its memory when cards first meet, for few bytes and for many: before anyone counts what is free.
+        for (elements, kind) in MEETINGS {
+            on_each(&ranks, |rank| -> Result<()> {
+                rank.sum(Tensor::f_zeros([elements], (kind, rank.device()))?).map(drop)
+            })?;
+        }
+        Ok(ranks)
     }
 }
+
+/// Elements of the smallest sum of a step, and of a long prompt's.
+const MEETINGS: [(i64, Kind); 2] = [(1 << 10, Kind::Float), (1 << 25, Kind::BFloat16)];
 
 impl Sum for CardSum {
     fn sum(&self, part: Tensor) -> Result<Tensor> {

@@ -12,7 +12,7 @@ use models::{
 };
 use paged_kernels::{Mode, Seats};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 /// A model of each architecture that a step takes, whose parts the kernels take.
@@ -24,6 +24,12 @@ fn make(folder: &Path, architecture: &str) -> Result<()> {
         "rope_theta": 1e6, "tie_word_embeddings": false, "attention_bias": false,
     });
     Ok(std::fs::write(folder.join("config.json"), config.to_string())?)
+}
+
+/// Held while cards work together: the sums of two models over the same cards may wait for each other for ever.
+fn together() -> MutexGuard<'static, ()> {
+    static CARDS: Mutex<()> = Mutex::new(());
+    CARDS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 const ARCHITECTURES: [&str; 2] = ["LlamaForCausalLM", "Qwen3ForCausalLM"];
@@ -65,6 +71,7 @@ fn scores(card: &Decoder, tokens: &[Vec<u32>]) -> Result<(Tensor, Vec<Option<u32
 #[test]
 #[ignore = "needs two CUDA devices"]
 fn parts_on_cards_give_the_scores_of_the_cpu_and_the_tokens_of_one_card() -> Result<()> {
+    let _alone = together();
     let (folder, device) = (tempfile::tempdir()?, cuda()?);
     let ranks = Rank::on_cards(2)?;
     for name in ARCHITECTURES {
@@ -141,6 +148,7 @@ fn machine(folder: &Path, room: CardRoom) -> Result<Ranks<CardExecutor>> {
 #[test]
 #[ignore = "needs two CUDA devices"]
 fn each_of_many_texts_gets_over_two_cards_what_it_gets_alone() -> Result<()> {
+    let _alone = together();
     let folder = tempfile::tempdir()?;
     make(folder.path(), ARCHITECTURES[1])?;
     same_together(|room| machine(folder.path(), room), &requests(48), [1500, 350])
