@@ -150,6 +150,7 @@ impl Decoder {
         let read = read.f_to_kind(Kind::Float)?.f_transpose(1, 2)?.f_contiguous()?;
         Ok(Some(match self.config.positions[layer] {
             LayerPositions::Offset(tokens) => read.f_mul_scalar(f64::from(tokens))?.f_add(index)?,
+            LayerPositions::Slowed(times) => read.f_add(&index.f_div_scalar(f64::from(times))?)?,
             _ => read,
         }))
     }

@@ -19,20 +19,24 @@ pub enum LayerPositions {
     /// The index, and so many tokens times what the maps read. Ours, not the paper's: a model that was trained by the index
     /// is still one when the maps begin.
     Offset(u32),
+    /// What the maps read, and the index, slowed so many times. Ours too: order stays in sight, and a step of one among
+    /// positions is worth so many tokens.
+    Slowed(u32),
 }
 
 impl LayerPositions {
     /// Whether the layer has maps.
     pub fn learned(self) -> bool {
-        matches!(self, Self::Repo | Self::Offset(_))
+        matches!(self, Self::Repo | Self::Offset(_) | Self::Slowed(_))
     }
 }
 
 /// The maps of a layer, as checkpoints call them.
 const MAPS: [&str; 3] = ["gate_map", "content_map", "final_map"];
 
-/// In `pe_config`, what makes positions offsets to the index: in no published checkpoint.
+/// In `pe_config`, what makes positions offsets to the index, or adds the index slowed: in no published checkpoint.
 const OFFSET: &str = "dynamic_pe_offset_tokens";
+const SLOWED: &str = "dynamic_pe_slowed_index";
 
 /// Reads `pe_config` as the published checkpoints have it, for a model of `layers` layers; plain where there is none.
 ///
@@ -44,10 +48,21 @@ pub(crate) fn planned(fields: &Fields, layers: usize) -> Result<Vec<LayerPositio
     let mode = match pe.text("dynamic_pe_mode")?.unwrap_or("none") {
         "none" => return Ok(plan),
         "nope" => LayerPositions::Nope,
-        "swigluex_multihead" => match pe.count(OFFSET)? {
-            None | Some(0) => LayerPositions::Repo,
-            Some(tokens) => LayerPositions::Offset(u32::try_from(tokens).unwrap_or(u32::MAX)),
-        },
+        "swigluex_multihead" => {
+            let number = |key| -> Result<Option<u32>> {
+                let count = pe.count(key)?.filter(|&count| count > 0);
+                Ok(count.map(|count| u32::try_from(count).unwrap_or(u32::MAX)))
+            };
+            match (number(OFFSET)?, number(SLOWED)?) {
+                (None, None) => LayerPositions::Repo,
+                (Some(tokens), None) => LayerPositions::Offset(tokens),
+                (None, Some(times)) => LayerPositions::Slowed(times),
+                (Some(_), Some(times)) => {
+                    let wanted = format!("none beside {OFFSET}");
+                    return Err(pe.wrong(&format!("pe_config.{SLOWED}"), &wanted, &times));
+                }
+            }
+        }
         found => {
             return Err(Error::Unsupported {
                 path: fields.path().to_owned(),

@@ -15,8 +15,8 @@ use paged_kernels::cudarc::driver::sys::{
 };
 use paged_kernels::cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream};
 use paged_kernels::{
-    CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Gate, HeadNorms, Mode, Projected,
-    Resident, ScorePrecision, ScoreRule, Seats,
+    CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Gate, HeadNorms, Mode, Positions,
+    Projected, Resident, ScorePrecision, ScoreRule, Seats,
 };
 use std::error::Error;
 use std::fmt::Write;
@@ -352,7 +352,7 @@ fn fused(cache: &mut Resident, n: usize, stream: &Arc<CudaStream>) -> Result<f64
     let projected = Projected {
         qkv: DeviceView::of(&qkv, [1, n, columns], stream)?,
         norms: Some(HeadNorms { query: norm, key: norm, epsilon: 1e-6 }),
-        positions: DeviceView::of(&positions, [1, n, 1], stream)?,
+        positions: Positions::Given(DeviceView::of(&positions, [1, n, 1], stream)?),
         inverse: DeviceView::of(&inverse, [1, 1, DIM / 2], stream)?,
         turned: 1.0,
         gate: Some(Gate {

@@ -12,6 +12,7 @@ namespace fused {
 constexpr int THREADS = WARPS * LANES;
 constexpr int PAIRS = 8;  // of a row, that a lane holds at most
 constexpr int UNITS = 16;  // of a surrogate, that a lane has on their way at once
+constexpr int READ = 8;    // of what positions are read from
 
 }  // namespace fused
 
@@ -20,7 +21,7 @@ using namespace fused;
 struct Fused {
     State state;
     View qkv;        // [1][texts][(Hq + 2 H) * dim]: queries, keys, values
-    View positions;  // f32 [1 or H][texts][1]
+    View positions;  // f32 [1 or H][texts][1]; or what they are read from, [1][texts][2 * read]: gates, then contents
     View queries;    // out: [Hq][texts][dim]
     const float *inverse;    // [dim / 2]: angle of a position of 1
     const void *query_norm;  // [dim], or null
@@ -28,11 +29,14 @@ struct Fused {
     View units;              // [1][texts][width]: of the surrogate, before GELU
     const void *second;      // [H][width]; null where the units are the scores, one for each kv head
     const void *second_bias;  // [H]
+    const void *last;        // [H][read], of what is read from gates and contents; or null
     const uint32_t *rows;    // [H][texts]: the layer's, of Begin
     const uint64_t *marks;
     uint32_t texts;
     uint32_t group;
     uint32_t position_heads;
+    uint32_t read;
+    uint32_t last_type;
     uint32_t norm_type;
     uint32_t width;  // 0 without a surrogate
     uint32_t weight_type;
@@ -84,11 +88,12 @@ __device__ void load_pairs(const void *data, uint32_t type, int64_t at, uint32_t
 }
 
 // A lane's elements of a row of `width` that begins at `at`, from `base` on.
+template <int COUNT>
 __device__ void load_units(const void *data, uint32_t type, int64_t at, uint32_t width, uint32_t base,
-                           float (&x)[UNITS]) {
+                           float (&x)[COUNT]) {
     typed(data, type, [&](auto *from) {
 #pragma unroll
-        for (int k = 0; k < UNITS; k++) {
+        for (int k = 0; k < COUNT; k++) {
             const uint32_t i = base + threadIdx.x % LANES + k * LANES;
             x[k] = i < width ? widen(from[at + i]) : 0.0f;
         }
@@ -124,6 +129,20 @@ __device__ void score(const Fused &call, uint32_t i, uint32_t kv_head, uint32_t 
     if (lane == 0 && row != NO_ROW && torch_round(sum, call.torch) < call.threshold) call.state.rings[mark] |= 1;
 }
 
+// Where a kv head's token stands by its maps: last · (silu(gate) * content). The first `weight`s are there already.
+__device__ float read_position(const Fused &call, uint32_t kv_head, uint32_t text, float (&weight)[READ]) {
+    const int64_t at = call.positions.at(0, text), weights = int64_t(kv_head) * call.read;
+    float sum = 0.0f, gate[READ], content[READ];
+    for (uint32_t base = 0; base < call.read; base += READ * LANES) {
+        if (base > 0) load_units(call.last, call.last_type, weights, call.read, base, weight);
+        load_units(call.positions.data, call.positions.type, at, call.read, base, gate);
+        load_units(call.positions.data, call.positions.type, at + call.read, call.read, base, content);
+#pragma unroll
+        for (int k = 0; k < READ; k++) sum += gate[k] / (1.0f + __expf(-gate[k])) * content[k] * weight[k];
+    }
+    return warp_sum(sum);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
     start_next();
     const State &state = call.state;
@@ -147,10 +166,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
         const uint32_t at = threadIdx.x % LANES + k * LANES;
         inverse[k] = at < pairs && !is_value ? call.inverse[at] : 0.0f;
     }
+    const bool reads = !is_value && call.last;
+    float weight[READ];
+    if (reads) load_units(call.last, call.last_type, int64_t(kv_head) * call.read, call.read, 0, weight);
     settle();
     load_pairs(call.qkv.data, call.qkv.type, call.qkv.at(0, text) + int64_t(head) * pool.dim, pairs, x, y);
     if (!is_value) {
-        const float position = load(call.positions.data, F32, call.positions.at(kv_head % call.position_heads, text));
+        const float position =
+            reads ? read_position(call, kv_head, text, weight)
+                  : load(call.positions.data, F32, call.positions.at(kv_head % call.position_heads, text));
         if (norm) {
             float squares = 0.0f;
 #pragma unroll

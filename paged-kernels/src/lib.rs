@@ -24,7 +24,7 @@ pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
 pub use cuda::{
     Cuda, DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut, Gate, HeadNorms,
-    Mode, Projected, Resident, ScorePrecision, ScoreRule, Scores, Seats, Surrogate,
+    Mode, Positions, Projected, Resident, ScorePrecision, ScoreRule, Scores, Seats, Surrogate,
     SurrogateWeights, Suspended,
 };
 #[cfg(feature = "cuda")]

@@ -9,7 +9,7 @@ use half::bf16;
 use paged_kernels::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use paged_kernels::{
     CacheShape, DeviceView, DeviceViewMut, Dtype, Error, Gate, HeadNorms, Mode, PagedAttention,
-    Projected, Reference, Resident, ScorePrecision, ScoreRule, Seats, ViewMut,
+    Positions, Projected, Reference, Resident, ScorePrecision, ScoreRule, Seats, ViewMut,
 };
 use std::sync::Arc;
 
@@ -37,6 +37,8 @@ struct Case {
     norms: bool,
     /// Real positions of each kv head, or integers for all.
     own: bool,
+    /// The former read from as many gates and contents, and not given.
+    read: usize,
     precision: Option<ScorePrecision>,
     /// Whether the surrogate's units are the scores.
     linear: bool,
@@ -48,6 +50,7 @@ const PLAIN: Case = Case {
     dtype: Dtype::Bf16,
     norms: false,
     own: false,
+    read: 0,
     precision: None,
     linear: false,
     turned: 1.0,
@@ -88,6 +91,24 @@ fn gelu(x: f64) -> f64 {
         term *= -x * x / 2.0 / n;
     }
     0.5 * x * (1.0 + 2.0 / std::f64::consts::PI.sqrt() * sum)
+}
+
+/// Positions of each kv head and place: `last · (silu(gate) · content)`.
+fn read(maps: &[f32], last: &[f32], places: usize, kv_heads: usize) -> Vec<f32> {
+    let width = last.len() / kv_heads;
+    let of = |last: &[f32], maps: &[f32]| -> f32 {
+        let (gates, contents) = maps.split_at(width);
+        let terms = last.iter().zip(gates).zip(contents).map(|((&last, &gate), &content)| {
+            let [last, gate, content] = [last, gate, content].map(f64::from);
+            last * gate / (1.0 + (-gate).exp()) * content
+        });
+        terms.sum::<f64>() as f32
+    };
+    let heads = last.chunks_exact(width);
+    let places = 0..places;
+    heads
+        .flat_map(|last| places.clone().map(|i| of(last, &maps[2 * width * i..][..2 * width])))
+        .collect()
 }
 
 fn round(x: f64, precision: ScorePrecision) -> f64 {
@@ -132,9 +153,18 @@ fn run(case: Case) {
         let qkv = noise.floats(places * columns);
         let units = noise.floats(places * WIDTH);
         let heads = if case.own { kv_heads } else { 1 };
-        let positions = (0..heads * places)
+        let mut positions = (0..heads * places)
             .map(|i| if case.own { noise.next() * 3000.0 } else { (70_000 * i + step) as f32 })
             .collect::<Vec<_>>();
+        let mut exact = |n: usize, scale: f32| -> Vec<f32> {
+            let rounded = |x: f32| bf16::from_f32(scale * x).to_f32();
+            noise.floats(n).into_iter().map(rounded).collect()
+        };
+        let (maps, last) = (exact(places * 2 * case.read, 1.0), exact(kv_heads * case.read, 16.0));
+        if case.read > 0 {
+            positions = read(&maps, &last, places, kv_heads);
+        }
+        let (maps_card, last_card) = (narrow(&stream, &maps), narrow(&stream, &last));
         let tensors = (narrow(&stream, &qkv), narrow(&stream, &units));
         let positions_card = stream.clone_htod(&positions).unwrap();
         let mut rotated_queries = narrow(&stream, &vec![f32::NAN; query_heads * places * head_dim]);
@@ -148,7 +178,15 @@ fn run(case: Case) {
                 key: seen(&on_card.0[1], [1, 1, head_dim]),
                 epsilon: EPSILON,
             }),
-            positions: DeviceView::of(&positions_card, [heads, places, 1], &stream).unwrap(),
+            positions: match case.read {
+                0 => Positions::Given(
+                    DeviceView::of(&positions_card, [heads, places, 1], &stream).unwrap(),
+                ),
+                width => Positions::Read {
+                    units: seen(&maps_card, [1, places, 2 * width]),
+                    last: seen(&last_card, [1, kv_heads, width]),
+                },
+            },
             inverse: DeviceView::of(&on_card.1, [1, 1, head_dim / 2], &stream).unwrap(),
             turned: case.turned,
             gate: case.precision.map(|precision| Gate {
@@ -263,6 +301,10 @@ mod cuda {
             run(Case { head_dim, linear: true, precision, ..PLAIN });
         }
         run(Case { norms: true, turned: 1.3, ..PLAIN });
+        for read in [6, 72, 256, 512, 600] {
+            let precision = (read > 72).then_some(ScorePrecision::F32);
+            run(Case { norms: read == 256, own: true, read, precision, ..PLAIN });
+        }
     }
 
     #[test]
@@ -281,7 +323,9 @@ mod cuda {
         let good = Projected {
             qkv: DeviceView::of(&qkv, [1, 1, 18 * 64], &stream).unwrap(),
             norms: None,
-            positions: DeviceView::strided(&numbers, [1, 1, 1], [0, 0], &stream).unwrap(),
+            positions: Positions::Given(
+                DeviceView::strided(&numbers, [1, 1, 1], [0, 0], &stream).unwrap(),
+            ),
             inverse: DeviceView::of(&numbers, [1, 1, 32], &stream).unwrap(),
             turned: 1.0,
             gate: None,
@@ -292,6 +336,11 @@ mod cuda {
         let halves = DeviceView::strided(&qkv, [1, 1, 32], [0, 0], &stream).unwrap();
         let error = cache.append_fused(0, Projected { inverse: halves, ..good }, &mut queries);
         assert!(matches!(error.unwrap_err(), Error::Type { tensor: "inverse", .. }));
+        let units = DeviceView::of(&qkv, [1, 1, 2 * 9], &stream).unwrap();
+        let last = DeviceView::strided(&qkv, [1, 3, 8], [0, 8], &stream).unwrap();
+        let read = Positions::Read { units, last };
+        let error = cache.append_fused(0, Projected { positions: read, ..good }, &mut queries);
+        assert!(matches!(error.unwrap_err(), Error::Shape { tensor: "gates and contents", .. }));
         cache.append_fused(0, good, &mut queries).unwrap();
         assert_eq!(
             cache.append_fused(0, good, &mut queries).unwrap_err(),

@@ -4,7 +4,7 @@ mod methods;
 mod picture;
 mod probes;
 
-use super::{ModelArgs, beside, progress, table, write, write_json};
+use super::{ModelArgs, beside, facts, progress, table, write, write_json};
 use crate::files;
 use crate::intervals::{Interval, normal, wilson};
 use anyhow::{Context, Result, bail, ensure};
@@ -25,12 +25,12 @@ pub struct Args {
     #[arg(long, num_args = 1.., value_name = "FOLDER")]
     surrogate: Vec<PathBuf>,
     /// The folder of RULER's essays, questions and words
-    #[arg(long, value_name = "FOLDER", required_unless_present = "merge")]
+    #[arg(long, value_name = "FOLDER", required_unless_present_any = ["merge", "documents"])]
     texts: Option<PathBuf>,
-    /// Documents for `perplexity`, as JSON lines
+    /// Documents for `perplexity`, and for the noise of `facts`, as JSON lines
     #[arg(long, value_name = "FILE")]
     documents: Option<PathBuf>,
-    /// What to ask: RULER's tasks of one answer, `answer-nll`, `perplexity`; nothing with --merge alone
+    /// What to ask: RULER's tasks of one answer, `answer-nll`, `perplexity`, `facts`; nothing with --merge alone
     #[arg(long, num_args = 1.., required_unless_present = "merge")]
     task: Vec<String>,
     /// Tokens of a context, about
@@ -139,7 +139,7 @@ fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
     let model = args.model.load()?;
     let methods = Methods::load(args, &model)?;
     report.r2.extend(methods.r2());
-    report.settings.push(settings(args));
+    report.settings.push(settings(args)?);
     let cells = args.task.iter().flat_map(|task| args.tokens.iter().map(move |&n| (task, n)));
     for (task, tokens) in cells {
         let probes = Probes::open(args, &model, task, tokens)?;
@@ -163,12 +163,14 @@ fn supersede(curve: &mut Vec<Row>, rows: Vec<Row>) {
     curve.extend(rows);
 }
 
-fn settings(args: &Args) -> serde_json::Value {
-    serde_json::json!({
+fn settings(args: &Args) -> Result<serde_json::Value> {
+    let training = facts::training(&args.model)?;
+    Ok(serde_json::json!({
         "run": args.model.json(), "tasks": args.task, "contexts": args.tokens, "samples": args.samples,
         "window": args.window, "protect": args.protect, "seed": args.seed,
         "surrogates": args.surrogate.iter().filter_map(|p| p.file_name()?.to_str()).collect::<Vec<_>>(),
-    })
+        "arm": training["arm"], "arm_seed": training["seed"], "arm_tokens": training["tokens"],
+    }))
 }
 
 /// All points of one task and length.

@@ -18,8 +18,6 @@ pub(super) struct Buffers {
     pub hidden: Tensor,
     /// What a block writes before its norm, f32.
     pub written: Tensor,
-    /// Positions of a layer's own, f32 `[columns, kv_heads]`.
-    pub stands: Tensor,
     pub scores: Tensor,
     pub best: Tensor,
     pub draws: Draws,
@@ -28,11 +26,11 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    /// For steps of `columns` texts whose projections are `projected` wide, and what is gated `inner`.
+    /// For steps of `columns` texts whose projections are `projected` wide.
     pub fn new(
         config: &Config,
         columns: usize,
-        [projected, inner]: [usize; 2],
+        projected: usize,
         device: tch::Device,
     ) -> Result<Self> {
         let room = |width: usize, kind| Tensor::f_zeros([(columns * width) as i64], (kind, device));
@@ -47,9 +45,8 @@ impl Buffers {
             projected: room(projected, bf16)?,
             queries: room(queries, bf16)?,
             attended: room(queries, bf16)?,
-            hidden: room(inner, bf16)?,
+            hidden: room(config.intermediate_size, bf16)?,
             written: room(width, Kind::Float)?,
-            stands: room(config.kv_heads, Kind::Float)?,
             scores: room(config.vocab_size, Kind::Float)?,
             best: room(1, Kind::Int64)?,
             draws: Draws {

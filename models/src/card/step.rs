@@ -17,7 +17,8 @@ use crate::sampling::Sampling;
 use cudarc::driver::CudaGraph;
 use kvzap::TorchSurrogate;
 use paged_kernels::{
-    DeviceView, Gate, HeadNorms, Projected, Resident, ScorePrecision, ScoreRule, Sequence,
+    DeviceView, Gate, HeadNorms, Positions, Projected, Resident, ScorePrecision, ScoreRule,
+    Sequence,
 };
 use std::collections::BTreeMap;
 use tch::{Kind, Tensor};
@@ -105,8 +106,10 @@ struct Layer {
     qkv: Linear,
     qk_norms: Option<[Tensor; 2]>,
     positions: LayerPositions,
-    /// What reads positions off the hidden state.
-    repo: Option<[Linear; 2]>,
+    /// What runs with the projections: the first maps of what reads positions, then of the surrogate.
+    more: Option<Linear>,
+    /// Of what reads positions: its last map, `[kv_heads, width]`.
+    repo: Option<Tensor>,
     gate: Option<LayerGate>,
     output: Linear,
     mlp_norm: Tensor,
@@ -115,7 +118,7 @@ struct Layer {
 }
 
 struct LayerGate {
-    first: Linear,
+    units: usize,
     /// Of an MLP: weight and bias.
     second: Option<[Tensor; 2]>,
     rule: ScoreRule,
@@ -140,19 +143,28 @@ impl Step {
         let mut maps = maps.collect::<Result<Vec<_>>>()?.into_iter();
         let layers = model.blocks.iter().enumerate();
         let layers = layers.map(|(i, block)| {
-            let gate = gates.map(|gates| {
+            let [first, last] = match maps.next().flatten() {
+                Some(maps) => maps.map(Some),
+                None => [None, None],
+            };
+            let mut more = first.map(|weight| Linear { weight, bias: None });
+            let mut gate = None;
+            if let Some(gates) = gates {
                 let mut maps = gates.maps[i]
                     .iter()
                     .map(|(weight, bias)| [weight.shallow_clone(), bias.shallow_clone()]);
                 let [weight, bias] = maps.next().expect("a surrogate has a map a layer");
-                let precision = ScorePrecision::MatchTorchBf16;
-                LayerGate {
-                    first: Linear { weight, bias: Some(bias) },
+                gate = Some(LayerGate {
+                    units: weight.size()[0] as usize,
                     second: maps.next(),
-                    rule: ScoreRule { threshold: gates.thresholds[i], precision },
-                }
-            });
-            Layer {
+                    rule: ScoreRule {
+                        threshold: gates.thresholds[i],
+                        precision: ScorePrecision::MatchTorchBf16,
+                    },
+                });
+                more = Some(follow(more, Linear { weight, bias: Some(bias) })?);
+            }
+            Ok(Layer {
                 attention_norm: block.attention_norm.weight.shallow_clone(),
                 qkv: block.qkv.shallow_clone(),
                 qk_norms: block
@@ -160,24 +172,21 @@ impl Step {
                     .as_ref()
                     .map(|norms| norms.each_ref().map(|norm| norm.weight.shallow_clone())),
                 positions: config.positions[i],
-                repo: maps.next().flatten(),
+                more,
+                repo: last,
                 gate,
                 output: block.output.shallow_clone(),
                 mlp_norm: block.mlp_norm.weight.shallow_clone(),
                 gate_up: block.mlp.gate_up.shallow_clone(),
                 down: block.mlp.down.shallow_clone(),
-            }
+            })
         });
-        let layers = layers.collect::<Vec<_>>();
+        let layers = layers.collect::<Result<Vec<_>>>()?;
         let rows = |linear: &Linear| linear.weight.size()[0] as usize;
-        let projected = layers.iter().map(|layer| {
-            rows(&layer.qkv) + layer.gate.as_ref().map_or(0, |gate| rows(&gate.first))
-        });
-        let projected = projected.max().unwrap_or(0);
-        let maps = layers.iter().flat_map(|layer| &layer.repo);
-        let inner = maps.map(|[first, _]| rows(first) / 2).max().unwrap_or(0);
-        let (device, inner) = (model.embedding.device(), inner.max(config.intermediate_size));
-        let buffers = Buffers::new(&config, columns, [projected, inner], device)?;
+        let projected =
+            layers.iter().map(|layer| rows(&layer.qkv) + layer.more.as_ref().map_or(0, rows));
+        let (projected, device) = (projected.max().unwrap_or(0), model.embedding.device());
+        let buffers = Buffers::new(&config, columns, projected, device)?;
         let ones = config
             .architecture
             .norms_outputs()
@@ -341,30 +350,20 @@ impl Step {
     ) -> Result<()> {
         let layer = &self.layers[i];
         let Config { query_heads, kv_heads, head_dim, hidden_size, .. } = self.config;
-        let Buffers {
-            positions,
-            normed,
-            squares,
-            projected,
-            queries,
-            attended,
-            hidden,
-            stands,
-            best,
-            ..
-        } = &self.buffers;
-        let first = layer.gate.as_ref().map(|gate| &gate.first);
+        let Buffers { positions, normed, squares, projected, queries, attended, .. } =
+            &self.buffers;
         self.kernels.product(Product {
             weight: &layer.qkv,
-            more: first,
+            more: layer.more.as_ref(),
             input: plain(normed, hidden_size),
             norm: self.factor(squares, parts),
             columns,
             end: End::Store(projected),
         })?;
         let width = (query_heads + 2 * kv_heads) * head_dim;
-        let units = first.map_or(0, |first| first.weight.size()[0] as usize);
-        let stride = width + units;
+        let inner = layer.repo.as_ref().map_or(0, |last| last.size()[1] as usize);
+        let (maps, units) = (2 * inner, layer.gate.as_ref().map_or(0, |gate| gate.units));
+        let stride = width + maps + units;
         let part = |from, width| memory::view(projected, from, [1, columns, width], [0, stride]);
         let epsilon = self.config.norm_epsilon as f32;
         let norms = match &layer.qk_norms {
@@ -383,7 +382,7 @@ impl Step {
         };
         let gate = match &layer.gate {
             Some(LayerGate { second, rule, .. }) => Some(Gate {
-                units: part(width, units)?,
+                units: part(width + maps, units)?,
                 second: match second {
                     Some([weight, bias]) => Some([
                         memory::view(weight, 0, [1, kv_heads, units], [0, units])?,
@@ -396,27 +395,11 @@ impl Step {
             None => None,
         };
         let positions = match &layer.repo {
-            Some([first, last]) => {
-                self.kernels.product(Product {
-                    weight: first,
-                    more: None,
-                    input: plain(normed, hidden_size),
-                    norm: self.factor(squares, parts),
-                    columns,
-                    end: End::Gated(hidden),
-                })?;
-                let inner = first.weight.size()[0] as usize / 2;
-                self.kernels.product(Product {
-                    weight: last,
-                    more: None,
-                    input: plain(hidden, inner),
-                    norm: None,
-                    columns,
-                    end: End::Score { scores: stands, best, vocabulary: 0 },
-                })?;
-                memory::view(stands, 0, [kv_heads, columns, 1], [1, kv_heads])?
-            }
-            None => memory::view(positions, 0, [1, columns, 1], [columns, 1])?,
+            Some(last) => Positions::Read {
+                units: part(width, maps)?,
+                last: memory::view(last, 0, [1, kv_heads, inner], [0, inner])?,
+            },
+            None => Positions::Given(memory::view(positions, 0, [1, columns, 1], [columns, 1])?),
         };
         let projected = Projected {
             qkv: part(0, width)?,
@@ -512,7 +495,7 @@ fn row(tensor: &Tensor) -> Result<DeviceView<'_>> {
 }
 
 /// The maps that read positions, in bf16: as they came, and not rounded, for positions may be large.
-fn position_maps(module: &GatedMlp) -> Result<[Linear; 2]> {
+fn position_maps(module: &GatedMlp) -> Result<[Tensor; 2]> {
     let narrow = |map: &Linear| {
         let weight = map.weight.f_to_kind(Kind::BFloat16)?;
         if weight.f_to_kind(map.weight.kind())? != map.weight {
@@ -521,9 +504,16 @@ fn position_maps(module: &GatedMlp) -> Result<[Linear; 2]> {
                 advice: ADVICE,
             });
         }
-        Ok(Linear { weight, bias: None })
+        Ok(weight)
     };
     Ok([narrow(&module.gate_up)?, narrow(&module.down)?])
+}
+
+/// `gate` after the maps that read positions, if there are any; these have no bias.
+fn follow(maps: Option<Linear>, gate: Linear) -> Result<Linear> {
+    let Some(Linear { weight, .. }) = maps else { return Ok(gate) };
+    let bias = Tensor::f_zeros([weight.size()[0]], (weight.kind(), weight.device()))?;
+    Linear::joined(vec![Linear { weight, bias: Some(bias) }, gate])
 }
 
 /// The network whose step there is.
@@ -545,8 +535,9 @@ fn check(model: &Decoder) -> Result<()> {
     if *mlp_bias {
         return wrong("biases in the MLP");
     }
-    if positions.iter().any(|layer| matches!(layer, LayerPositions::Offset(_))) {
-        return wrong("positions that are offsets to the index");
+    let indexed = |layer| matches!(layer, &LayerPositions::Offset(_) | &LayerPositions::Slowed(_));
+    if positions.iter().any(indexed) {
+        return wrong("positions that are read beside the index");
     }
     let maps = model.repo.iter().flatten().map(|module| module.down.weight.size()[1] as usize);
     let mut widths = maps.chain([*hidden_size, *intermediate_size, *head_dim]);

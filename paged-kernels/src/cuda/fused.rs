@@ -15,15 +15,29 @@ pub struct Projected<'a> {
     pub qkv: DeviceView<'a>,
     /// Root-mean-square norms of each head's query and key, where the model has them.
     pub norms: Option<HeadNorms<'a>>,
-    /// Where each token stands, f32 `[1, N, 1]`, or `[H, N, 1]` if each kv head and its queries have positions of their
-    /// own (RePo).
-    pub positions: DeviceView<'a>,
+    /// Where each token stands.
+    pub positions: Positions<'a>,
     /// The angle of a position of 1 for each pair of dimensions, f32 `[1, 1, D / 2]`; `i` is paired with `i + D / 2`.
     pub inverse: DeviceView<'a>,
     /// What cosines and sines are multiplied by: 1, or YaRN's factor.
     pub turned: f32,
     /// A surrogate whose first layer ran with the projections. Without it all tokens stay.
     pub gate: Option<Gate<'a>>,
+}
+
+/// Where tokens stand.
+#[derive(Debug, Clone, Copy)]
+pub enum Positions<'a> {
+    /// There, f32 `[1, N, 1]`, or `[H, N, 1]` if each kv head and its queries have positions of their own.
+    Given(DeviceView<'a>),
+    /// Yet to be read, one for each kv head and its queries, by a gated module whose first layer ran with the projections
+    /// (RePo): `last · (silu(gate) · content)`.
+    Read {
+        /// Gates and contents side by side, `[1, N, 2 width]`.
+        units: DeviceView<'a>,
+        /// `[1, H, width]`, rows contiguous.
+        last: DeviceView<'a>,
+    },
 }
 
 /// Norms over the dimensions of a head (Qwen3).
@@ -54,7 +68,7 @@ impl Resident {
     /// there for a place that nobody has is left alone.
     ///
     /// Angles are the f32 products of position and frequency, reduced in full, as transformers has them. Sums are f32, and
-    /// each result is rounded once. Norms, frequencies and the surrogate's weights are read early: the kernel before must not
+    /// each result is rounded once. Norms, frequencies, the surrogate's weights and those of positions are read early: the kernel before must not
     /// write them if it lets this one begin before its end.
     ///
     /// # Errors
@@ -74,10 +88,22 @@ impl Resident {
         }
         check_shape("qkv", qkv.shape(), [1, texts, (query_heads + 2 * kv_heads) * head_dim])?;
         check_shape("queries", queries.shape(), [query_heads, texts, head_dim])?;
-        let own = if positions.shape()[0] == kv_heads { kv_heads } else { 1 };
-        check_shape("positions", positions.shape(), [own, texts, 1])?;
+        match positions {
+            Positions::Given(positions) => {
+                let own = if positions.shape()[0] == kv_heads { kv_heads } else { 1 };
+                check_shape("positions", positions.shape(), [own, texts, 1])?;
+                check_type("positions", positions.dtype(), Dtype::F32)?;
+            }
+            Positions::Read { units, last } => {
+                let width = last.shape()[2];
+                check_shape("last map", last.shape(), [1, kv_heads, width])?;
+                check_shape("gates and contents", units.shape(), [1, texts, 2 * width])?;
+                if last.raw().token_stride != width as i64 {
+                    return Err(Error::Rows { tensor: "last map" });
+                }
+            }
+        }
         check_shape("inverse", inverse.shape(), [1, 1, head_dim / 2])?;
-        check_type("positions", positions.dtype(), Dtype::F32)?;
         check_type("inverse", inverse.dtype(), Dtype::F32)?;
         if let Some(HeadNorms { query, key, .. }) = norms {
             check_shape("query norm", query.shape(), [1, 1, head_dim])?;

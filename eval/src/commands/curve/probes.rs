@@ -1,6 +1,7 @@
 //! What is asked of a pruned context: the tokens of a right answer, or of the text that follows.
 
 use super::Args;
+use crate::commands::{facts, train::corpus::Corpus};
 use crate::runner::context_ids;
 use crate::{Ruler, Task, Texts, documents};
 use anyhow::{Context, Result, ensure};
@@ -47,6 +48,8 @@ enum Source {
     Ruler(Box<Texts>, &'static str),
     /// The token ids of documents, in a row.
     Documents(Vec<Vec<u32>>),
+    /// Noise for the tasks of `longctx facts`, which take turns.
+    Facts(Corpus),
 }
 
 /// Tokens after the context whose perplexity is taken.
@@ -55,8 +58,10 @@ const CONTINUED: usize = 128;
 impl<'a> Probes<'a> {
     /// The task called `task`, with contexts of about `tokens` tokens.
     pub fn open(args: &Args, model: &'a Model, task: &str, tokens: usize) -> Result<Self> {
-        let folder = args.texts.as_deref().context("RULER's tasks need --texts")?;
-        let ruler = |name| Source::Ruler(Box::new(Texts::new(folder)), name);
+        let ruler = |name| -> Result<Source> {
+            let folder = args.texts.as_deref().context("RULER's tasks need --texts")?;
+            Ok(Source::Ruler(Box::new(Texts::new(folder)), name))
+        };
         let (scored, source) = match task {
             "perplexity" => {
                 let path = args.documents.as_ref().context("perplexity needs --documents")?;
@@ -76,7 +81,16 @@ impl<'a> Probes<'a> {
                 );
                 (Scored::Nats, Source::Documents(long))
             }
-            "answer-nll" => (Scored::Nats, ruler("qa_2")),
+            "facts" => {
+                let path = args.documents.as_ref().context("facts need --documents for noise")?;
+                let config = model.lm.config();
+                let end = model.stop.first().copied().or(config.bos_token).unwrap_or(0);
+                let paths = std::slice::from_ref(path);
+                let corpus = Corpus::read(paths, &model.tokenizer, end)?;
+                corpus.at_least(tokens, paths)?;
+                (Scored::Right, Source::Facts(corpus))
+            }
+            "answer-nll" => (Scored::Nats, ruler("qa_2")?),
             name => {
                 let known = Ruler::names().find(|known| *known == name);
                 let one = [
@@ -89,11 +103,11 @@ impl<'a> Probes<'a> {
                 ];
                 let known = known.filter(|known| one.contains(known)).with_context(|| {
                     format!(
-                        "no task is called {name}; there are {}, answer-nll, perplexity",
+                        "no task is called {name}; there are {}, answer-nll, perplexity, facts",
                         one.join(", ")
                     )
                 })?;
-                (Scored::Right, ruler(known))
+                (Scored::Right, ruler(known)?)
             }
         };
         Ok(Self { task: task.to_owned(), tokens, scored, model, source, seed: args.seed })
@@ -105,6 +119,17 @@ impl<'a> Probes<'a> {
         let scored = self.scored;
         let (texts, name) = match &self.source {
             Source::Ruler(texts, name) => (texts, name),
+            Source::Facts(corpus) => {
+                let passage =
+                    facts::in_turn(corpus, tokenizer, self.tokens, self.seed, index as usize)?;
+                let mut passage = passage.with_context(|| {
+                    format!("no task's facts fit {} tokens; give more --tokens", self.tokens)
+                })?;
+                let asked = passage.answers.iter().filter(|answer| !**answer).count();
+                let target = passage.ids.split_off(asked);
+                let question = passage.ids.split_off(passage.before);
+                return Ok(Probe { context: passage.ids, prefix: 0, question, target, scored });
+            }
             Source::Documents(documents) => {
                 let ids = &documents[index as usize];
                 let (context, rest) = ids.split_at(self.tokens);

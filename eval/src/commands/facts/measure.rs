@@ -1,16 +1,13 @@
 //! Marks of one model.
 
-use super::{Cell, Measured, Text};
+use super::{Cell, Measured, TASKS, Text, asked, training};
 use crate::commands::train::corpus::{Corpus, Passage};
 use crate::commands::{ModelArgs, beside, progress, table, write_json};
-use crate::files;
-use crate::{Family, Words};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use models::{CausalLm, Dense, Hooks, Model, WINDOW};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use serde_json::Value;
 use std::path::PathBuf;
 use tch::{Device, Kind, Tensor};
 
@@ -39,18 +36,6 @@ pub struct Args {
     output: PathBuf,
 }
 
-/// Task, family, and about how many things.
-const TASKS: [(&str, Family, usize); 8] = [
-    ("keys_16", Family::Keys, 16),
-    ("keys_64", Family::Keys, 64),
-    ("lists_6", Family::Lists, 6),
-    ("uuids_8", Family::Uuids, 8),
-    ("several_6", Family::Several, 6),
-    ("chain_6", Family::Chain, 6),
-    ("table_12", Family::Table, 12),
-    ("hops_8", Family::Hops, 8),
-];
-
 /// The window in which text is likely short for a reader too.
 const SHORT: usize = 512;
 /// Tokens of text that are predicted, for each length.
@@ -78,14 +63,9 @@ pub fn run(args: &Args) -> Result<()> {
         text: Vec::new(),
         run: args.model.json(),
     };
-    for (number, &(task, family, size)) in TASKS.iter().enumerate() {
+    for (number, (task, ..)) in TASKS.into_iter().enumerate() {
         for &context in &args.contexts {
-            let draw = |index: usize| {
-                let mut random = ChaCha8Rng::seed_from_u64(args.seed.wrapping_add(1 << 40));
-                random.set_stream((number << 32 | context << 16 | index) as u64);
-                let facts = family.draw(&mut random, size, 1, Words::Measuring);
-                corpus.passage(&mut random, &model.tokenizer, &facts, context, false)
-            };
+            let draw = |index| asked(&corpus, &model.tokenizer, number, context, args.seed, index);
             let passages: Vec<Option<Passage>> =
                 (0..args.samples).into_par_iter().map(draw).collect::<Result<_>>()?;
             bar.inc(1);
@@ -108,20 +88,6 @@ pub fn run(args: &Args) -> Result<()> {
     write_json(&args.output, &serde_json::to_value(&measured)?)?;
     print(&measured, &args.contexts);
     Ok(())
-}
-
-/// What `longctx train repo` left beside the model or its overlay, if it did.
-fn training(model: &ModelArgs) -> Result<Value> {
-    let file = match &model.repo {
-        Some(overlay) => overlay.with_file_name("training.json"),
-        None => model.model.join("training.json"),
-    };
-    if !file.exists() {
-        return Ok(Value::Null);
-    }
-    let text = files::bytes(&file)?;
-    serde_json::from_slice(&text)
-        .with_context(|| format!("{} is not what longctx train writes; remove it", file.display()))
 }
 
 /// How many rows of `tokens` tokens are read at once.

@@ -25,6 +25,8 @@ pub struct Passage {
     pub ids: Vec<u32>,
     /// Whether each is an answer's.
     pub answers: Vec<bool>,
+    /// How many stand before the first question.
+    pub before: usize,
 }
 
 impl Corpus {
@@ -129,9 +131,10 @@ impl Corpus {
         }
         let mut ids = vec![self.end];
         ids.extend(self.scatter(random, &encoded, tokens - used));
-        let mut answers = vec![false; ids.len()];
+        let before = ids.len();
+        let mut answers = vec![false; before];
         ids.extend(tail.ids);
         answers.extend(tail.answers);
-        Ok(Some(Passage { ids, answers }))
+        Ok(Some(Passage { ids, answers, before }))
     }
 }

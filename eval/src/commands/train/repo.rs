@@ -41,7 +41,7 @@ pub struct Args {
     /// Where tokens stand
     #[arg(long, value_enum, default_value = "repo")]
     arm: Arm,
-    /// What a map's one is worth (arm offset)
+    /// What a map's one is worth, in tokens (arms offset and slowed)
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     offset_tokens: u32,
     /// The first layer that does not turn by the index; a third of the layers if left out
@@ -119,6 +119,8 @@ enum Arm {
     R2p1,
     /// The index and what maps read off the hidden state, times --offset-tokens, from the first layer on
     Offset,
+    /// What maps read, and the index divided by --offset-tokens, from the first layer on
+    Slowed,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -151,7 +153,9 @@ impl Arm {
             Self::R2n1 => ("nope", 0, ids(&|layer| layer % 3 == 2)),
             Self::N2r1 => ("nope", 0, ids(&|layer| layer % 3 != 2)),
             Self::R2p1 => ("swigluex_multihead", 0, ids(&|layer| layer % 3 == 2)),
-            Self::Repo | Self::Offset => ("swigluex_multihead", first, String::new()),
+            Self::Repo | Self::Offset | Self::Slowed => {
+                ("swigluex_multihead", first, String::new())
+            }
         };
         // Published readers know the misspelt keys, people the others.
         let mut config = json!({
@@ -159,8 +163,10 @@ impl Arm {
             "dynmaic_pe_start_layer": first, "dynamic_pe_start_layer": first,
             "dynmaic_pe_layer_ids": ids, "dynamic_pe_layer_ids": ids,
         });
-        if self == Self::Offset {
-            config["dynamic_pe_offset_tokens"] = offset_tokens.into();
+        match self {
+            Self::Offset => config["dynamic_pe_offset_tokens"] = offset_tokens.into(),
+            Self::Slowed => config["dynamic_pe_slowed_index"] = offset_tokens.into(),
+            _ => {}
         }
         config
     }
@@ -251,7 +257,7 @@ fn settings(args: &Args, model: &Trainable) -> Value {
         "kilotokens": args.kilotokens, "length": args.length,
         "rows": args.rows, "accumulate": args.accumulate, "facts": args.facts, "growing": args.growing, "answer_weight": args.answer_weight,
         "rate": args.rate, "map_rate": args.map_rate, "warmup": args.warmup, "decay": args.decay, "clip": args.clip,
-        "seed": args.seed, "offset_tokens": (args.arm == Arm::Offset).then_some(args.offset_tokens),
+        "seed": args.seed, "offset_tokens": matches!(args.arm, Arm::Offset | Arm::Slowed).then_some(args.offset_tokens),
     })
 }
 
@@ -463,6 +469,8 @@ mod tests {
         assert_eq!(config(Arm::Repo)["dynamic_pe_offset_tokens"], Value::Null);
         assert_eq!(config(Arm::R2p1)["dynmaic_pe_layer_ids"], "2,5");
         assert_eq!(config(Arm::Offset)["dynamic_pe_offset_tokens"], 32);
+        assert_eq!(config(Arm::Slowed)["dynamic_pe_slowed_index"], 32);
+        assert_eq!(config(Arm::Slowed)["dynamic_pe_offset_tokens"], Value::Null);
         assert_eq!(config(Arm::Rope)["dynamic_pe_mode"], "none");
     }
 }

@@ -92,7 +92,7 @@ impl<'a> Rows<'a> {
             return self.facts(&mut random, self.longest(index));
         }
         let ids = self.corpus.window(&mut random, self.mix.length + 1).to_vec();
-        Ok(Passage { answers: vec![false; ids.len()], ids })
+        Ok(Passage { answers: vec![false; ids.len()], before: ids.len(), ids })
     }
 
     /// Tokens of the longest passage in a row.
@@ -147,6 +147,7 @@ impl<'a> Rows<'a> {
                 return Ok(Passage {
                     ids: self.corpus.window(random, tokens).to_vec(),
                     answers: vec![false; tokens],
+                    before: tokens,
                 });
             }
             size /= 2;

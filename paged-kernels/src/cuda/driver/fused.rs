@@ -2,7 +2,7 @@
 
 use super::resident::{RawState, State, Targets, WARPS};
 use super::{Device, Grid, RawView, grid};
-use crate::cuda::fused::{Gate, HeadNorms, Projected};
+use crate::cuda::fused::{Gate, HeadNorms, Positions, Projected};
 use crate::cuda::scores::ScorePrecision;
 use crate::cuda::view::DeviceViewMut;
 use crate::error::Result;
@@ -26,6 +26,10 @@ impl Device {
         let gated = |pick: fn(&Gate<'_>) -> RawView| gate.as_ref().map_or(none, pick);
         let (query_norm, key_norm) =
             (norm(|norms| norms.query.raw()), norm(|norms| norms.key.raw()));
+        let (stands, last) = match *positions {
+            Positions::Given(positions) => (positions, None),
+            Positions::Read { units, last } => (units, Some(last)),
+        };
         let [second, bias] = [0, 1].map(|i| {
             gate.as_ref().and_then(|gate| gate.second).map_or(none, |second| second[i].raw())
         });
@@ -33,7 +37,7 @@ impl Device {
         let call = FusedCall {
             state: state.raw(),
             qkv: qkv.raw(),
-            positions: positions.raw(),
+            positions: stands.raw(),
             queries: queries.raw(),
             inverse: inverse.raw().data,
             query_norm: query_norm.data,
@@ -41,11 +45,14 @@ impl Device {
             units: gated(|gate| gate.units.raw()),
             second: second.data,
             second_bias: bias.data,
+            last: last.map_or(none, |last| last.raw()).data,
             rows: to.rows.address,
             marks: to.marks.address,
             texts: texts as u32,
             group: (query_heads / heads) as u32,
-            position_heads: positions.shape()[0] as u32,
+            position_heads: stands.shape()[0] as u32,
+            read: last.map_or(0, |last| last.shape()[2]) as u32,
+            last_type: last.map_or(none, |last| last.raw()).dtype,
             norm_type: query_norm.dtype,
             width: gate.map_or(0, |gate| gate.units.shape()[2]) as u32,
             weight_type: second.dtype,
@@ -77,11 +84,14 @@ pub(super) struct FusedCall {
     units: RawView,
     second: u64,
     second_bias: u64,
+    last: u64,
     rows: u64,
     marks: u64,
     texts: u32,
     group: u32,
     position_heads: u32,
+    read: u32,
+    last_type: u32,
     norm_type: u32,
     width: u32,
     weight_type: u32,
