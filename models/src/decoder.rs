@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use crate::layers::{self, GatedMlp, Linear, RmsNorm};
 use crate::memory;
-use crate::positions::{self, LayerPositions};
+use crate::positions::{self, LayerPositions, PositionMaps};
 use crate::ranks::{Part, Rank};
 use crate::weights::{Tensors, Weights};
 use kvzap::LayerInput;
@@ -23,7 +23,7 @@ pub struct Decoder {
     pub(crate) frequencies: Frequencies,
     rotary: Rotary,
     /// Of each layer, the module that reads positions off hidden states, in its own dtype.
-    pub(crate) repo: Vec<Option<GatedMlp>>,
+    pub(crate) repo: Vec<Option<PositionMaps>>,
     pub(crate) embedding: Tensor, // [vocabulary, hidden]
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: RmsNorm,
@@ -102,6 +102,46 @@ impl Decoder {
         })
     }
 
+    /// The same network over the same tensors, whose tokens all stand at their index: what learned positions are compared
+    /// with.
+    pub fn by_index(&self) -> Result<Self> {
+        let blocks = self.blocks.iter().map(|block| Block {
+            attention_norm: block.attention_norm.shallow_clone(),
+            qkv: block.qkv.shallow_clone(),
+            qk_norms: block
+                .qk_norms
+                .as_ref()
+                .map(|norms| norms.each_ref().map(RmsNorm::shallow_clone)),
+            output: block.output.shallow_clone(),
+            mlp_norm: block.mlp_norm.shallow_clone(),
+            mlp: block.mlp.shallow_clone(),
+        });
+        let layers = self.config.layers;
+        Ok(Self {
+            config: Config { positions: vec![LayerPositions::Rope; layers], ..self.config.clone() },
+            rotary: Rotary::new(&self.frequencies, self.embedding.device())?,
+            frequencies: self.frequencies.clone(),
+            repo: (0..layers).map(|_| None).collect(),
+            embedding: self.embedding.shallow_clone(),
+            blocks: blocks.collect(),
+            norm: self.norm.shallow_clone(),
+            head: self.head.shallow_clone(),
+            rank: self.rank.clone(),
+        })
+    }
+
+    /// Numbers of its position maps, and of all its matrices.
+    pub fn position_numbers(&self) -> [usize; 2] {
+        let maps = self
+            .repo
+            .iter()
+            .flatten()
+            .map(|PositionMaps(maps)| maps.gate_up.weight.numel() + maps.down.weight.numel());
+        let (maps, head) = (maps.sum(), self.config.vocab_size * self.config.hidden_size);
+        let embedding = if self.config.tied_embeddings { 0 } else { head };
+        [maps, maps + self.config.matrix_elements() + embedding]
+    }
+
     /// Cosines and sines for the heads of `layer`: one row for all, or one for each kv head, whose queries share it.
     /// `None` turns nothing.
     fn angles(
@@ -145,9 +185,8 @@ impl Decoder {
 
     /// The positions that a layer's own module reads off `hidden`, f32 `[batch, kv_heads, tokens]`.
     fn learned(&self, layer: usize, hidden: &Tensor, index: &Tensor) -> Result<Option<Tensor>> {
-        let Some(module) = &self.repo[layer] else { return Ok(None) };
-        let read = module.forward(&hidden.f_to_kind(module.down.weight.f_kind()?)?)?;
-        let read = read.f_to_kind(Kind::Float)?.f_transpose(1, 2)?.f_contiguous()?;
+        let Some(maps) = &self.repo[layer] else { return Ok(None) };
+        let read = maps.read(hidden)?;
         Ok(Some(match self.config.positions[layer] {
             LayerPositions::Offset(tokens) => read.f_mul_scalar(f64::from(tokens))?.f_add(index)?,
             LayerPositions::Slowed(times) => read.f_add(&index.f_div_scalar(f64::from(times))?)?,
@@ -155,14 +194,12 @@ impl Decoder {
         }))
     }
 
-    /// Cosines and sines of positions; of few tokens' on the CPU without a dozen calls into libtorch.
+    /// Cosines and sines of positions, in the model's dtype; of few tokens' on the CPU without a dozen calls into libtorch.
     fn turned(&self, positions: &Tensor) -> Result<Angles> {
         let (batch, heads, tokens) = positions.size3()?;
-        if batch * tokens > layers::FEW as i64 {
-            return Ok(self.rotary.angles(positions)?);
-        }
-        let Some(row) = bridge::floats(positions) else {
-            return Ok(self.rotary.angles(positions)?);
+        let few = batch * tokens <= layers::FEW as i64;
+        let Some(row) = bridge::floats(positions).filter(|_| few) else {
+            return Ok(self.rotary.angles_in(positions, self.embedding.kind())?);
         };
         let (cos, sin) = self.frequencies.angles(row);
         let tensor = |x: Vec<f32>| -> Result<Tensor> {

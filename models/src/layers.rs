@@ -27,7 +27,6 @@ impl Linear {
     }
 
     /// The same tensors once more.
-    #[cfg(feature = "cuda")]
     pub fn shallow_clone(&self) -> Self {
         let Self { weight, bias } = self;
         Self { weight: weight.shallow_clone(), bias: bias.as_ref().map(Tensor::shallow_clone) }
@@ -110,6 +109,11 @@ pub(crate) struct RmsNorm {
 }
 
 impl RmsNorm {
+    /// The same tensor once more.
+    pub fn shallow_clone(&self) -> Self {
+        Self { weight: self.weight.shallow_clone(), epsilon: self.epsilon }
+    }
+
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if let Some(out) = self.rows(x)? {
             return Ok(out);
@@ -162,6 +166,11 @@ pub(crate) struct GatedMlp {
 }
 
 impl GatedMlp {
+    /// The same tensors once more.
+    pub fn shallow_clone(&self) -> Self {
+        Self { gate_up: self.gate_up.shallow_clone(), down: self.down.shallow_clone() }
+    }
+
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let both = self.gate_up.forward(x)?; // [batch, tokens, 2 * intermediate]
         let width = both.size()[2] / 2;

@@ -1,11 +1,13 @@
 //! Where the tokens of each layer stand: what RePo's `pe_config` says, held to the tensors that there are.
 
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::folder::Fields;
 use crate::layers::{GatedMlp, Linear};
 use crate::weights::Tensors;
 use repo_pos::RoundZ;
 use std::path::Path;
+use tch::{Kind, Tensor};
 
 /// By what a layer turns its queries and keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,31 +119,60 @@ pub(crate) fn reconcile(
     Ok(())
 }
 
-/// The position modules of the layers that have one: `final(silu(gate(h)) * content(h))`, as [`repo_pos::Module`] says, which
-/// is a gated MLP. As one of ours it has a decode step's fast path. Its width is that of the tensors: `hidden / 8` in the
-/// published models.
-pub(crate) fn load(weights: &dyn Tensors, round: RoundZ) -> Result<Vec<Option<GatedMlp>>> {
+/// A layer's position module: `final(silu(gate(h)) * content(h))`, as [`repo_pos::Module`] says, which is a gated MLP. As one
+/// of ours it has a decode step's fast path. Its width is that of the tensors: `hidden / 8` in the published models.
+#[derive(Debug)]
+pub(crate) struct PositionMaps(pub GatedMlp);
+
+impl PositionMaps {
+    /// What is read off `hidden`, `[batch, tokens, hidden]`: f32 `[batch, kv_heads, tokens]`.
+    pub fn read(&self, hidden: &Tensor) -> Result<Tensor> {
+        let GatedMlp { gate_up, down } = &self.0;
+        if gate_up.weight.kind() == down.weight.kind() {
+            let read = self.0.forward(&hidden.f_to_kind(gate_up.weight.kind())?)?;
+            return Ok(read.f_to_kind(Kind::Float)?.f_transpose(1, 2)?.f_contiguous()?);
+        }
+        let (batch, tokens, width) = hidden.size3()?;
+        let rows = hidden.f_reshape([-1, width])?;
+        let both = rows.f_mm_dtype(&gate_up.weight.f_transpose(0, 1)?, Kind::Float)?;
+        let parts = both.f_chunk(2, 1)?;
+        let gated = parts[0].f_silu()?.f_mul_(&parts[1])?.f_view([batch, tokens, -1])?;
+        Ok(down.weight.f_matmul(&gated.f_transpose(1, 2)?)?.f_contiguous()?)
+    }
+}
+
+/// The position modules of the layers that have one. A bf16 model on a card has the first maps in bf16, if that holds them:
+/// their products with its hidden states are summed in f32, which is all that f32 maps would do, at the speed of bf16.
+pub(crate) fn load(weights: &dyn Tensors, round: RoundZ) -> Result<Vec<Option<PositionMaps>>> {
     let config = weights.config();
     let [hidden, heads] = [config.hidden_size, config.kv_heads].map(|n| n as i64);
     let kind = round.kind(weights.kind());
-    let module = |layer: usize| -> Result<GatedMlp> {
+    let narrows = weights.device().is_cuda() && weights.kind() != kind;
+    let module = |layer: usize| -> Result<PositionMaps> {
         let [gate, content, last] = MAPS.map(|map| name(layer, map));
         let width = weights.shape(&gate)?.first().map_or(0, |&rows| rows as i64).max(1);
         let map = |name: &str, shape: [i64; 2]| -> Result<Linear> {
             Ok(Linear { weight: weights.tensor_as(name, &shape, kind)?, bias: None })
         };
-        Ok(GatedMlp {
-            gate_up: Linear::joined(vec![
-                map(&gate, [width, hidden])?,
-                map(&content, [width, hidden])?,
-            ])?,
-            down: map(&last, [heads, width])?,
-        })
+        let mut gate_up =
+            Linear::joined(vec![map(&gate, [width, hidden])?, map(&content, [width, hidden])?])?;
+        if narrows && !gate_up.weight.requires_grad() {
+            let narrow = gate_up.weight.f_to_kind(weights.kind())?;
+            if narrow.f_to_kind(kind)? == gate_up.weight {
+                gate_up.weight = narrow;
+            }
+        }
+        Ok(PositionMaps(GatedMlp { gate_up, down: map(&last, [heads, width])? }))
     };
     let layers = config.positions.iter().enumerate();
     layers
         .map(|(layer, &positions)| positions.learned().then(|| module(layer)).transpose())
         .collect()
+}
+
+/// The shape of a gate map that is in no file: as wide as the published ones.
+pub(crate) fn published_map(config: &Config) -> Vec<usize> {
+    vec![(config.hidden_size / 8).max(1), config.hidden_size]
 }
 
 /// Whether some layer's map is called so.

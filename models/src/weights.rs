@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::gguf::Gguf;
 use crate::overlay::Overlay;
+use crate::positions;
 use crate::random::Random;
 pub(crate) use encoding::{Encoding, READABLE};
 use memmap2::Mmap;
@@ -260,7 +261,10 @@ impl Tensors for Weights {
     }
 
     fn shape(&self, name: &str) -> Result<Vec<usize>> {
-        Ok(self.stored(name)?.shape)
+        match (&self.source, &self.overlay) {
+            (Source::Random(_), None) => Ok(positions::published_map(&self.config)),
+            _ => Ok(self.stored(name)?.shape),
+        }
     }
 
     fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {

@@ -24,8 +24,7 @@ impl Rotary {
     /// `positions`, f32 `[batch, heads, tokens]`; one head where all heads stand alike.
     ///
     /// The angle is the product of position and frequency, rounded as the frequencies'
-    /// [`Precision`] says; its cosine and sine are reduced in full. A bf16 model does well to convert both to bf16 here, once a step;
-    /// else [`rotate`] does so in every layer.
+    /// [`Precision`] says; its cosine and sine are reduced in full.
     ///
     /// # Errors
     /// Positions that are not f32.
@@ -41,6 +40,29 @@ impl Rotary {
             Ok(if self.scale == 1.0 { x } else { x.f_mul_scalar(f64::from(self.scale))? })
         };
         Ok((scaled(angles.f_cos()?)?, scaled(angles.f_sin()?)?))
+    }
+
+    /// The same, rounded to `kind`: that of the model, for else [`rotate`] rounds them whenever it is called.
+    ///
+    /// # Errors
+    /// As [`angles`](Self::angles).
+    pub fn angles_in(&self, positions: &Tensor, kind: Kind) -> Result<(Tensor, Tensor)> {
+        let narrow = kind == Kind::BFloat16 || kind == Kind::Half;
+        if !narrow
+            || self.inverse.kind() != Kind::Float
+            || self.scale != 1.0
+            || positions.requires_grad()
+        {
+            let (cos, sin) = self.angles(positions)?;
+            return Ok((cos.f_to_kind(kind)?, sin.f_to_kind(kind)?));
+        }
+        if positions.kind() != Kind::Float {
+            return Err(Error::PositionKind(positions.kind()));
+        }
+        // Nothing f32 is written but the angles themselves.
+        let angles = positions.f_unsqueeze(-1)?.f_mul(&self.inverse)?;
+        let out = || Tensor::f_empty(&angles.size(), (kind, angles.device()));
+        Ok((angles.f_cos_out(&out()?)?, angles.f_sin_out(&out()?)?))
     }
 }
 

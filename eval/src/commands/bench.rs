@@ -2,13 +2,20 @@
 
 #[cfg(feature = "cuda")]
 mod card;
+mod positions;
 
-use super::{ModelArgs, megabytes, spinner, table};
+use super::{ModelArgs, megabytes, spinner, table, write};
 use crate::Method;
-use anyhow::{Result, ensure};
-use models::{Cpu, Model, Paged, Sampler, Sampling, Session, Usage, WINDOW, cache_shape};
+use anyhow::{Context, Result, ensure};
+use models::{
+    CausalLm, Config, Cpu, Hooks, Model, Paged, Sampler, Sampling, Session, Usage, WINDOW,
+    cache_shape,
+};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
@@ -32,7 +39,10 @@ pub struct Args {
     /// What to measure on a card
     #[arg(long, value_enum, num_args = 1.., default_values = ["decode", "prefill"])]
     parts: Vec<Part>,
-    /// Draw the weights from a seed: the model folder need hold no more than config.json. On a card
+    /// Measure what learned positions cost, in turns with the index over the same weights
+    #[arg(long)]
+    positions: bool,
+    /// Draw the weights from a seed: the model folder need hold no more than config.json. On a card, or with --positions
     #[arg(long)]
     random_weights: bool,
     /// Cut each head by its own length alone, so that a text's bits are the same whatever its neighbours. On a card
@@ -44,7 +54,7 @@ pub struct Args {
     /// A date for the rows of --json
     #[arg(long)]
     date: Option<String>,
-    /// A file of such rows to put these into, in the place of older ones of the same kind. On a card
+    /// A file of such rows to put these into, in the place of older ones of the same kind. On a card, or with --positions
     #[arg(long, value_name = "FILE")]
     results: Option<std::path::PathBuf>,
     /// How often; the best counts, and the median is beside it
@@ -95,6 +105,9 @@ pub fn run(args: &Args) -> Result<()> {
         args.repeat > 0 && args.decode > 1,
         "--repeat must be 1 or more and --decode 2 or more"
     );
+    if args.positions {
+        return positions::run(args);
+    }
     if args.model.is_cuda() {
         #[cfg(feature = "cuda")]
         return card::run(args);
@@ -160,24 +173,15 @@ pub fn run(args: &Args) -> Result<()> {
 fn row(args: &Args, model: &Model, machine: Machine, context: usize, remove: f64) -> Result<Row> {
     let config = model.lm.config();
     let method = if remove > 0.0 { Method::Random { remove, seed: 1 } } else { Method::Full };
-    let ids: Vec<u32> = (0..context as u64)
-        .map(|i| (i * 7919 % (config.vocab_size as u64 - 100) + 50) as u32)
-        .collect();
+    let ids = ids(context, config);
     let (mut reads, mut writes, mut usage) = (Vec::new(), Vec::new(), Usage::default());
     for _ in 0..args.repeat {
-        let shape = cache_shape(config, context + args.decode, WINDOW, model.kind)?;
         let (hooks, _) = method.hooks(model, None, WINDOW, false)?;
-        let cache = Paged::new(Cpu::new(shape)?)?;
-        let mut session = Session::new(model.lm.as_ref(), model.device, cache, hooks);
-        let start = Instant::now();
-        session.feed(&ids)?;
-        reads.push(start.elapsed().as_secs_f64());
-        usage = session.cache().usage();
-        let mut sampler = Sampler::new(Sampling::default())?;
-        let start = Instant::now();
-        let each = &mut |_| ControlFlow::Continue(());
-        session.generate(&mut sampler, &[], config.vocab_size, args.decode + 1, each)?;
-        writes.push(start.elapsed().as_secs_f64() / args.decode as f64);
+        let (read, write, held) =
+            read_and_write(model.lm.as_ref(), model.kind, hooks, &ids, args.decode)?;
+        reads.push(read);
+        writes.push(write);
+        usage = held;
     }
     let ([read, read_median], [write, write_median]) =
         (best_and_median(reads), best_and_median(writes));
@@ -196,6 +200,69 @@ fn row(args: &Args, model: &Model, machine: Machine, context: usize, remove: f64
         decode_tps_median: 1.0 / write_median,
         decode_over_floor: write * machine.read_bytes_per_second / bytes as f64,
     })
+}
+
+/// Tokens of no meaning.
+fn ids(count: usize, config: &Config) -> Vec<u32> {
+    let most = config.vocab_size as u64 - 100;
+    (0..count as u64).map(|i| (i * 7919 % most + 50) as u32).collect()
+}
+
+/// Seconds for reading `ids` on the CPU, and for each of `decode` tokens written after them; what they held.
+fn read_and_write(
+    lm: &dyn CausalLm,
+    kind: Kind,
+    hooks: Hooks,
+    ids: &[u32],
+    decode: usize,
+) -> Result<(f64, f64, Usage)> {
+    let config = lm.config();
+    let shape = cache_shape(config, ids.len() + decode, WINDOW, kind)?;
+    let mut session = Session::new(lm, Device::Cpu, Paged::new(Cpu::new(shape)?)?, hooks);
+    let start = Instant::now();
+    session.feed(ids)?;
+    let read = start.elapsed().as_secs_f64();
+    let usage = session.cache().usage();
+    let mut sampler = Sampler::new(Sampling::default())?;
+    let start = Instant::now();
+    let each = &mut |_| ControlFlow::Continue(());
+    session.generate(&mut sampler, &[], config.vocab_size, decode + 1, each)?;
+    Ok((read, start.elapsed().as_secs_f64() / decode as f64, usage))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Puts rows into a file, a line each, in the place of those that say the same.
+fn merge<R: Clone + Serialize + DeserializeOwned>(
+    path: &Path,
+    rows: &[R],
+    same: impl Fn(&R, &R) -> bool,
+) -> Result<()> {
+    let mut all: Vec<R> = match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .with_context(|| format!("{}: not rows of a bench; give a new file", path.display()))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error).with_context(|| path.display().to_string()),
+    };
+    for row in rows {
+        match all.iter_mut().find(|old| same(old, row)) {
+            Some(old) => old.clone_from(row),
+            None => all.push(row.clone()),
+        }
+    }
+    let lines = all.iter().map(|row| Ok(format!("  {}", line(row)?)));
+    let lines = lines.collect::<Result<Vec<_>>>()?.join(",\n");
+    write(path, format!("[\n{lines}\n]\n").as_bytes())
+}
+
+/// An object on one line, a space after each colon and comma.
+fn line<R: Serialize>(row: &R) -> Result<String> {
+    let Value::Object(fields) = serde_json::to_value(row)? else { unreachable!("a row") };
+    let fields = fields.iter().map(|(name, value)| format!("{}: {value}", json!(name)));
+    Ok(format!("{{{}}}", fields.collect::<Vec<_>>().join(", ")))
 }
 
 fn best_and_median(mut seconds: Vec<f64>) -> [f64; 2] {

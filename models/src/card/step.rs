@@ -11,8 +11,8 @@ use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::layers::{GatedMlp, Linear};
-use crate::positions::LayerPositions;
+use crate::layers::Linear;
+use crate::positions::{LayerPositions, PositionMaps};
 use crate::sampling::Sampling;
 use cudarc::driver::CudaGraph;
 use kvzap::TorchSurrogate;
@@ -495,7 +495,7 @@ fn row(tensor: &Tensor) -> Result<DeviceView<'_>> {
 }
 
 /// The maps that read positions, in bf16: as they came, and not rounded, for positions may be large.
-fn position_maps(module: &GatedMlp) -> Result<[Tensor; 2]> {
+fn position_maps(PositionMaps(module): &PositionMaps) -> Result<[Tensor; 2]> {
     let narrow = |map: &Linear| {
         let weight = map.weight.f_to_kind(Kind::BFloat16)?;
         if weight.f_to_kind(map.weight.kind())? != map.weight {
@@ -539,7 +539,7 @@ fn check(model: &Decoder) -> Result<()> {
     if positions.iter().any(indexed) {
         return wrong("positions that are read beside the index");
     }
-    let maps = model.repo.iter().flatten().map(|module| module.down.weight.size()[1] as usize);
+    let maps = model.repo.iter().flatten().map(|maps| maps.0.down.weight.size()[1] as usize);
     let mut widths = maps.chain([*hidden_size, *intermediate_size, *head_dim]);
     if widths.any(|width| width % 8 != 0) {
         return wrong("widths that are not multiples of 8");

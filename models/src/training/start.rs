@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::decoder::Decoder;
 use crate::error::Result;
+use crate::positions;
 use crate::weights::{Tensors, Weights};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -78,8 +79,7 @@ impl Tensors for Start<'_> {
     fn shape(&self, name: &str) -> Result<Vec<usize>> {
         match self.weights {
             Some(weights) if weights.has(name) => Tensors::shape(weights, name),
-            // A gate map that there is not yet, whose width is the published one.
-            _ => Ok(vec![(self.config.hidden_size / 8).max(1), self.config.hidden_size]),
+            _ => Ok(positions::published_map(&self.config)),
         }
     }
 

@@ -1,14 +1,12 @@
 //! `longctx bench --device cuda`: decode, prefill, memory and capacity on a card, for models that may lie in no file.
 
-use super::super::{spinner, table, write};
-use super::{Args, Part};
-use anyhow::{Context, Result, ensure};
+use super::super::{spinner, table};
+use super::{Args, Part, merge};
+use anyhow::{Result, ensure};
 use indicatif::ProgressBar;
 use models::ranks::{Rank, on_each};
 use models::{Bench, Decoder, Mode, Random, Source, Weights, open};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
-use std::path::Path;
 use std::time::{Duration, Instant};
 use tch::Kind;
 
@@ -62,7 +60,7 @@ pub fn run(args: &Args) -> Result<()> {
         rows.add("host memory at most", "all", 1.0, bytes as f64 / 1e9, "GB", None);
     }
     if let Some(path) = &args.results {
-        merge(path, &rows.rows)?;
+        merge(path, &rows.rows, |a, b| a.says_of() == b.says_of())?;
     }
     rows.print(copies)
 }
@@ -132,32 +130,6 @@ impl Row {
         let all = [what, engine, model, case, card].map(Clone::clone);
         (all, (1e3 * self.keep).round() as i64)
     }
-}
-
-/// An object on one line, a space after each colon and comma.
-fn line(row: &Row) -> Result<String> {
-    let Value::Object(fields) = serde_json::to_value(row)? else { unreachable!("a row") };
-    let fields = fields.iter().map(|(name, value)| format!("{}: {value}", json!(name)));
-    Ok(format!("{{{}}}", fields.collect::<Vec<_>>().join(", ")))
-}
-
-/// Puts the rows into a file, each in the place of the one that says the same of the same case.
-fn merge(path: &Path, rows: &[Row]) -> Result<()> {
-    let mut all: Vec<Row> = match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .with_context(|| format!("{}: not rows of a bench; give a new file", path.display()))?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(error).with_context(|| path.display().to_string()),
-    };
-    for row in rows {
-        match all.iter_mut().find(|old| old.says_of() == row.says_of()) {
-            Some(old) => old.clone_from(row),
-            None => all.push(row.clone()),
-        }
-    }
-    let lines = all.iter().map(|row| Ok(format!("  {}", line(row)?)));
-    let lines = lines.collect::<Result<Vec<_>>>()?.join(",\n");
-    write(path, format!("[\n{lines}\n]\n").as_bytes())
 }
 
 struct Rows<'a> {
@@ -238,6 +210,10 @@ impl Rows<'_> {
 mod tests {
     use super::*;
 
+    fn merged(path: &std::path::Path, rows: &[Row]) -> Result<()> {
+        merge(path, rows, |a, b| a.says_of() == b.says_of())
+    }
+
     fn row(case: &str, keep: f64, value: f64) -> Row {
         let text = |text: &str| text.to_owned();
         Row {
@@ -258,8 +234,8 @@ mod tests {
     fn rows_take_the_place_of_those_that_say_the_same() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.json");
-        merge(&path, &[row("1x1", 0.25, 3.0), row("1x1", 1.0, 4.0)]).unwrap();
-        merge(&path, &[row("2x1", 1.0, 5.0), row("1x1", 0.25, 2.5)]).unwrap();
+        merged(&path, &[row("1x1", 0.25, 3.0), row("1x1", 1.0, 4.0)]).unwrap();
+        merged(&path, &[row("2x1", 1.0, 5.0), row("1x1", 0.25, 2.5)]).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let rows: Vec<Row> = serde_json::from_str(&text).unwrap();
         let found = rows.iter().map(|row| (row.case.as_str(), row.value)).collect::<Vec<_>>();
@@ -268,7 +244,7 @@ mod tests {
         assert!(first.starts_with("  {\"what\": \"decode step\", \"engine\": "), "{first}");
 
         std::fs::write(&path, "{}").unwrap();
-        let error = format!("{:#}", merge(&path, &rows).unwrap_err());
+        let error = format!("{:#}", merged(&path, &rows).unwrap_err());
         assert!(error.contains("rows.json: not rows of a bench"), "{error}");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "{}", "it is as it was");
     }
