@@ -17,6 +17,7 @@ mod ranks;
 mod room;
 mod step;
 mod text;
+mod turn;
 
 pub use cache::CardCache;
 pub use executor::CardExecutor;
@@ -28,6 +29,7 @@ pub(crate) use room::check_memory;
 pub use room::{CardRoom, TextRoom, text_cache};
 pub use step::{Gates, Place, Step, StepTokens, Token};
 pub use text::CardText;
+pub(crate) use turn::Turning;
 
 use crate::error::Result;
 use cudarc::driver::CudaStream;

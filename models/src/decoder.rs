@@ -3,6 +3,8 @@
 //! They differ in where a block's two norms stand, and in whether queries and keys have norms of their own.
 
 use crate::bridge;
+#[cfg(feature = "cuda")]
+use crate::card::Turning;
 use crate::causal_lm::{Attend, CausalLm, Pass, Whose};
 use crate::config::{Architecture, Config};
 use crate::error::{Error, Result};
@@ -28,6 +30,9 @@ pub struct Decoder {
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: RmsNorm,
     pub(crate) head: Tensor, // [vocabulary, hidden]; the embedding itself where they are tied
+    /// Turns heads on a card, where the model is not being trained.
+    #[cfg(feature = "cuda")]
+    pub(crate) turning: Option<Turning>,
     /// Where this is a part: what adds its branches to those of the others.
     pub(crate) rank: Option<Rank>,
 }
@@ -55,7 +60,7 @@ impl Decoder {
     /// The same, with learned positions rounded as `round` says and angles as `precision`.
     pub fn load_with(weights: &Weights, round: RoundZ, precision: Precision) -> Result<Self> {
         fits("the model's weights", weights.bytes(), weights.device())?;
-        Self::assemble(weights, round, precision)
+        Self::assemble(weights, round, precision)?.turning()
     }
 
     /// Reads what is `rank`'s of the weights, to its device: some kv heads with their query heads, and a share of the MLP. Embedding,
@@ -66,10 +71,16 @@ impl Decoder {
     pub fn load_part(weights: &Weights, rank: &Rank) -> Result<Self> {
         let part = Part::new(weights, rank)?;
         fits("a part of the model's weights", part.bytes(), rank.device())?;
-        Ok(Self {
-            rank: Some(rank.clone()),
-            ..Self::assemble(&part, RoundZ::None, Precision::Parity)?
-        })
+        let part = Self::assemble(&part, RoundZ::None, Precision::Parity)?.turning()?;
+        Ok(Self { rank: Some(rank.clone()), ..part })
+    }
+
+    /// With the card's own kernel for turning, where there is one for it.
+    fn turning(self) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        return Ok(Self { turning: Turning::new(&self.frequencies, &self.embedding)?, ..self });
+        #[cfg(not(feature = "cuda"))]
+        Ok(self)
     }
 
     /// The same of tensors from anywhere. Where these are being trained, what [`CausalLm::forward`] gives can be differentiated.
@@ -97,6 +108,8 @@ impl Decoder {
             embedding,
             blocks,
             head,
+            #[cfg(feature = "cuda")]
+            turning: None,
             rank: None,
             config,
         })
@@ -126,6 +139,8 @@ impl Decoder {
             blocks: blocks.collect(),
             norm: self.norm.shallow_clone(),
             head: self.head.shallow_clone(),
+            #[cfg(feature = "cuda")]
+            turning: self.turning.as_ref().map(Turning::shallow_clone),
             rank: self.rank.clone(),
         })
     }
@@ -246,7 +261,11 @@ impl Decoder {
             [self.config.query_heads, self.config.kv_heads, self.config.head_dim].map(|n| n as i64);
         let mut projected = self.blocks[layer]
             .project(hidden, [query_heads, kv_heads].map(|heads| heads * head_dim))?;
-        let angles = self.angles(layer, hidden, pass, hooks)?;
+        #[cfg(feature = "cuda")]
+        let done = self.turn_on_card(layer, hidden, &projected, pass, hooks)?;
+        #[cfg(not(feature = "cuda"))]
+        let done = false;
+        let angles = if done { None } else { self.angles(layer, hidden, pass, hooks)? };
         let spans = [0..query_heads, query_heads..query_heads + kv_heads];
         let mut turned = angles.is_none();
         if let Some(angles) = &angles {

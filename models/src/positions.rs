@@ -132,12 +132,22 @@ impl PositionMaps {
             let read = self.0.forward(&hidden.f_to_kind(gate_up.weight.kind())?)?;
             return Ok(read.f_to_kind(Kind::Float)?.f_transpose(1, 2)?.f_contiguous()?);
         }
-        let (batch, tokens, width) = hidden.size3()?;
-        let rows = hidden.f_reshape([-1, width])?;
-        let both = rows.f_mm_dtype(&gate_up.weight.f_transpose(0, 1)?, Kind::Float)?;
-        let parts = both.f_chunk(2, 1)?;
-        let gated = parts[0].f_silu()?.f_mul_(&parts[1])?.f_view([batch, tokens, -1])?;
+        let parts = self.sums(hidden)?.f_unflatten(0, [hidden.size()[0], -1])?.f_chunk(2, 2)?;
+        let gated = parts[0].f_silu()?.f_mul_(&parts[1])?; // [batch, tokens, width]
         Ok(down.weight.f_matmul(&gated.f_transpose(1, 2)?)?.f_contiguous()?)
+    }
+
+    /// What the first maps make of `hidden`, f32 `[batch * tokens, 2 * width]`: gates, then contents. `None` where these maps
+    /// are not narrower than the last.
+    #[cfg(feature = "cuda")]
+    pub fn units(&self, hidden: &Tensor) -> Result<Option<Tensor>> {
+        let GatedMlp { gate_up, down } = &self.0;
+        (gate_up.weight.kind() != down.weight.kind()).then(|| self.sums(hidden)).transpose()
+    }
+
+    fn sums(&self, hidden: &Tensor) -> Result<Tensor> {
+        let rows = hidden.f_flatten(0, 1)?;
+        Ok(rows.f_mm_dtype(&self.0.gate_up.weight.f_transpose(0, 1)?, Kind::Float)?)
     }
 }
 

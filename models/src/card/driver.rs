@@ -4,8 +4,10 @@
 #![allow(unsafe_code)]
 
 mod norms;
+mod turn;
 
 pub(super) use norms::{AddNormed, NormWhole};
+pub(crate) use turn::{Turn, Turner};
 
 use super::memory::{Element, address, after_torch, before_torch, device, layout, optional};
 use crate::error::{Error, Result};
@@ -73,6 +75,10 @@ pub(super) struct Kernels {
 // SAFETY: the raw handles name a module and its functions, which any thread may use once the context is bound to it, as
 // every method here does first.
 unsafe impl Send for Kernels {}
+// SAFETY: as above, and its methods change nothing of it.
+unsafe impl Send for Turner {}
+// SAFETY: as above.
+unsafe impl Sync for Turner {}
 
 impl Kernels {
     /// Loads them onto the card of `stream`, on which a cache works already.
@@ -317,42 +323,58 @@ impl Kernels {
     }
 
     fn launch<T>(&self, kernel: sys::CUfunction, grid: Grid, call: &T) -> Result<()> {
-        self.stream.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid.blocks as u32,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: grid.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared as u32,
-            hStream: self.stream.cu_stream(),
-            attrs: &raw mut overlap,
-            numAttrs: self.overlaps.into(),
-        };
-        let mut arguments = [std::ptr::from_ref(call).cast_mut().cast::<c_void>()];
-        let (arguments, extra) = (arguments.as_mut_ptr(), std::ptr::null_mut());
-        // SAFETY: `call` is the kernel's argument, which the driver copies before it returns; its addresses are of tensors
-        // that hold what the kernel reads and writes, as the methods above have checked, and live as the module says.
-        unsafe { sys::cuLaunchKernelEx(&raw const config, kernel, arguments, extra) }
-            .result()
-            .map_err(failed("cuLaunchKernelEx"))
+        launch(&self.stream, self.overlaps, kernel, grid, call)
     }
+}
+
+/// Launches a kernel whose only argument is `call`; `overlaps` if it may start while the one before it ends.
+fn launch<T>(
+    stream: &CudaStream,
+    overlaps: bool,
+    kernel: sys::CUfunction,
+    grid: Grid,
+    call: &T,
+) -> Result<()> {
+    stream.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
+    let mut overlap = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: grid.blocks as u32,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: grid.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: grid.shared as u32,
+        hStream: stream.cu_stream(),
+        attrs: &raw mut overlap,
+        numAttrs: overlaps.into(),
+    };
+    let mut arguments = [std::ptr::from_ref(call).cast_mut().cast::<c_void>()];
+    let (arguments, extra) = (arguments.as_mut_ptr(), std::ptr::null_mut());
+    // SAFETY: `call` is the kernel's argument, which the driver copies before it returns; its addresses are of tensors
+    // that hold what the kernel reads and writes, as the methods of this module have checked, and live as it says.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, kernel, arguments, extra) }
+        .result()
+        .map_err(failed("cuLaunchKernelEx"))
 }
 
 impl Drop for Kernels {
     fn drop(&mut self) {
-        let context = self.stream.context();
-        if context.bind_to_thread().is_ok() {
-            for module in self.modules {
-                // SAFETY: nothing else names the module's functions, and unloading waits for what still runs.
-                context.record_err(unsafe { result::module::unload(module) });
-            }
+        unload(&self.stream, &self.modules);
+    }
+}
+
+/// Ends modules of which no function is named any more.
+fn unload(stream: &CudaStream, modules: &[sys::CUmodule]) {
+    let context = stream.context();
+    if context.bind_to_thread().is_ok() {
+        for &module in modules {
+            // SAFETY: nothing else names the module's functions, and unloading waits for what still runs.
+            context.record_err(unsafe { result::module::unload(module) });
         }
     }
 }

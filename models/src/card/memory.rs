@@ -63,6 +63,11 @@ fn context(device: Device) -> Result<Arc<CudaContext>> {
     CudaContext::new(ordinal).map_err(failed("cuDevicePrimaryCtxRetain"))
 }
 
+/// The stream on which libtorch works on a card.
+pub(super) fn torch_stream(device: Device) -> Result<Arc<CudaStream>> {
+    Ok(context(device)?.default_stream())
+}
+
 /// Lets what comes on our stream wait for what libtorch has been asked so far.
 pub(super) fn after_torch(stream: &CudaStream) -> Result<()> {
     let torch = stream.context().default_stream();

@@ -138,6 +138,25 @@ fn steps_give_the_scores_of_the_cpu() -> Result<()> {
 
 #[test]
 #[ignore = "needs a CUDA device"]
+fn a_prompt_is_turned_as_libtorch_turns_it() -> Result<()> {
+    let (folder, device) = (tempfile::tempdir()?, cuda()?);
+    for (name, source) in sources(folder.path())? {
+        let card = load(source()?, Kind::BFloat16, device)?;
+        let (config, ids) = (card.config(), ids(300, card.config().vocab_size, 5));
+        let by = |hooks: &Hooks| -> Result<Tensor> {
+            read(&card, &ids, &mut Dense::new(config.layers, 128), hooks)
+        };
+        // Who looks at positions gets them from libtorch.
+        let seen = Hooks { on_positions: Some(Box::new(|_, _| {})), ..Hooks::default() };
+        let (found, wanted) = (by(&Hooks::default())?, by(&seen)?);
+        assert_near(&found, &wanted, 0.5 * BF16, name);
+        assert_ne!(found, wanted, "{name}: the two round differently, or the kernel did not run");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
 fn steps_keep_what_the_cpu_keeps() -> Result<()> {
     let (folder, device) = (tempfile::tempdir()?, cuda()?);
     for (name, source) in sources(folder.path())? {
