@@ -124,9 +124,10 @@ fn learned_positions_and_pruning_go_together() -> Result<()> {
     Ok(())
 }
 
-/// As an offset, what maps read is added to the index so many times; maps of nothing leave a model as it was.
+/// As an offset, what maps read is added to the index so many times; maps of nothing leave a model as it was. Or it is
+/// added to the index, divided.
 #[test]
-fn an_offset_is_added_to_the_index() -> Result<()> {
+fn what_is_read_is_added_to_the_index() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("maps.safetensors");
     let ids = (Tensor::arange(40, (Kind::Int64, Device::Cpu)) * 37 + 11).remainder(128);
@@ -148,8 +149,16 @@ fn an_offset_is_added_to_the_index() -> Result<()> {
     let (_, read) = run(&pe_config(1), &maps(&[1, 2], Kind::Float))?;
     let (_, moved) = run(&offset, &maps(&[1, 2], Kind::Float))?;
     let index = Tensor::arange(40, (Kind::Float, Device::Cpu));
-    assert_eq!(moved, &read * 16.0 + index);
+    assert_eq!(moved, &read * 16.0 + &index);
     assert!(difference(&read, &Tensor::zeros_like(&read)) > 0.01);
+
+    let mut slowed = pe_config(1);
+    slowed["dynamic_pe_slowed_index"] = json!(8);
+    let (_, moved) = run(&slowed, &maps(&[1, 2], Kind::Float))?;
+    assert_eq!(moved, &read + &index / 8.0);
+    slowed["dynamic_pe_offset_tokens"] = json!(16);
+    let error = run(&slowed, &maps(&[1, 2], Kind::Float)).unwrap_err().to_string();
+    assert!(error.contains("dynamic_pe_slowed_index") && error.contains("none beside"), "{error}");
 
     let nothing: Vec<_> =
         maps(&[1, 2], Kind::Float).iter().map(|(name, map)| (name.clone(), map * 0.0)).collect();

@@ -127,6 +127,9 @@ fn moved_to_the_index_they_are_plain_rotary_embedding_to_the_last_bit() -> Resul
     let moved = run(&repo, text, &mut Dense::new(4, WINDOW), &hooks)?;
     let plain = run(&plain, text, &mut Dense::new(4, WINDOW), &Hooks::default())?;
     assert_eq!(moved, plain);
+    let beside = run(&repo.by_index()?, text, &mut Dense::new(4, WINDOW), &Hooks::default())?;
+    assert_eq!(beside, plain);
+    assert_eq!(repo.by_index()?.position_numbers()[0], 0);
     Ok(())
 }
 

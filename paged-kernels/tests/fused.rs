@@ -336,7 +336,7 @@ mod cuda {
         let halves = DeviceView::strided(&qkv, [1, 1, 32], [0, 0], &stream).unwrap();
         let error = cache.append_fused(0, Projected { inverse: halves, ..good }, &mut queries);
         assert!(matches!(error.unwrap_err(), Error::Type { tensor: "inverse", .. }));
-        let units = DeviceView::of(&qkv, [1, 1, 2 * 9], &stream).unwrap();
+        let units = DeviceView::strided(&qkv, [1, 1, 2 * 9], [0, 0], &stream).unwrap();
         let last = DeviceView::strided(&qkv, [1, 3, 8], [0, 8], &stream).unwrap();
         let read = Positions::Read { units, last };
         let error = cache.append_fused(0, Projected { positions: read, ..good }, &mut queries);

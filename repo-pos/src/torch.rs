@@ -61,7 +61,7 @@ impl Rotary {
         }
         // Nothing f32 is written but the angles themselves.
         let angles = positions.f_unsqueeze(-1)?.f_mul(&self.inverse)?;
-        let out = || Tensor::f_empty(&angles.size(), (kind, angles.device()));
+        let out = || Tensor::f_empty(angles.size(), (kind, angles.device()));
         Ok((angles.f_cos_out(&out()?)?, angles.f_sin_out(&out()?)?))
     }
 }

@@ -2,6 +2,7 @@
 
 mod compare;
 mod difference;
+mod forgetting;
 mod measure;
 mod passages;
 mod picture;
@@ -32,6 +33,8 @@ enum What {
     Passages(passages::Args),
     /// Put several measured models beside one another, twins seed by seed
     Compare(compare::Args),
+    /// What models know when more and more is forgotten, each by its own surrogate
+    Forgetting(forgetting::Args),
 }
 
 /// Runs the command.
@@ -40,6 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
         What::Measure(args) => measure::run(args),
         What::Passages(args) => passages::run(args),
         What::Compare(args) => compare::run(args),
+        What::Forgetting(args) => forgetting::run(args),
     }
 }
 

@@ -99,13 +99,13 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> Result<T> {
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> Result<T> {
     let text = files::bytes(path)?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not {what}", path.display()))
 }
 
 /// The rows of other experiments in a file, if it is there.
-fn others(path: &Path, experiment: &str) -> Result<Vec<Value>> {
+pub(super) fn others(path: &Path, experiment: &str) -> Result<Vec<Value>> {
     if !path.exists() {
         return Ok(Vec::new());
     }

@@ -7,7 +7,7 @@ use plotters::prelude::*;
 use std::collections::BTreeMap;
 
 /// Told apart by people who see fewer colours (after Okabe and Ito).
-const COLORS: [RGBColor; 8] = [
+pub(super) const COLORS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
