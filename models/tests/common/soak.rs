@@ -42,7 +42,8 @@ impl<E: Executor> Soak<'_, E> {
     /// One machine's life, `until` it ends: each third is dropped where it stands, with all that it was doing.
     fn life(&self, seed: u64, until: &mut dyn FnMut(usize) -> bool) -> Result<Totals> {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let contexts = random.random_range(0..3);
+        // Where none is kept for others to come, all pages are free at the end: in every other life.
+        let contexts = [0, 1, 0, 2][seed as usize % 4];
         let settings = Settings {
             slice: random.random_range(1..80),
             patience: Duration::from_millis(20),
