@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 #[derive(Debug)]
 pub(crate) struct Attention {
     queries: Tensor, // [batch * kv_heads, group, rows, head_dim], in the model's dtype
-    keys: Tensor,    // [batch * kv_heads, head_dim, past + rows] f32
+    keys: Tensor,    // [batch * kv_heads, head_dim, past + rows], likewise
     past: i64,
 }
 
@@ -40,10 +40,7 @@ impl Attention {
         expect(keys, "keys", &[batch, heads, tokens.max(rows), dim])?;
         Ok(Self {
             queries: queries.f_reshape([batch * heads, group, rows, dim])?,
-            keys: keys
-                .f_reshape([batch * heads, tokens, dim])?
-                .f_transpose(1, 2)?
-                .f_to_kind(Kind::Float)?,
+            keys: keys.f_reshape([batch * heads, tokens, dim])?.f_transpose(1, 2)?,
             past: tokens - rows,
         })
     }
@@ -56,9 +53,8 @@ impl Attention {
         let queries =
             self.queries.f_narrow(2, rows.start, count)?.f_reshape([heads, group * count, dim])?;
         let queries = queries.f_to_kind(Kind::Float)?.f_multiply_scalar((dim as f64).powf(-0.5))?;
-        let logits = queries
-            .f_matmul(&self.keys.f_narrow(2, 0, end)?)?
-            .f_view([heads, group, count, end])?;
+        let keys = self.keys.f_narrow(2, 0, end)?.f_to_kind(Kind::Float)?;
+        let logits = queries.f_matmul(&keys)?.f_view([heads, group, count, end])?;
         let later = Tensor::f_ones([count, count], (Kind::Bool, logits.device()))?.f_triu(1)?;
         let _ = logits
             .f_narrow(3, self.past + rows.start, count)?
@@ -66,15 +62,15 @@ impl Attention {
         Ok(logits)
     }
 
-    /// `[batch * kv_heads, group, columns]`: the maximum over `rows`, taken in `blocks`, of logits less `scales`
-    /// `[batch * kv_heads, group, rows]`. All `columns` come before `rows`.
+    /// `[batch * kv_heads, group, columns]`: the maximum over `rows`, taken in `blocks`, of their products with `keys`
+    /// `[batch * kv_heads, columns, head_dim]` over the root of the head dim, less `scales` `[batch * kv_heads, group, rows]`.
     ///
     /// A scale is some more elements of its row, which meet ones in each key: a product and a maximum are all that passes over
     /// `[rows, columns]`. On a card the product is of 16-bit elements if queries are, whose sums are f32 and exact.
     pub fn most(
         &self,
         rows: Range<i64>,
-        columns: Range<i64>,
+        keys: &Tensor,
         scales: &Tensor,
         blocks: impl Iterator<Item = Range<i64>>,
     ) -> Result<Tensor> {
@@ -82,10 +78,9 @@ impl Attention {
         let (kind, device) = (self.queries.kind(), self.queries.device());
         let half = device.is_cuda() && matches!(kind, Kind::Half | Kind::BFloat16);
         let kind = if half { kind } else { Kind::Float };
-        let (scale, width) = ((dim as f64).powf(-0.5), columns.end - columns.start);
-        let ones = Tensor::f_ones([heads, PARTS, width], (kind, device))?;
-        let keys = self.keys.f_narrow(2, columns.start, width)?.f_to_kind(kind)?;
-        let keys = Tensor::f_cat(&[keys, ones], 1)?;
+        let (scale, width) = ((dim as f64).powf(-0.5), keys.size()[1]);
+        let ones = Tensor::f_ones([heads, width, PARTS], (kind, device))?;
+        let keys = Tensor::f_cat(&[&keys.f_to_kind(kind)?, &ones], 2)?.f_transpose(1, 2)?;
         let less = scales.f_multiply_scalar(-1.0 / scale)?.f_unsqueeze(3)?;
         let less = Tensor::f_cat(&parts(less, kind)?, 3)?; // [heads, group, rows, PARTS]
         let most = Tensor::f_full([heads, group, width], f64::NEG_INFINITY, (Kind::Float, device))?;
@@ -112,14 +107,20 @@ impl Attention {
 
     /// All rows in blocks of a few million logits.
     pub fn blocks(&self) -> impl Iterator<Item = Range<i64>> + use<> {
-        self.blocks_of(0..self.queries.size().get(2).copied().unwrap_or(0))
+        let rows = self.queries.size().get(2).copied().unwrap_or(0);
+        self.blocks_of(0..rows, self.past + rows)
     }
 
-    /// These rows in such blocks; on a card larger ones, as there a launch costs more than memory.
-    pub fn blocks_of(&self, rows: Range<i64>) -> impl Iterator<Item = Range<i64>> + use<> {
+    /// These rows in such blocks, for `columns` logits a row; on a card larger ones, as there a launch costs more than
+    /// memory.
+    pub fn blocks_of(
+        &self,
+        rows: Range<i64>,
+        columns: i64,
+    ) -> impl Iterator<Item = Range<i64>> + use<> {
         let [heads, group, _, _] = self.queries.size4().map_or([0; 4], |size| size.into());
         let most = if self.queries.device() == Device::Cpu { 1 << 22 } else { 1 << 28 };
-        let block = (most / (heads * group * (self.past + rows.end)).max(1)).max(1);
+        let block = (most / (heads * group * columns).max(1)).max(1);
         let Range { start, end } = rows;
         (start..end).step_by(block as usize).map(move |start| start..end.min(start + block))
     }

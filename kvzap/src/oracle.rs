@@ -36,6 +36,17 @@ pub fn kvzip_plus(
     output_projection: &Tensor,
     spans: &Spans,
 ) -> Result<Tensor> {
+    let all = |original: Tensor| Ok(original);
+    kvzip_plus_of(input, output_projection, spans, &all)
+}
+
+/// [`kvzip_plus`] of those tokens alone that `some` picks from `[batch, kv_heads, original, head_dim]` along that dimension.
+pub(crate) fn kvzip_plus_of(
+    input: LayerInput<'_, Tensor>,
+    output_projection: &Tensor,
+    spans: &Spans,
+    some: &dyn Fn(Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let [batch, query_heads, tokens, dim] =
         dims(input.queries, "queries", "[batch, query_heads, tokens, head_dim]")?;
     let [_, heads, ..]: [i64; 4] = dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
@@ -61,10 +72,12 @@ pub fn kvzip_plus(
     let norms = norms.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?; // [batch, rows]
     let scales =
         sums.f_add(&norms.f_repeat_interleave_self_int(heads, 0, None)?.f_unsqueeze(1)?)?;
-    let columns = original.start as i64..original.end as i64;
-    let weights = attention.most(rows.clone(), columns, &scales, attention.blocks_of(rows))?;
-    let values = input.values.f_narrow(2, original.start as i64, original.len() as i64)?;
-    let norms = projected_norms(&values, output_projection, group)?;
+    let of_original =
+        |rows: &Tensor| some(rows.f_narrow(2, original.start as i64, original.len() as i64)?);
+    let keys = of_original(input.keys)?.f_flatten(0, 1)?;
+    let blocks = attention.blocks_of(rows.clone(), keys.size()[1]);
+    let weights = attention.most(rows, &keys, &scales, blocks)?;
+    let norms = projected_norms(&of_original(input.values)?, output_projection, group)?;
     Ok(weights.f_view_as(&norms)?.f_add(&norms)?.f_amax([2], false)?)
 }
 
@@ -108,7 +121,7 @@ fn log_sums(
         )?
         .1
     } else {
-        let blocks = attention.blocks_of(rows);
+        let blocks = attention.blocks_of(rows.clone(), rows.end);
         let sums = blocks.map(|rows| Ok(attention.logits(rows)?.f_logsumexp([3], false)?));
         return Ok(Tensor::f_cat(&sums.collect::<Result<Vec<_>>>()?, 2)?);
     };
@@ -153,9 +166,10 @@ mod tests {
         let attention = Attention::new(&queries, &keys).unwrap();
         let logits = attention.logits(20..37).unwrap().narrow(3, 3, 15);
         let expected = (logits - scales.unsqueeze(3)).amax([2], false);
+        let some = keys.flatten(0, 1).narrow(1, 3, 15);
         for block in [1, 4, 16, 17] {
             let blocks = (20..37).step_by(block).map(|start| start..37.min(start + block as i64));
-            let found = attention.most(20..37, 3..18, &scales, blocks).unwrap();
+            let found = attention.most(20..37, &some, &scales, blocks).unwrap();
             assert!(found.allclose(&expected, 1e-5, 1e-6, false), "{block} rows at a time");
         }
     }

@@ -336,7 +336,7 @@ fn a_collector_learns_the_oracle_from_forward_passes_and_forgets_nothing() {
     let scorer: Box<dyn Scorer<Tensor> + Send> = Box::new(collector.clone());
     assert!(matches!(scorer.score(layers[0].input(0)), Err(Error::NoText)));
     assert!(matches!(collector.take(), Err(Error::NoRows { layer: 0 })));
-    collector.begin(spans.clone(), 1);
+    collector.begin(spans.clone(), 1).unwrap();
     for (index, layer) in layers.iter().enumerate() {
         let scores = scorer.score(layer.input(index)).unwrap();
         assert_eq!(scores.size(), [1, 2, 60]);
@@ -355,14 +355,23 @@ fn a_collector_learns_the_oracle_from_forward_passes_and_forgets_nothing() {
     assert!(matches!(collector.take(), Err(Error::NoRows { layer: 0 })), "taken");
 
     let few = Collector::new(projections(), 9);
-    let gather = |seed| -> Tensor {
-        few.begin(spans.clone(), seed);
+    let rows = |seed| -> (Tensor, Tensor) {
+        few.begin(spans.clone(), seed).unwrap();
         for (index, layer) in layers.iter().enumerate() {
             let _ = few.score(layer.input(index)).unwrap();
         }
-        few.take().unwrap().remove(1).0
+        few.take().unwrap().remove(1)
     };
-    assert_eq!(gather(1).size(), [9, 10]);
+    let gather = |seed| rows(seed).0;
+    let ((hidden, scores), layer) = (rows(1), &layers[1]);
+    let all = kvzip_plus(layer.input(1), &layer.output_projection, &spans).unwrap();
+    for row in 0..9 {
+        let same = layer.hidden.squeeze_dim(0).eq_tensor(&hidden.get(row)).all_dim(1, false);
+        let token = same.to_kind(Kind::Int64).argmax(None, false).int64_value(&[]);
+        let expected = all.squeeze_dim(0).select(1, token - 2);
+        assert!(scores.get(row).allclose(&expected, 1e-6, 1e-6, false), "token {token}");
+    }
+    assert_eq!(hidden.size(), [9, 10]);
     assert_eq!(gather(1), gather(1), "a seed chooses the same tokens again");
     assert_ne!(gather(1), gather(2));
 }

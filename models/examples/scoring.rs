@@ -1,14 +1,14 @@
 //! What a surrogate's scores cost beside the prefill that they are made in, as time:
 //!
 //! ```text
-//! cargo run --release -p models --example scoring -- MODEL SURROGATE [TOKENS [PAIRS [cuda]]]
+//! cargo run --release -p models --example scoring -- MODEL SURROGATE [TOKENS [PAIRS [cuda [TEXTS]]]]
 //! ```
 //!
 //! Passes with and without scores take turns, so that whatever else the machine does falls on both. Compared are medians
 //! of the clock, and on the CPU the seconds that the process computed, which others lengthen little. MODEL may be a
 //! folder that holds no more than config.json, whose weights are then drawn; SURROGATE is a folder, or `mlp` or
-//! `linear` for one of the published shape, which costs what a trained one does. On a card it is bf16 and 16,384 tokens
-//! at once, as single texts of a small model leave it waiting for launches.
+//! `linear` for one of the published shape, which costs what a trained one does. On a card it is bf16 and TEXTS at
+//! once, 16,384 tokens of them if left out, as single texts of a small model leave it waiting for launches.
 
 use anyhow::{Context, Result, ensure};
 use kvzap::{Affine, Surrogate, Threshold, TorchSurrogate};
@@ -20,18 +20,22 @@ use tch::{Device, Kind, Tensor};
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, surrogate, rest @ ..] = arguments.as_slice() else {
-        anyhow::bail!("give MODEL SURROGATE [TOKENS [PAIRS [cuda]]]");
+        anyhow::bail!("give MODEL SURROGATE [TOKENS [PAIRS [cuda [TEXTS]]]]");
     };
     let number = |index: usize, default: i64| -> Result<i64> {
         let given = rest.get(index).map(|text| text.parse());
-        Ok(given.transpose().context("TOKENS and PAIRS are whole numbers")?.unwrap_or(default))
+        Ok(given
+            .transpose()
+            .context("TOKENS, PAIRS and TEXTS are whole numbers")?
+            .unwrap_or(default))
     };
     let (tokens, pairs) = (number(0, 2048)?, number(1, 9)?);
     ensure!(tokens > 0 && pairs > 0, "TOKENS and PAIRS must be 1 or more");
     let (kind, device, texts) = match rest.get(2).map(String::as_str) {
-        Some("cuda") => (Kind::BFloat16, models::cuda()?, (16_384 / tokens).max(1)),
+        Some("cuda") => (Kind::BFloat16, models::cuda()?, number(3, (16_384 / tokens).max(1))?),
         _ => (Kind::Float, Device::Cpu, 1),
     };
+    ensure!(texts > 0, "TEXTS must be 1 or more");
     let path = Path::new(model);
     let drawn = path.is_dir() && std::fs::read_dir(path)?.count() == 1;
     let source = if drawn { Source::Random(Random::open(path, 1)?) } else { open(path)? };

@@ -19,8 +19,9 @@ use tch::{Kind, Tensor};
 /// What to ask, and what to forget before.
 #[derive(clap::Args, Debug)]
 pub struct Args {
+    // Optional for the sake of --merge alone.
     #[command(flatten)]
-    model: ModelArgs,
+    model: Option<ModelArgs>,
     /// Surrogates of the model; each is a method called as its folder
     #[arg(long, num_args = 1.., value_name = "FOLDER")]
     surrogate: Vec<PathBuf>,
@@ -136,10 +137,11 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
-    let model = args.model.load()?;
+    let run = args.model.as_ref().context("which model is to be asked? give --model PATH")?;
+    let model = run.load()?;
     let methods = Methods::load(args, &model)?;
     report.r2.extend(methods.r2());
-    report.settings.push(settings(args)?);
+    report.settings.push(settings(args, run)?);
     let cells = args.task.iter().flat_map(|task| args.tokens.iter().map(move |&n| (task, n)));
     for (task, tokens) in cells {
         let probes = Probes::open(args, &model, task, tokens)?;
@@ -163,10 +165,10 @@ fn supersede(curve: &mut Vec<Row>, rows: Vec<Row>) {
     curve.extend(rows);
 }
 
-fn settings(args: &Args) -> Result<serde_json::Value> {
-    let training = facts::training(&args.model)?;
+fn settings(args: &Args, run: &ModelArgs) -> Result<serde_json::Value> {
+    let training = facts::training(run)?;
     Ok(serde_json::json!({
-        "run": args.model.json(), "tasks": args.task, "contexts": args.tokens, "samples": args.samples,
+        "run": run.json(), "tasks": args.task, "contexts": args.tokens, "samples": args.samples,
         "window": args.window, "protect": args.protect, "seed": args.seed,
         "surrogates": args.surrogate.iter().filter_map(|p| p.file_name()?.to_str()).collect::<Vec<_>>(),
         "arm": training["arm"], "arm_seed": training["seed"], "arm_tokens": training["tokens"],

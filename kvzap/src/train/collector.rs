@@ -1,11 +1,12 @@
 use super::samples::Rows;
 use crate::baselines::random::mix;
+use crate::oracle::kvzip_plus_of;
 use crate::torch::dims;
-use crate::{Error, LayerInput, Result, Scorer, Spans, kvzip_plus};
+use crate::{Error, LayerInput, Result, Scorer, Spans};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-/// Makes a plain forward pass a training pass: a [`Scorer`] that keeps hidden states and [`kvzip_plus`] scores of each
+/// Makes a plain forward pass a training pass: a [`Scorer`] that keeps hidden states and [`kvzip_plus`](crate::kvzip_plus) scores of each
 /// layer, and returns +inf, so that nothing is forgotten.
 ///
 /// Clones share what they gather: give one to the model, and keep one to call
@@ -17,7 +18,7 @@ pub struct Collector(Arc<Mutex<Inner>>);
 struct Inner {
     output_projections: Vec<Tensor>,
     rows: usize,
-    text: Option<(Spans, Vec<i64>)>, // and which tokens of the original to learn from
+    text: Option<(Spans, Tensor)>, // and which tokens of the original to learn from
     gathered: Vec<(Vec<Tensor>, Vec<Tensor>)>, // of each layer, text by text
 }
 
@@ -31,10 +32,13 @@ impl Collector {
 
     /// Announces the next forward pass: sequences of one length, whole, with their texts at `spans`. `seed`
     /// chooses the tokens to learn from, the same in all layers and sequences.
-    pub fn begin(&self, spans: Spans, seed: u64) {
+    pub fn begin(&self, spans: Spans, seed: u64) -> Result<()> {
         let mut inner = self.inner();
+        let device = inner.output_projections.first().map_or(Device::Cpu, Tensor::device);
         let tokens = choose(spans.original.len(), inner.rows, seed);
+        let tokens = Tensor::f_from_slice(&tokens)?.f_to_device(device)?;
         inner.text = Some((spans, tokens));
+        Ok(())
     }
 
     /// What was gathered since the last call, on the model's device.
@@ -66,9 +70,9 @@ impl Scorer<Tensor> for Collector {
         let (layer, layers) = (input.layer, inner.output_projections.len());
         let projection =
             inner.output_projections.get(layer).ok_or(Error::Layer { layer, layers })?;
-        let scores = kvzip_plus(input, projection, spans)?; // [batch, kv_heads, original]
-        let tokens = Tensor::f_from_slice(tokens)?.f_to_device(scores.device())?;
-        let targets = scores.f_transpose(1, 2)?.f_index_select(1, &tokens)?.f_flatten(0, 1)?;
+        let some = |original: Tensor| Ok(original.f_index_select(2, tokens)?);
+        let scores = kvzip_plus_of(input, projection, spans, &some)?; // [batch, kv_heads, some]
+        let targets = scores.f_transpose(1, 2)?.f_flatten(0, 1)?;
         let rows = tokens.f_add_scalar(spans.original.start as i64)?;
         let hidden = input.hidden.f_index_select(1, &rows)?.f_flatten(0, 1)?;
         let (all_hidden, all_scores) = &mut inner.gathered[layer];

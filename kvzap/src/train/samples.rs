@@ -61,27 +61,25 @@ impl Samples {
     /// # Errors
     /// [`Error::Rows`] if a number is NaN or infinite, also after rounding; then nothing is written.
     pub fn write(&self, shard: usize, rows: &Rows) -> Result<()> {
+        let (hidden, scores): (Vec<_>, Vec<_>) = rows.iter().map(|(a, b)| (a, b)).unzip();
+        let half = hidden.first().map_or(Kind::Half, |hidden| match hidden.kind() {
+            Kind::BFloat16 => Kind::BFloat16,
+            _ => Kind::Half,
+        });
         let (mut tensors, failed) = (Vec::new(), OnceCell::new());
-        let mut finite = Vec::new();
-        for (layer, (hidden, scores)) in rows.iter().enumerate() {
-            let kind = if hidden.kind() == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Half };
-            for (name, tensor, kind) in [("hidden", hidden, kind), ("scores", scores, Kind::Float)]
-            {
+        let hosts = on_host([(&hidden, half), (&scores, Kind::Float)])?;
+        for ((name, layers), host) in
+            [("hidden", hidden), ("scores", scores)].into_iter().zip(hosts)
+        {
+            let mut start = 0;
+            for (layer, tensor) in layers.into_iter().enumerate() {
                 let [rows, size] = dims(tensor, name, "[rows, size]")?;
-                let tensor = tensor.f_to_kind(kind)?.f_contiguous()?;
-                finite.push(tensor.f_isfinite()?.f_all()?);
-                let shape = [rows as usize, size as usize];
+                let (tensor, shape) =
+                    (host.f_narrow(0, start, rows * size)?, [rows as usize, size as usize]);
+                start += rows * size;
                 tensors
                     .push((format!("{name}.{layer}"), Stored { tensor, shape, failed: &failed }));
             }
-        }
-        // Asked once: each answer waits for the card.
-        let finite = Vec::<bool>::try_from(&Tensor::f_stack(&finite, 0)?)?;
-        if let Some(odd) = finite.iter().position(|finite| !finite) {
-            return Err(Error::Rows { layer: odd / 2 });
-        }
-        for (_, stored) in &mut tensors {
-            stored.tensor = to_host(&stored.tensor)?;
         }
         let path = self.path(shard);
         let metadata = HashMap::from([(SETTINGS.to_owned(), self.settings.clone())]);
@@ -233,15 +231,32 @@ impl View for Stored<'_> {
     }
 }
 
-/// From a card into memory that it can write to by itself: copies to any other go piecemeal, and hold up its work.
-fn to_host(tensor: &Tensor) -> Result<Tensor> {
-    if tensor.device() == Device::Cpu {
-        return Ok(tensor.shallow_clone());
+/// Of each kind of tensors, layer by layer, all numbers in a row and in host memory.
+///
+/// A card copies them in the order of its work, into pinned memory, and is waited for once: a thread that waited for each
+/// tensor would each time stand behind all that the others have queued.
+fn on_host(kinds: [(&[&Tensor], Kind); 2]) -> Result<[Tensor; 2]> {
+    let row = |tensors: &[&Tensor], kind: Kind| -> Result<Tensor> {
+        let flat = tensors.iter().map(|tensor| tensor.f_to_kind(kind)?.f_flatten(0, -1));
+        Ok(Tensor::f_cat(&flat.collect::<std::result::Result<Vec<_>, _>>()?, 0)?)
+    };
+    let finite = |tensor: &Tensor| tensor.f_isfinite()?.f_all();
+    let [hidden, scores] = kinds;
+    let rows = [row(hidden.0, hidden.1)?, row(scores.0, scores.1)?];
+    let all = finite(&rows[0])?.f_logical_and(&finite(&rows[1])?)?;
+    let host = |row: &Tensor| row.f_to_device_(Device::Cpu, row.kind(), true, false);
+    let hosts = [host(&rows[0])?, host(&rows[1])?];
+    if bool::try_from(all)? {
+        return Ok(hosts);
     }
-    let host = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?;
-    let mut host = host.f_pin_memory(tensor.device())?;
-    host.f_copy_(tensor)?;
-    Ok(host)
+    for (layer, (a, b)) in hidden.0.iter().zip(scores.0).enumerate() {
+        for (tensor, kind) in [(a, hidden.1), (b, scores.1)] {
+            if !bool::try_from(finite(&tensor.f_to_kind(kind)?)?)? {
+                return Err(Error::Rows { layer });
+            }
+        }
+    }
+    Ok(hosts)
 }
 
 fn dtype(kind: Kind) -> safetensors::Dtype {

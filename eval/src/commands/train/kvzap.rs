@@ -93,7 +93,7 @@ fn shard(device: Device) -> usize {
 }
 
 /// Shards that are written at once: a card collects faster than one thread writes.
-const WRITERS: usize = 4;
+const WRITERS: usize = 6;
 
 /// Shards that are read together where a fit needs no more at once.
 const READ: usize = 16;
@@ -103,6 +103,10 @@ struct Set {
     name: &'static str,
     samples: Samples,
     shards: usize,
+    /// Tokens read for it now, those of shards that were there not among them.
+    read: usize,
+    /// Seconds for which the model waited for the files.
+    waited: f64,
 }
 
 /// Runs the command.
@@ -127,18 +131,9 @@ pub fn run(args: &Args) -> Result<()> {
         args.seed,
     )?
     .split_at(args.pieces);
-    let prefill = prefill_speed(&model, &held_out)?;
-    let start = Instant::now();
-    let mut tokens = 0;
-    let mut collect = |name, pieces: &Pieces| -> Result<Set> {
-        let (set, read) = collect(args, &model, name, pieces, &folder)?;
-        tokens += read;
-        Ok(set)
-    };
-    let train = collect("text", &text)?;
-    let mut measured = vec![collect("held-out", &held_out)?];
+    let mut sets = vec![("text", text), ("held-out", held_out)];
     if !args.unseen.is_empty() {
-        let pieces = Pieces::cut(
+        let unseen = Pieces::cut(
             &model,
             &args.unseen,
             args.held_out,
@@ -146,9 +141,16 @@ pub fn run(args: &Args) -> Result<()> {
             shard(model.device),
             args.seed,
         )?;
-        measured.push(collect("unseen", &pieces)?);
+        sets.push(("unseen", unseen));
     }
+    let prefill = prefill_speed(&model, &sets[1].1)?;
+    let start = Instant::now();
+    let sets = sets.iter().map(|(name, pieces)| collect(args, &model, name, pieces, &folder));
+    let sets = sets.collect::<Result<Vec<_>>>()?;
     let collecting = start.elapsed().as_secs_f64();
+    let read: usize = sets.iter().map(|set| set.read).sum();
+    let waited: f64 = sets.iter().map(|set| set.waited).sum();
+    let (train, measured) = (&sets[0], &sets[1..]);
 
     let start = Instant::now();
     let dtype = match args.save_as {
@@ -156,8 +158,8 @@ pub fn run(args: &Args) -> Result<()> {
         SaveAs::Bf16 => Dtype::Bf16,
     };
     let surrogate = match args.form {
-        Form::Linear => linear(args, &model, &train)?,
-        Form::Mlp => mlp(args, &model, &train, &folder)?,
+        Form::Linear => linear(args, &model, train)?,
+        Form::Mlp => mlp(args, &model, train, &folder)?,
     };
     let surrogate = surrogate.rounded(dtype);
     let fitting = start.elapsed().as_secs_f64();
@@ -178,8 +180,8 @@ pub fn run(args: &Args) -> Result<()> {
         "text": names(&args.text), "unseen": names(&args.unseen),
         "pieces": args.pieces, "held_out": args.held_out, "tokens": args.tokens.to_string(),
         "rows": args.rows, "seed": args.seed,
-        "collecting_seconds": collecting, "tokens_per_second": tokens as f64 / collecting,
-        "prefill_tokens_per_second": prefill,
+        "collecting_seconds": collecting, "tokens_per_second": read as f64 / collecting,
+        "prefill_tokens_per_second": prefill, "waited_for_files_seconds": waited,
         "fitting_seconds": fitting,
         "run": args.model.json(),
     });
@@ -209,14 +211,14 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Collects what is missing of a set, and counts the tokens read for it.
+/// Collects what is missing of a set.
 fn collect(
     args: &Args,
     model: &Model,
     name: &'static str,
     pieces: &Pieces,
     folder: &Path,
-) -> Result<(Set, usize)> {
+) -> Result<Set> {
     let (projections, size) = (projections(model), shard(model.device));
     let settings = serde_json::json!({
         "model": format!("{:016x}", fingerprint(&projections)?),
@@ -227,7 +229,7 @@ fn collect(
     let shards = pieces.len().div_ceil(size);
     let collector = Collector::new(projections, args.rows);
     let bar = progress(pieces.len() as u64, name);
-    let mut tokens = 0;
+    let (mut read, mut waited) = (0, 0.0);
     // Shards are written while the next ones are collected.
     std::thread::scope(|scope| -> Result<()> {
         let writers: Vec<_> = (0..WRITERS)
@@ -246,14 +248,16 @@ fn collect(
             }
             for (index, texts) in pieces.alike(range).enumerate() {
                 let (ids, spans) = pieces.repeated(texts);
-                tokens += ids.iter().map(Vec::len).sum::<usize>();
-                collector.begin(spans, args.seed ^ (shard << 8 | index) as u64);
+                read += ids.iter().map(Vec::len).sum::<usize>();
+                collector.begin(spans, args.seed ^ (shard << 8 | index) as u64)?;
                 let _ = forward(model, &ids, Some(&collector))?;
                 bar.inc(texts.len() as u64);
             }
-            if writers[shard % WRITERS].0.send((shard, collector.take()?)).is_err() {
+            let (rows, start) = (collector.take()?, Instant::now());
+            if writers[shard % WRITERS].0.send((shard, rows)).is_err() {
                 break; // the writer has failed, and says how
             }
+            waited += start.elapsed().as_secs_f64();
         }
         writers.into_iter().try_for_each(|(send, writer)| {
             drop(send);
@@ -261,7 +265,7 @@ fn collect(
         })
     })?;
     bar.finish_and_clear();
-    Ok((Set { name, samples, shards }, tokens))
+    Ok(Set { name, samples, shards, read, waited })
 }
 
 fn projections(model: &Model) -> Vec<Tensor> {
