@@ -86,9 +86,11 @@ impl Attention {
         let most = Tensor::f_full([heads, group, width], f64::NEG_INFINITY, (Kind::Float, device))?;
         blocks.into_iter().try_fold(most, |most, block| {
             let (start, count) = (block.start, block.end - block.start);
-            let queries = self.queries.f_narrow(2, start, count)?.f_to_kind(kind)?;
+            let queries = Tensor::f_empty([heads, group, count, dim + PARTS], (kind, device))?;
+            let row = self.queries.f_narrow(2, start, count)?;
+            let _ = queries.f_narrow(3, 0, dim)?.f_copy_(&row)?;
             let less = less.f_narrow(2, start - rows.start, count)?;
-            let queries = Tensor::f_cat(&[queries, less], 3)?;
+            let _ = queries.f_narrow(3, dim, PARTS)?.f_copy_(&less)?;
             let queries = queries.f_view([heads, group * count, dim + PARTS])?;
             let logits = if half {
                 queries.f_bmm_dtype(&keys, Kind::Float)?

@@ -68,7 +68,7 @@ pub(crate) fn kvzip_plus_of(
     let rows = repeat.start as i64..repeat.end as i64;
     let sums = log_sums(input, &attention, rows.clone())?;
     let norms = input.hidden.f_narrow(1, rows.start, repeat.len() as i64)?;
-    let norms = norms.f_to_kind(Kind::Float)?.f_norm_scalaropt_dim(2, [-1].as_slice(), false)?;
+    let norms = norms.f_norm_scalaropt_dim_dtype(2, [-1].as_slice(), false, Kind::Float)?;
     let norms = norms.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?; // [batch, rows]
     let scales =
         sums.f_add(&norms.f_repeat_interleave_self_int(heads, 0, None)?.f_unsqueeze(1)?)?;
@@ -81,10 +81,12 @@ pub(crate) fn kvzip_plus_of(
     Ok(weights.f_view_as(&norms)?.f_add(&norms)?.f_amax([2], false)?)
 }
 
-/// `[batch * kv_heads, group, rows]` f32: the logarithm of what softmax divides a row by.
+/// `[batch * kv_heads, group, rows]` f32: the logarithm of what softmax divides a row by, for `rows` that are not the first.
 ///
-/// Fused attention finds it on the way, without writing the logits down, which is most of what the target costs. Its
-/// sums are f32; on a card it is taken for 16-bit queries alone, since its products of f32 are not.
+/// Fused attention finds it on the way, without writing the logits down, which is most of what the target costs. It reads
+/// these rows alone, and in two parts: what stands before all of them a group's query heads read as one, and only among
+/// themselves, where keys are repeated for each query head, are they causal. Its sums are f32; on a card it is taken for 16-bit
+/// queries alone, since its products of f32 are not.
 fn log_sums(
     input: LayerInput<'_, Tensor>,
     attention: &Attention,
@@ -92,41 +94,42 @@ fn log_sums(
 ) -> Result<Tensor> {
     let (kind, device) = (input.queries.kind(), input.queries.device());
     let half = matches!(kind, Kind::Half | Kind::BFloat16);
-    let group = input.queries.size()[1] / input.keys.size()[1].max(1);
-    let each = |rows: &Tensor| rows.f_repeat_interleave_self_int(group, 1, None);
-    let none = None::<&Tensor>;
-    let sums = if device == Device::Cpu && kind == Kind::Float {
-        let (keys, values) = (each(input.keys)?, each(input.values)?);
-        Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-            input.queries,
-            &keys,
-            &values,
-            0.0,
-            true,
-            none,
-            None,
-        )?
-        .1
-    } else if device.is_cuda() && half {
-        let (keys, values) = (each(input.keys)?, each(input.values)?);
-        Tensor::f_internal_scaled_dot_product_efficient_attention(
-            input.queries,
-            &keys,
-            &values,
-            none,
-            true,
-            0.0,
-            true,
-            None,
-        )?
-        .1
-    } else {
+    if !(device == Device::Cpu && kind == Kind::Float || device.is_cuda() && half) {
         let blocks = attention.blocks_of(rows.clone(), rows.end);
         let sums = blocks.map(|rows| Ok(attention.logits(rows)?.f_logsumexp([3], false)?));
         return Ok(Tensor::f_cat(&sums.collect::<Result<Vec<_>>>()?, 2)?);
+    }
+    let [_, heads, _, dim] = dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
+    let (group, count) = (input.queries.size()[1] / heads.max(1), rows.end - rows.start);
+    let sums = |queries: &Tensor, keys: &Tensor, values: &Tensor, causal| -> Result<Tensor> {
+        let sums = fused_sums(queries, keys, values, causal)?;
+        let sums = sums.f_narrow(2, 0, queries.size()[2])?; // a card gives whole tiles
+        Ok(sums.f_to_kind(Kind::Float)?.f_reshape([-1, group, count])?)
     };
-    let sums = sums.f_narrow(2, rows.start, rows.end - rows.start)?;
-    Ok(sums.f_to_kind(Kind::Float)?.f_reshape([-1, group, rows.end - rows.start])?)
+    let queries = input.queries.f_narrow(2, rows.start, count)?;
+    let folded = queries.f_reshape([-1, 1, group * count, dim])?;
+    let earlier = |x: &Tensor| x.f_narrow(2, 0, rows.start)?.f_reshape([-1, 1, rows.start, dim]);
+    let before = sums(&folded, &earlier(input.keys)?, &earlier(input.values)?, false)?;
+    let own =
+        |x: &Tensor| x.f_narrow(2, rows.start, count)?.f_repeat_interleave_self_int(group, 1, None);
+    let among = sums(&queries, &own(input.keys)?, &own(input.values)?, true)?;
+    Ok(before.f_logaddexp(&among)?)
+}
+
+/// `[batch, heads, rows or more]`: the logarithms that libtorch's streaming kernel of this device divides by.
+fn fused_sums(queries: &Tensor, keys: &Tensor, values: &Tensor, causal: bool) -> Result<Tensor> {
+    let none = None::<&Tensor>;
+    Ok(if queries.device() == Device::Cpu {
+        Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, causal, none, None,
+        )?
+        .1
+    } else {
+        Tensor::f_internal_scaled_dot_product_efficient_attention(
+            queries, keys, values, none, true, 0.0, causal, None,
+        )?
+        .1
+    })
 }
 
 /// `[…, kv_heads, group, tokens]` f32: `log |W_O^(g) v_i|`, for `values` `[…, kv_heads, tokens,

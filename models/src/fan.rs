@@ -2,7 +2,7 @@
 
 use crate::cache::{Dense, KvCache, Usage};
 use crate::error::{Error, Result};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// A cache of V texts that begin with the same context, of which each forgot other tokens.
 ///
@@ -102,8 +102,8 @@ impl KvCache for Fan {
         let mut logits = together.f_matmul(&old_keys.f_transpose(1, 2)?)?;
         logits = logits.f_view([heads, texts, rows, old])?;
         let _ = logits.f_masked_fill_(drops, f64::NEG_INFINITY)?;
-        let later = Tensor::f_ones([new, all], (Kind::Bool, Device::Cpu))?.f_triu(all - new + 1)?;
-        let later = later.f_to_device(keys.device())?.f_repeat([query_heads / heads, 1])?;
+        let later = Tensor::f_ones([new, all], (Kind::Bool, keys.device()))?;
+        let later = later.f_triu(all - new + 1)?.f_repeat([query_heads / heads, 1])?;
         let mut since = queries.f_matmul(&keys.f_transpose(0, 1)?.f_transpose(2, 3)?)?;
         let _ = since.f_masked_fill_(&later, f64::NEG_INFINITY)?;
         let weights = Tensor::f_cat(&[logits, since], 3)?.f_softmax(3, Kind::Float)?;

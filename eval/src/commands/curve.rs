@@ -18,8 +18,8 @@ use tch::{Kind, Tensor};
 
 /// What to ask, and what to forget before.
 #[derive(clap::Args, Debug)]
+#[command(mut_arg("model", |model| model.required(false)))] // --merge alone needs none
 pub struct Args {
-    // Optional for the sake of --merge alone.
     #[command(flatten)]
     model: Option<ModelArgs>,
     /// Surrogates of the model; each is a method called as its folder

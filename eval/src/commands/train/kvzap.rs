@@ -103,9 +103,14 @@ struct Set {
     name: &'static str,
     samples: Samples,
     shards: usize,
-    /// Tokens read for it now, those of shards that were there not among them.
-    read: usize,
-    /// Seconds for which the model waited for the files.
+}
+
+/// What collecting took.
+#[derive(Default)]
+struct Took {
+    /// Tokens read; those of shards that were there are not among them.
+    tokens: usize,
+    /// Seconds for which the model waited for a file to be written.
     waited: f64,
 }
 
@@ -145,11 +150,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let prefill = prefill_speed(&model, &sets[1].1)?;
     let start = Instant::now();
-    let sets = sets.iter().map(|(name, pieces)| collect(args, &model, name, pieces, &folder));
-    let sets = sets.collect::<Result<Vec<_>>>()?;
+    let (sets, took) = collect(args, &model, &sets, &folder)?;
     let collecting = start.elapsed().as_secs_f64();
-    let read: usize = sets.iter().map(|set| set.read).sum();
-    let waited: f64 = sets.iter().map(|set| set.waited).sum();
     let (train, measured) = (&sets[0], &sets[1..]);
 
     let start = Instant::now();
@@ -180,8 +182,8 @@ pub fn run(args: &Args) -> Result<()> {
         "text": names(&args.text), "unseen": names(&args.unseen),
         "pieces": args.pieces, "held_out": args.held_out, "tokens": args.tokens.to_string(),
         "rows": args.rows, "seed": args.seed,
-        "collecting_seconds": collecting, "tokens_per_second": read as f64 / collecting,
-        "prefill_tokens_per_second": prefill, "waited_for_files_seconds": waited,
+        "collecting_seconds": collecting, "tokens_per_second": took.tokens as f64 / collecting,
+        "prefill_tokens_per_second": prefill, "waited_for_files_seconds": took.waited,
         "fitting_seconds": fitting,
         "run": args.model.json(),
     });
@@ -211,61 +213,69 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Collects what is missing of a set.
+/// Collects what is missing of each set.
 fn collect(
     args: &Args,
     model: &Model,
-    name: &'static str,
-    pieces: &Pieces,
+    sets: &[(&'static str, Pieces)],
     folder: &Path,
-) -> Result<Set> {
+) -> Result<(Vec<Set>, Took)> {
     let (projections, size) = (projections(model), shard(model.device));
-    let settings = serde_json::json!({
-        "model": format!("{:016x}", fingerprint(&projections)?),
-        "pieces": pieces.len(), "text": format!("{:016x}", pieces.fingerprint()),
-        "rows": args.rows, "seed": args.seed, "dtype": format!("{:?}", model.kind), "shard": size,
-    });
-    let samples = Samples::open(folder.join(name), settings.to_string())?;
-    let shards = pieces.len().div_ceil(size);
+    let of_model = format!("{:016x}", fingerprint(&projections)?);
+    let open = |(name, pieces): &(&'static str, Pieces)| -> Result<Set> {
+        let settings = serde_json::json!({
+            "model": of_model, "pieces": pieces.len(),
+            "text": format!("{:016x}", pieces.fingerprint()),
+            "rows": args.rows, "seed": args.seed, "dtype": format!("{:?}", model.kind), "shard": size,
+        });
+        let samples = Samples::open(folder.join(name), settings.to_string())?;
+        Ok(Set { name, samples, shards: pieces.len().div_ceil(size) })
+    };
+    let opened = sets.iter().map(open).collect::<Result<Vec<_>>>()?;
     let collector = Collector::new(projections, args.rows);
-    let bar = progress(pieces.len() as u64, name);
-    let (mut read, mut waited) = (0, 0.0);
+    let mut took = Took::default();
     // Shards are written while the next ones are collected.
     std::thread::scope(|scope| -> Result<()> {
         let writers: Vec<_> = (0..WRITERS)
             .map(|_| {
-                let (send, receive) = sync_channel::<(usize, Rows)>(0);
-                let write = |(shard, rows): (usize, Rows)| samples.write(shard, &rows);
+                let (send, receive) = sync_channel::<(&Samples, usize, Rows)>(0);
+                let write =
+                    |(samples, shard, rows): (&Samples, usize, Rows)| samples.write(shard, &rows);
                 (send, scope.spawn(move || receive.into_iter().try_for_each(write)))
             })
             .collect();
-        for shard in 0..shards {
-            let range = shard * size..pieces.len().min((shard + 1) * size);
-            if samples.has(shard)? {
-                bar.inc(range.len() as u64);
-                bar.reset_eta();
-                continue;
+        let mut free = (0..WRITERS).cycle();
+        'sets: for (set, (name, pieces)) in opened.iter().zip(sets) {
+            let bar = progress(pieces.len() as u64, *name);
+            for shard in 0..set.shards {
+                let range = shard * size..pieces.len().min((shard + 1) * size);
+                if set.samples.has(shard)? {
+                    bar.inc(range.len() as u64);
+                    bar.reset_eta();
+                    continue;
+                }
+                for (index, texts) in pieces.alike(range).enumerate() {
+                    let (ids, spans) = pieces.repeated(texts);
+                    took.tokens += ids.iter().map(Vec::len).sum::<usize>();
+                    collector.begin(spans, args.seed ^ (shard << 8 | index) as u64)?;
+                    let _ = forward(model, &ids, Some(&collector))?;
+                    bar.inc(texts.len() as u64);
+                }
+                let (rows, start) = (collector.take()?, Instant::now());
+                let (send, _) = &writers[free.next().unwrap_or(0)];
+                if send.send((&set.samples, shard, rows)).is_err() {
+                    break 'sets; // the writer has failed, and says how
+                }
+                took.waited += start.elapsed().as_secs_f64();
             }
-            for (index, texts) in pieces.alike(range).enumerate() {
-                let (ids, spans) = pieces.repeated(texts);
-                read += ids.iter().map(Vec::len).sum::<usize>();
-                collector.begin(spans, args.seed ^ (shard << 8 | index) as u64)?;
-                let _ = forward(model, &ids, Some(&collector))?;
-                bar.inc(texts.len() as u64);
-            }
-            let (rows, start) = (collector.take()?, Instant::now());
-            if writers[shard % WRITERS].0.send((shard, rows)).is_err() {
-                break; // the writer has failed, and says how
-            }
-            waited += start.elapsed().as_secs_f64();
+            bar.finish_and_clear();
         }
         writers.into_iter().try_for_each(|(send, writer)| {
             drop(send);
             Ok(writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
         })
     })?;
-    bar.finish_and_clear();
-    Ok(Set { name, samples, shards, read, waited })
+    Ok((opened, took))
 }
 
 fn projections(model: &Model) -> Vec<Tensor> {
