@@ -244,7 +244,7 @@ fn collect(
                 (send, scope.spawn(move || receive.into_iter().try_for_each(write)))
             })
             .collect();
-        let mut free = (0..WRITERS).cycle();
+        let mut sent = 0;
         'sets: for (set, (name, pieces)) in opened.iter().zip(sets) {
             let bar = progress(pieces.len() as u64, *name);
             for shard in 0..set.shards {
@@ -262,10 +262,10 @@ fn collect(
                     bar.inc(texts.len() as u64);
                 }
                 let (rows, start) = (collector.take()?, Instant::now());
-                let (send, _) = &writers[free.next().unwrap_or(0)];
-                if send.send((&set.samples, shard, rows)).is_err() {
+                if writers[sent % WRITERS].0.send((&set.samples, shard, rows)).is_err() {
                     break 'sets; // the writer has failed, and says how
                 }
+                sent += 1;
                 took.waited += start.elapsed().as_secs_f64();
             }
             bar.finish_and_clear();
