@@ -63,3 +63,42 @@ fn unknown_names_are_refused_with_the_known_ones() {
         assert!(!refused.status.success() && said.contains(wanted), "{said}");
     }
 }
+
+#[test]
+fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let row = |method: &str, score: f64| {
+        serde_json::json!({
+            "task": "niah_single_1", "context": 500, "method": method, "asked": 0.5, "removed": 0.5,
+            "removed_of_judged": 0.6, "score": score, "low": 0.0, "high": 1.0, "n": 4,
+        })
+    };
+    for (name, rows) in
+        [("old", vec![row("a", 0.25), row("b", 0.5)]), ("new", vec![row("a", 0.75)])]
+    {
+        let report = serde_json::json!({"r2": {}, "settings": [], "curve": rows});
+        std::fs::write(path(name), report.to_string()).unwrap();
+    }
+    let longctx = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+        command.arg("curve");
+        command
+    };
+    let merge = ["--merge", &path("old"), &path("new"), "--json", &path("both")];
+    let merged = longctx().args(merge).output().unwrap();
+    assert!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
+    let both: Value = serde_json::from_slice(&std::fs::read(path("both")).unwrap()).unwrap();
+    let scores: Vec<f64> = both["curve"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["score"].as_f64().unwrap())
+        .collect();
+    assert_eq!(scores, [0.5, 0.75]);
+
+    let asked = ["--task", "niah_single_1", "--texts", &path("")];
+    let refused = longctx().args(asked).output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && said.contains("give --model"), "{said}");
+}
