@@ -88,9 +88,9 @@ impl Attention {
             let (start, count) = (block.start, block.end - block.start);
             let queries = Tensor::f_empty([heads, group, count, dim + PARTS], (kind, device))?;
             let row = self.queries.f_narrow(2, start, count)?;
-            let _ = queries.f_narrow(3, 0, dim)?.f_copy_(&row)?;
+            queries.f_narrow(3, 0, dim)?.f_copy_(&row)?;
             let less = less.f_narrow(2, start - rows.start, count)?;
-            let _ = queries.f_narrow(3, dim, PARTS)?.f_copy_(&less)?;
+            queries.f_narrow(3, dim, PARTS)?.f_copy_(&less)?;
             let queries = queries.f_view([heads, group * count, dim + PARTS])?;
             let logits = if half {
                 queries.f_bmm_dtype(&keys, Kind::Float)?
