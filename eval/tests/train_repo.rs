@@ -197,3 +197,73 @@ fn a_model_is_gone_on_with_and_its_overlay_is_read() {
     assert!(text.contains("NaN or infinite") && text.contains("smaller --rate"), "{text}");
     assert!(!Path::new(&place.path("diverged/repo.safetensors")).exists());
 }
+
+/// What a model of learned positions costs, and what it knows when its own surrogate forgets for it.
+#[test]
+fn a_twin_is_timed_beside_its_index_and_asked_when_much_is_forgotten() {
+    let place = Place::new();
+    let (config, text) = (place.path("config.json"), place.path("text.jsonl"));
+    let scratch = ["--from-scratch", &config, "--kilotokens", "2"];
+    ok(place.train("slowed", &[&scratch[..], &["--arm", "slowed"]].concat()));
+    ok(place.train("rope", &[&scratch[..], &["--arm", "rope"]].concat()));
+    let [slowed, rope] = ["slowed", "rope"].map(|name| place.path(name));
+    let longctx = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+        command.args(arguments);
+        command
+    };
+
+    let cost = place.path("cost.json");
+    let bench = ["bench", "--positions", "--context", "64", "--decode", "2", "--threads", "1"];
+    let timed = ["--model", &slowed, "--repeat", "3", "--results", &cost];
+    ok(longctx(&[&bench[..], &timed].concat()));
+    ok(longctx(&[&bench[..], &timed].concat()));
+    let rows = place.json("cost.json");
+    let of = |what: &str| rows.as_array().unwrap().iter().filter(|r| r["what"] == what).count();
+    let counts = ["numbers", "prefill", "decode step"].map(of);
+    assert_eq!(counts, [1, 1, 1], "a second run takes the first's place: {rows}");
+    let maps = rows[0]["learned"].as_f64().unwrap() - rows[0]["index"].as_f64().unwrap();
+    assert_eq!(maps, (2 * (2 * 4 * 32 + 2 * 4)) as f64, "two layers' maps, an eighth wide");
+    let none = refused(longctx(&[&bench[..], &["--model", &rope]].concat()));
+    assert!(none.contains("no learned positions") && none.contains("pe_config"), "{none}");
+
+    let [passages, kvzap, curve] =
+        ["passages.jsonl", "slowed/kvzap", "slowed/curve.json"].map(|name| place.path(name));
+    let drawn = ["--passages", "9", "--tokens", "256", "--output", &passages];
+    ok(longctx(
+        &[&["facts", "passages", "--model", &slowed, "--text", &text][..], &drawn].concat(),
+    ));
+    let lines = String::from_utf8(place.read("passages.jsonl")).unwrap();
+    assert!(lines.lines().count() == 9 && lines.contains(" of "), "{lines}");
+    let pieces = ["--pieces", "8", "--held-out", "2", "--tokens", "64", "--rows", "32"];
+    let on = ["--model", &slowed, "--threads", "1"];
+    let fit = ["train", "kvzap", "--text", &text, &passages, "--out", &kvzap];
+    ok(longctx(&[&fit[..], &on, &pieces].concat()));
+    let asked = ["curve", "--surrogate", &kvzap, "--documents", &text, "--task", "facts"];
+    let ways = ["--remove", "0.5", "--method", "kvzap", "random", "--samples", "9"];
+    let written = ["--tokens", "1024", "--json", &curve];
+    ok(longctx(&[&asked[..], &on, &ways, &written].concat()));
+
+    let rows = place.path("rows.json");
+    std::fs::write(&rows, r#"[{"experiment": "other"}]"#).unwrap();
+    let picture = place.path("forgotten.svg");
+    let table =
+        ok(longctx(&["facts", "forgetting", &curve, "--output", &rows, "--picture", &picture]));
+    assert!(table.contains("slowed") && table.contains("50 % gone"), "{table}");
+    assert!(place.read("forgotten.svg").starts_with(b"<svg"));
+    let rows = place.json("rows.json");
+    assert_eq!(rows[0], json!({"experiment": "other"}));
+    let row = |method: &str| {
+        let rows = rows.as_array().unwrap();
+        rows.iter()
+            .find(|row| row["method"] == method)
+            .unwrap_or_else(|| panic!("{rows:?}"))
+            .clone()
+    };
+    let found = row("kvzap");
+    let said = ["arm", "seed", "removed", "n"].map(|name| found[name].clone());
+    assert_eq!(said, [json!("slowed"), json!(1), json!(0.5), json!(9)]);
+    assert_eq!(row("full")["removed"], 0.0);
+    let wrong = refused(longctx(&["facts", "forgetting", &place.path("slowed/training.json")]));
+    assert!(wrong.contains("is not what longctx curve --json writes"), "{wrong}");
+}

@@ -140,6 +140,24 @@ fn positions_that_were_rounded_are_refused() {
 }
 
 #[test]
+fn angles_in_a_models_dtype_are_rounded_once() {
+    let plain = Frequencies::plain(10_000.0, 16).unwrap();
+    let yarn = Frequencies::yarn(10_000.0, 16, Yarn::new(4.0, 4096)).unwrap();
+    let positions = tensor(&[0.0, -0.1, 37.8, -4095.3], &[1, 1, 4]);
+    for frequencies in [plain.clone(), yarn, plain.with_precision(Precision::Wide)] {
+        let rotary = Rotary::new(&frequencies, Device::Cpu).unwrap();
+        let (cos, sin) = rotary.angles(&positions).unwrap();
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+            let wanted = (cos.to_kind(kind), sin.to_kind(kind));
+            assert_eq!(rotary.angles_in(&positions, kind).unwrap(), wanted, "{kind:?}");
+        }
+        let narrow = positions.to_kind(Kind::BFloat16);
+        let error = rotary.angles_in(&narrow, Kind::BFloat16).unwrap_err();
+        assert!(matches!(error, Error::PositionKind(Kind::BFloat16)), "{error}");
+    }
+}
+
+#[test]
 fn shapes_that_disagree_are_refused_by_name() {
     let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
     let name = |error| match error {
