@@ -2,7 +2,7 @@
 //! the same weights and in turns, so that what else a machine does meets both.
 
 use super::super::{spinner, table};
-use super::{Args, Part, ids, median, merge, read_and_write};
+use super::{Args, ids, median, merge, read_and_write};
 use anyhow::{Result, ensure};
 use models::{CausalLm, Decoder, Hooks, Random, Source, Weights, open};
 use serde::{Deserialize, Serialize};
@@ -144,6 +144,7 @@ fn on_cpu(
 
 #[cfg(feature = "cuda")]
 fn on_card(args: &Args, both: [Decoder; 2], bar: &indicatif::ProgressBar) -> Result<Found> {
+    use super::Part;
     use models::{Bench, Mode};
     let both = both.map(Bench::new);
     let [index, learned] = both;
