@@ -228,7 +228,7 @@ fn work<E: Executor>(mut scheduler: Scheduler<E>, calls: &Receiver<Call>, totals
         for id in gone.map(|(id, _)| *id).collect::<Vec<_>>() {
             scheduler.cancel(id, start.elapsed());
         }
-        let events = scheduler.tick(start.elapsed());
+        let events = scheduler.tick(|| start.elapsed());
         // Before the events: who has seen an end finds it counted.
         *totals.lock().unwrap_or_else(PoisonError::into_inner) = scheduler.totals();
         for (id, event) in events {

@@ -168,7 +168,7 @@ fn run<E: Executor>(
         if now == Duration::from_millis(9) {
             scheduler.cancel(order[3], now);
         }
-        for (id, event) in scheduler.tick(now) {
+        for (id, event) in scheduler.tick(|| now) {
             match event {
                 Event::Token(token) => tokens.entry(id).or_default().push(token),
                 Event::End(end) => drop(ends.insert(id, end)),

@@ -225,16 +225,17 @@ impl<E: Executor> Scheduler<E> {
         &mut self.machine
     }
 
-    /// One step of all who write, and a slice of what is to be read. Says what happened since the last tick.
-    pub fn tick(&mut self, now: Duration) -> Vec<(RequestId, Event)> {
-        self.now = now;
+    /// One step of all who write, and a slice of what is to be read. Says what happened since the last tick. The clock is
+    /// asked again once the machine's work is done, so that a request which begins and answers in one tick has taken its time.
+    pub fn tick(&mut self, clock: impl Fn() -> Duration) -> Vec<(RequestId, Event)> {
+        self.now = clock();
         self.preempted = false;
         let before = self.done;
         for wait in [false, true] {
             self.place();
             self.step();
             self.read();
-            self.collect(wait);
+            self.collect(wait, &clock);
             if self.done > before {
                 break;
             }
@@ -498,8 +499,10 @@ impl<E: Executor> Scheduler<E> {
     }
 
     /// Hands out the tokens that have become known.
-    fn collect(&mut self, wait: bool) {
-        let drawn = match self.machine.drawn(wait) {
+    fn collect(&mut self, wait: bool, clock: impl Fn() -> Duration) {
+        let drawn = self.machine.drawn(wait);
+        self.now = clock();
+        let drawn = match drawn {
             Ok(drawn) => drawn,
             Err(error) => return self.end_all(self.writing.iter().copied().collect(), error),
         };

@@ -76,7 +76,7 @@ impl<E: Executor> Soak<'_, E> {
                 assert!(scheduler.cancel(id, now));
                 totals.cancelled += 1;
             }
-            for (id, event) in scheduler.tick(now) {
+            for (id, event) in scheduler.tick(|| now) {
                 match event {
                     Event::Token(token) => {
                         let under = under.get_mut(&id).expect("a token of nobody");

@@ -112,7 +112,7 @@ pub fn run(
             return Ok(ends);
         }
         now += Duration::from_millis(1);
-        for (id, event) in scheduler.tick(now) {
+        for (id, event) in scheduler.tick(|| now) {
             match event {
                 Event::Token(token) => tokens.entry(id).or_default().push(token),
                 Event::End(end) => {
@@ -221,7 +221,7 @@ fn a_batch_holds_the_windows_and_no_more() -> Result<()> {
     }
     let (mut most, mut ends) = (0, 0);
     while !scheduler.is_idle() {
-        let events = scheduler.tick(Duration::ZERO);
+        let events = scheduler.tick(|| Duration::ZERO);
         let stats = scheduler.machine().backend().stats();
         most = most.max(stats.rows);
         for (_, event) in events {

@@ -4,6 +4,7 @@ use crate::fake::{Fake, POISON, UNIT, UNREADABLE, VOCABULARY, token};
 use models::engine::{Admission, End, Event, Request, RequestId, Scheduler, Settings};
 use models::{Error, Sampling, Stop};
 use proptest::prelude::*;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ impl Log {
     fn tick(&mut self, scheduler: &mut Scheduler<Fake>) {
         let (steps, moved) = (scheduler.machine().steps, scheduler.totals().preemptions);
         self.ticks += 1;
-        for (id, event) in scheduler.tick(at(self.ticks)) {
+        for (id, event) in scheduler.tick(|| at(self.ticks)) {
             match event {
                 Event::Token(token) => {
                     assert!(!self.ends.contains_key(&id), "a token after the end");
@@ -429,6 +430,20 @@ fn a_lost_machine_ends_everybody_with_its_error() {
             assert!(matches!(*error, Error::EngineStopped), "{error}");
         }
     }
+}
+
+#[test]
+fn a_request_that_begins_and_answers_in_one_tick_has_taken_its_time() {
+    let mut scheduler = Scheduler::new(Fake::new(64), Settings::default());
+    scheduler.submit(request(&[1; 10], &[], 1), at(0)).unwrap();
+    let asked = Cell::new(0);
+    let events = scheduler.tick(|| {
+        asked.set(asked.get() + 1);
+        at(asked.get())
+    });
+    let Some((_, Event::End(end))) = events.last() else { panic!("{events:?}") };
+    assert_eq!(end.usage.waited, at(1));
+    assert_eq!(end.usage.to_first, at(asked.get() - 1));
 }
 
 #[test]

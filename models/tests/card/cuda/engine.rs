@@ -70,7 +70,7 @@ pub fn run<E: Executor>(
             tokens.insert(scheduler.submit(request.clone(), at(tick))?, Vec::new());
         }
         tick += 1;
-        for (id, event) in scheduler.tick(at(tick)) {
+        for (id, event) in scheduler.tick(|| at(tick)) {
             match event {
                 Event::Token(token) => tokens.entry(id).or_default().push(token),
                 Event::End(end) => {
@@ -114,9 +114,9 @@ pub fn same_together<E: Executor>(
         let long = |request: &Request| Request { limit: 200, stop: vec![], ..request.clone() };
         let ids = requests[..6].iter().map(|request| all.submit(long(request), at(0)));
         let ids = ids.collect::<models::Result<Vec<_>>>()?;
-        (1..5).for_each(|tick| drop(all.tick(at(tick))));
+        (1..5).for_each(|tick| drop(all.tick(|| at(tick))));
         assert!(ids.iter().all(|&id| all.cancel(id, at(5))));
-        (6..9).for_each(|tick| drop(all.tick(at(tick))));
+        (6..9).for_each(|tick| drop(all.tick(|| at(tick))));
         assert!(all.is_idle());
         assert_eq!(all.machine().free_pages(), pages, "pages of what was cancelled come back");
     }

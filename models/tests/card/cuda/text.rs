@@ -117,7 +117,7 @@ fn every_question_after_a_mark_is_the_first_and_is_answered_as_in_a_batch() -> R
     }
     let mut together = vec![Vec::new(); order.len()];
     while !scheduler.is_idle() {
-        for (id, event) in scheduler.tick(Duration::ZERO) {
+        for (id, event) in scheduler.tick(|| Duration::ZERO) {
             let place = order.iter().position(|&other| other == id).expect("one of these");
             match event {
                 Event::Token(token) => together[place].push(token),
