@@ -27,10 +27,11 @@ pub(super) fn in_slabs(page_size: u32) -> bool {
     page_size.is_power_of_two() && page_size >= SLAB as u32
 }
 
-/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each, but for the slim ones. The first that fits is
-/// taken.
-const STREAM_KERNELS: [Stream<&CStr>; 9] = [
+/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each, but for the slim ones and those for many
+/// heads. The first that fits is taken.
+const STREAM_KERNELS: [Stream<&CStr>; 10] = [
     Stream { slim: true, ..kernel(c"stream_attend_slim_d128", 128, 8, 4, 2) },
+    Stream { heads: MANY_HEADS, ..kernel(c"stream_attend_many_d128", 128, 8, 6, 2) },
     kernel(c"stream_attend_d64", 64, 8, 8, 4),
     kernel(c"stream_attend_wide_d64", 64, 16, 8, 4),
     kernel(c"stream_attend_d96", 96, 8, 8, 3),
@@ -49,6 +50,9 @@ const STREAM_F8_KERNELS: [Stream<&CStr>; 6] = [
     kernel(c"stream_attend_wide_d128", 128, 16, 8, 4),
 ];
 
+/// Heads of a batch's texts from which fewer slabs on their way are better.
+const MANY_HEADS: usize = 64;
+
 const fn kernel(
     kernel: &CStr,
     dim: usize,
@@ -56,7 +60,7 @@ const fn kernel(
     team: usize,
     stages: usize,
 ) -> Stream<&CStr> {
-    Stream { kernel, dim, group, team, stages, slim: false }
+    Stream { kernel, dim, group, team, stages, slim: false, heads: 0 }
 }
 
 /// 32-bit words of a head's record.
@@ -74,6 +78,8 @@ pub(super) struct Stream<K> {
     /// Slabs that each of them has on their way.
     stages: usize,
     slim: bool,
+    /// The fewest heads of the batch's texts, and then only where a text's bits may depend on its neighbours.
+    heads: usize,
 }
 
 impl<K> Stream<K> {
@@ -143,8 +149,8 @@ impl Device {
             // SAFETY: the function is of a module that is loaded.
             unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
                 .map_err(failed("cuFuncSetAttribute"))?;
-            let &Stream { dim, group, team, stages, slim, .. } = stream;
-            self.streams.push(Stream { kernel, dim, group, team, stages, slim });
+            let &Stream { dim, group, team, stages, slim, heads, .. } = stream;
+            self.streams.push(Stream { kernel, dim, group, team, stages, slim, heads });
         }
         self.sizes(function(module, c"stream_sizes")?, 2)
     }
@@ -224,10 +230,12 @@ impl Device {
         let queries = if self.dtype == Dtype::F8 { Dtype::Bf16 } else { self.dtype };
         let made_for =
             (pool.dtype, dtype) == (self.dtype.code(), queries.code()) && in_slabs(pool.page_size);
+        let heads = step.heads.words / HEAD_WORDS;
         let fits = |stream: &&Stream<_>| {
             stream.dim == pool.dim as usize
                 && step.group <= stream.group
                 && (step.slim || !stream.slim)
+                && (stream.heads == 0 || step.cut == Cut::Fast && heads >= stream.heads)
         };
         let even = even && parts_align(pool.dim as usize, step.group);
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
