@@ -20,10 +20,11 @@ using namespace tile;
 
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
 
-// A part of a head: [group][D] sums, and for each row its best score and the sum of its weights.
+// A part of a head: [group][D] sums, and for each row its best score and the sum of its weights. It begins where a lane can
+// read four sums at once.
 template <int D>
 __device__ float *part_at(const Stream &call, uint32_t i) {
-    return call.parts + uint64_t(i) * call.attend.group * (D + 2);
+    return call.parts + uint64_t(i) * ((call.attend.group * (D + 2) + 3) / 4 * 4);
 }
 
 // Folds a head's parts in their order, a warp a row. With few rows several warps share one,

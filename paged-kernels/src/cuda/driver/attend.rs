@@ -91,13 +91,6 @@ impl<K> Stream<K> {
     }
 }
 
-/// Whether every part of a head begins where the fast kernels can read its sums, a lane's in one load. If not, heads that two
-/// blocks share may fault: so an odd number of query heads a kv head takes the plain kernel where rows have 128 or 256 elements.
-fn parts_align(dim: usize, group: usize) -> bool {
-    let load = if dim.is_multiple_of(128) { 16 } else { 8 };
-    (group * (dim + 2) * 4).is_multiple_of(load)
-}
-
 /// How heads are cut for the blocks of a fast attention, as the kernels number it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cut {
@@ -237,13 +230,12 @@ impl Device {
                 && (step.slim || !stream.slim)
                 && (stream.heads == 0 || step.cut == Cut::Fast && heads >= stream.heads)
         };
-        let even = even && parts_align(pool.dim as usize, step.group);
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
     }
 
     /// Room for what the blocks of a fast attention hand to each other: `count` parts of heads.
     pub fn parts(&self, pool: &Pool, group: usize, count: usize) -> Result<Room> {
-        self.room(count * group * (pool.dim as usize + 2) * 4)
+        self.room(count * (group * (pool.dim as usize + 2)).next_multiple_of(4) * 4)
     }
 }
 
@@ -274,16 +266,4 @@ pub(super) struct StreamCall {
     arrivals: u64,
     cut: u32,
     early: u32,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_that_a_kernel_could_not_read_are_not_given_to_it() {
-        let takes = |dim: usize| (1..=8).filter(move |&group| parts_align(dim, group));
-        assert!(takes(64).chain(takes(96)).eq((1..=8).chain(1..=8)));
-        assert!(takes(128).chain(takes(256)).eq([2, 4, 6, 8, 2, 4, 6, 8]));
-    }
 }
