@@ -560,27 +560,19 @@ __device__ void few(const Scores &call) {
 // pipeline of tiles of 64 columns; each block fetches a quarter of the tokens' tile for all four, since what the L2 can
 // deliver is what bounds this. Two groups of four warps have 64 tokens each, a ninth warp fetches. Products of the second
 // layer meet in the order of the blocks, each of which ends with a word.
-//
-// `SHARED`, where that leaves multiprocessors idle: `gridDim.y` clusters share the columns. The last of them to come adds up
-// what all have left, in their order, and goes on alone.
 constexpr uint32_t MANY_TOKENS = 128;
 constexpr uint32_t MANY_BLOCKS = MANY_TOKENS / 32;
 constexpr uint32_t MANY_THREADS = THREADS + LANES;
 constexpr uint32_t MANY_PITCH = 132;
 
-template <int N, bool SHARED>
+template <int N>
 __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
     constexpr uint32_t HIDDEN_BYTES = MANY_TOKENS * 128, STAGE = HIDDEN_BYTES + N * 128;
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ float came_last;
-    float *merged = reinterpret_cast<float *>(shared);  // [heads, padded][MANY_PITCH], over the tiles
     const uint32_t base = shared_address(shared);
     const uint32_t stages = call.stages, full = base + stages * STAGE, empty = full + stages * 8;
     const uint32_t lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const uint32_t all_steps = (call.dim + 63) / 64, sharers = SHARED ? gridDim.y : 1;
-    const uint32_t first_step = all_steps * blockIdx.y / sharers, last_step = all_steps * (blockIdx.y + 1) / sharers;
-    // [tokens' tiles][4 blocks][clusters][N / 8][threads] of four sums.
-    float4 *parts = reinterpret_cast<float4 *>(call.parts) + uint64_t(blockIdx.x) * sharers * (N / 8) * THREADS;
+    const uint32_t steps = (call.dim + 63) / 64;
     start_next();
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < stages; i++) {
@@ -597,7 +589,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         if (lane == 0) {
             const uint32_t rank = cluster_rank(), first_token = blockIdx.x / MANY_BLOCKS * MANY_TOKENS;
             uint32_t stage = 0, round = 0;
-            for (uint32_t k = first_step; k < last_step; k++) {
+            for (uint32_t k = 0; k < steps; k++) {
                 if (round > 0) barrier_wait(empty + stage * 8, (round - 1) & 1);
                 const uint32_t to = base + stage * STAGE, barrier = full + stage * 8;
                 barrier_expect(barrier, STAGE);
@@ -609,14 +601,14 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         }
         __syncwarp();
     } else {
-        alignas(16) float sums[N / 2] = {};
+        float sums[N / 2] = {};
         uint32_t stage = 0, round = 0, before = 0;
         // The warp's word that a stage is free, to all four blocks, since all four write into it.
         auto release = [&](uint32_t which) {
             if (lane < MANY_BLOCKS) barrier_arrive(in_block(empty + which * 8, lane));
         };
 #pragma unroll 1
-        for (uint32_t k = first_step; k < last_step; k++) {
+        for (uint32_t k = 0; k < steps; k++) {
             barrier_wait(full + stage * 8, round & 1);
             const uint64_t a = tile(base + stage * STAGE + warp / 4 * 64 * 128);
             const uint64_t b = tile(base + stage * STAGE + HIDDEN_BYTES);
@@ -625,54 +617,16 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             for (int i = 0; i < 4; i++) wgmma<N>(sums, a + i * 2, b + i * 2);
             wgmma_commit();
             wgmma_wait<1>();
-            if (k > first_step) release(before);
+            if (k > 0) release(before);
             before = stage;
             if (++stage == stages) stage = 0, round++;
         }
         wgmma_wait<0>();
         wgmma_end(sums);
         asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");  // all tiles have come and been read
-        if constexpr (!SHARED) {
-            second_layer(call, sums, cluster_rank() * N, merged + warp * 16, MANY_PITCH, false);
-        } else {
-            float4 *to = parts + uint64_t(blockIdx.y) * (N / 8) * THREADS + threadIdx.x;
-#pragma unroll
-            for (int i = 0; i < N / 8; i++) to[i * THREADS] = reinterpret_cast<const float4 *>(sums)[i];
-        }
-    }
-    if constexpr (SHARED) {
-        __threadfence();
-        __syncwarp();
-        cluster_arrive();
-        cluster_wait();
-        if (cluster_rank() == 0 && threadIdx.x == 0) {
-            uint32_t *arrivals = call.arrivals + blockIdx.x / MANY_BLOCKS;
-            came_last = atomicAdd(arrivals, 1u) == sharers - 1;
-            if (came_last > 0.0f) *arrivals = 0;
-        }
-        __syncwarp();
-        cluster_arrive();
-        cluster_wait();
-        const bool last = read(in_block(shared_address(&came_last), 0)) > 0.0f;
-        if (!last) {
-            cluster_arrive();  // nobody leaves while others read what is theirs
-            cluster_wait();
-            return;
-        }
-        __threadfence();
-        if (warp < TEAM) {
-            alignas(16) float sums[N / 2] = {};
-#pragma unroll 1
-            for (uint32_t i = 0; i < sharers; i++) {
-                const float4 *from = parts + uint64_t(i) * (N / 8) * THREADS + threadIdx.x;
-#pragma unroll
-                for (int j = 0; j < N / 8; j++) {
-                    const float4 x = __ldcg(from + j * THREADS);
-                    sums[4 * j] += x.x, sums[4 * j + 1] += x.y, sums[4 * j + 2] += x.z, sums[4 * j + 3] += x.w;
-                }
-            }
-            second_layer(call, sums, cluster_rank() * N, merged + warp * 16, MANY_PITCH, false);
-        }
+        // [heads, padded][MANY_PITCH], over the tiles.
+        float *merged = reinterpret_cast<float *>(shared);
+        second_layer(call, sums, cluster_rank() * N, merged + warp * 16, MANY_PITCH, false);
     }
     __syncwarp();
     cluster_arrive();
@@ -699,17 +653,14 @@ SCORES_FEW(8, 1)
 SCORES_FEW(32, 4)
 SCORES_FEW(64, 8)
 
-#define SCORES_MANY(NAME, N, BLOCKS, SHARED)                                                          \
-    extern "C" __global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(MANY_THREADS, BLOCKS) scores_##NAME( \
+#define SCORES_MANY(N, BLOCKS)                                                                        \
+    extern "C" __global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(MANY_THREADS, BLOCKS) scores_many_##N( \
         Scores call, const __grid_constant__ Map hidden, const __grid_constant__ Map first) {         \
-        many<N, SHARED>(call, &hidden, &first);                                                       \
+        many<N>(call, &hidden, &first);                                                               \
     }
-SCORES_MANY(many_64, 64, 2, false)
-SCORES_MANY(many_128, 128, 2, false)
-SCORES_MANY(many_160, 160, 1, false)
-SCORES_MANY(many_256, 256, 1, false)
-SCORES_MANY(shared_64, 64, 1, true)
-SCORES_MANY(shared_128, 128, 1, true)
-SCORES_MANY(shared_160, 160, 1, true)
+SCORES_MANY(64, 2)
+SCORES_MANY(128, 2)
+SCORES_MANY(160, 1)
+SCORES_MANY(256, 1)
 
 #endif

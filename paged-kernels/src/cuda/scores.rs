@@ -200,7 +200,7 @@ impl Scores {
 
     /// Scores bf16 `hidden` `[1, T, dim]` and queues it on the stream; `bits` gets a bit for each head and token, and
     /// `scores`, if given, is f32 `[H, T, 1]`. It allocates nothing and waits for nothing, so a graph can capture it; but
-    /// calls must run one after the other, also in graphs.
+    /// calls that share a surrogate must run one after the other, also in graphs.
     ///
     /// Rows that begin at a multiple of 16 bytes take fast kernels if `dim` is a multiple of 64 and hidden units one of
     /// 8, any others a plain one. The same inputs give the same bits in every run; a token's score depends in its last bits on how many it

@@ -30,7 +30,7 @@ const TILE_BYTES: usize = 3 * (64 + 128) * 128;
 /// `scores_few`: blocks of a cluster, its units and tokens, and the most tokens it is asked for.
 const FEW_BLOCKS: usize = 8;
 const FEW: [usize; 2] = [32, 64];
-const FEW_MOST: usize = 64;
+const FEW_MOST: usize = 256;
 /// Its kernels: the most tokens of a cluster.
 const FEW_KERNELS: [(&CStr, usize); 3] =
     [(c"scores_few_8", 8), (c"scores_few_32", 32), (c"scores_few_64", 64)];
@@ -45,12 +45,6 @@ const MANY_KERNELS: [(&CStr, usize, usize); 4] = [
     (c"scores_many_160", 160, 1),
     (c"scores_many_256", 256, 1),
 ];
-/// The same, whose clusters share the columns where they would leave multiprocessors idle; the most that do, and the fewest
-/// steps of 64 columns that each has.
-const SHARED_KERNELS: [(&CStr, usize); 3] =
-    [(c"scores_shared_64", 64), (c"scores_shared_128", 128), (c"scores_shared_160", 160)];
-const MOST_SHARERS: usize = 8;
-const LEAST_STEPS: usize = 8;
 /// Shared memory of a block that the card keeps for itself.
 const KEPT: usize = 1024;
 
@@ -68,26 +62,8 @@ pub fn exchange(width: usize, heads: usize) -> (usize, usize) {
     ((few.max(thin) * heads).max(1), counters)
 }
 
-fn zeros<T: DeviceRepr + ValidAsZeroBits>(
-    stream: &Arc<CudaStream>,
-    count: usize,
-) -> Result<Held<T>> {
-    Ok(held(stream.alloc_zeros(count).map_err(failed("cuMemAllocAsync"))?, stream))
-}
-
-fn held<T>(slice: CudaSlice<T>, stream: &CudaStream) -> Held<T> {
-    let (address, _) = slice.device_ptr(stream);
-    Held { address, slice }
-}
-
 fn many_for(width: usize) -> Option<(&'static CStr, usize, usize)> {
     MANY_KERNELS.into_iter().find(|(_, units, _)| width <= units * MANY_BLOCKS)
-}
-
-/// Clusters that share the columns of a product that takes so many blocks. As in `many`, a tenth of the multiprocessors may
-/// find no cluster.
-fn sharers(multiprocessors: usize, blocks: usize, dim: usize) -> usize {
-    (multiprocessors * 9 / 10 / blocks).min(dim / COLUMNS / LEAST_STEPS).min(MOST_SHARERS)
 }
 
 /// Memory on the card and its address: to ask a slice for it queues events, which a graph would capture.
@@ -120,10 +96,6 @@ struct Kernel {
 struct Hopper {
     few: Vec<Kernel>,
     many: Vec<Kernel>,
-    shared: Vec<Kernel>,
-    /// Sums that clusters which share columns leave each other, and how many have come.
-    sums: Held<f32>,
-    came: Held<u32>,
 }
 
 /// The kernels, loaded for a stream's card.
@@ -183,15 +155,8 @@ impl Kernels {
         let hopper = if hopper {
             let few = FEW_KERNELS.map(|(name, tokens)| sized(name, tokens));
             let many = MANY_KERNELS.map(|(name, units, _)| sized(name, units));
-            let shared = SHARED_KERNELS.map(|(name, units)| sized(name, units));
-            let units = SHARED_KERNELS[SHARED_KERNELS.len() - 1].1;
-            Some(Hopper {
-                few: few.into_iter().collect::<Result<_>>()?,
-                many: many.into_iter().collect::<Result<_>>()?,
-                shared: shared.into_iter().collect::<Result<_>>()?,
-                sums: zeros(&stream, multiprocessors * MANY_TOKENS * units)?,
-                came: zeros(&stream, multiprocessors)?,
-            })
+            let few = few.into_iter().collect::<Result<_>>()?;
+            Some(Hopper { few, many: many.into_iter().collect::<Result<_>>()? })
         } else {
             None
         };
@@ -236,11 +201,17 @@ impl Kernels {
             return self.zeros(1);
         }
         let slice = self.stream.clone_htod(data).map_err(failed("cuMemcpyHtoDAsync"))?;
-        Ok(held(slice, &self.stream))
+        Ok(self.held(slice))
     }
 
     pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, count: usize) -> Result<Held<T>> {
-        zeros(&self.stream, count)
+        let slice = self.stream.alloc_zeros(count).map_err(failed("cuMemAllocAsync"))?;
+        Ok(self.held(slice))
+    }
+
+    fn held<T>(&self, slice: CudaSlice<T>) -> Held<T> {
+        let (address, _) = slice.device_ptr(&self.stream);
+        Held { address, slice }
     }
 
     /// `first` `[width, dim]` for the kernel that many tokens take, if one does.
@@ -293,9 +264,6 @@ impl Kernels {
             (kernel, grid)
         } else if let Some((kernel, grid, stages, map)) = self.many(call.surrogate, tokens) {
             raw.stages = stages as u32;
-            if let Some(hopper) = self.hopper.as_ref().filter(|_| grid.blocks[1] > 1) {
-                (raw.parts, raw.arrivals) = (hopper.sums.address, hopper.came.address);
-            }
             let rows = MANY_TOKENS / MANY_BLOCKS;
             let hidden = encode(Dtype::Bf16, raw.hidden, [dim, tokens], stride, rows)?;
             let arguments = [argument(&raw), argument(&hidden), argument(&map)];
@@ -333,11 +301,8 @@ impl Kernels {
     ) -> Option<(sys::CUfunction, Grid, usize, Map)> {
         let (hopper, map) = (self.hopper.as_ref()?, surrogate.map?);
         let (_, units, together) = many_for(surrogate.width)?;
-        let of_units = |kernel: &&Kernel| kernel.size == units;
+        let many = hopper.many.iter().find(|many| many.size == units)?;
         let blocks = tokens.div_ceil(MANY_TOKENS) * MANY_BLOCKS;
-        let sharers = sharers(self.multiprocessors, blocks, surrogate.dim);
-        let shared = hopper.shared.iter().find(of_units).filter(|_| sharers > 1);
-        let many = shared.or_else(|| hopper.many.iter().find(of_units))?;
         // Where there are more blocks than multiprocessors two of them share one: what one has to do after its tiles passes
         // while the other multiplies. Clusters do not find room on every last multiprocessor, and one that must wait for the
         // others doubles the time, so a tenth less counts as more. Few blocks are better off with all of the memory.
@@ -346,9 +311,8 @@ impl Kernels {
         let stage = (MANY_TOKENS + units) * 128;
         // With a pair of barriers each.
         let stages = (room / (stage + 16)).min(8);
-        let bytes = stages * (stage + 16);
-        let blocks = [blocks, if shared.is_some() { sharers } else { 1 }];
-        let grid = Grid { blocks, threads: MANY_THREADS, shared: bytes, overlaps: true };
+        let shared = stages * (stage + 16);
+        let grid = Grid { blocks: [blocks, 1], threads: MANY_THREADS, shared, overlaps: true };
         Some((many.kernel, grid, stages, map))
     }
 
@@ -461,19 +425,9 @@ mod tests {
     }
 
     #[test]
-    fn sums_have_room_for_all_that_share_columns() {
-        for (multiprocessors, tiles) in (1..200).flat_map(|m| (1..80).map(move |t| (m, t))) {
-            let blocks = tiles * MANY_BLOCKS;
-            assert!(sharers(multiprocessors, blocks, 4096) * blocks <= multiprocessors);
-        }
-        assert_eq!(sharers(132, 4 * 8, 4096), 3);
-        assert_eq!(sharers(132, 4, 64), 0);
-    }
-
-    #[test]
     fn parts_have_room_for_the_most_tokens() {
         let (parts, counters) = exchange(512, 8);
-        assert_eq!((parts, counters), (64 * 64 * 8, 8));
-        assert_eq!(exchange(0, 3), (1, 8));
+        assert_eq!((parts, counters), (64 * 64 * 8, 32));
+        assert_eq!(exchange(0, 3), (1, 32));
     }
 }
