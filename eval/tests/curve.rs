@@ -1,8 +1,11 @@
 //! `longctx curve` on the default model: what it measures, draws, merges and refuses.
 #![cfg(feature = "models")]
 
+mod common;
+
 use serde_json::Value;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 fn longctx(arguments: &[&str]) -> Output {
     let model = std::env::var("LONGCTX_MODEL").expect("`cargo xtask ci` names the default model");
@@ -101,4 +104,86 @@ fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
     let refused = longctx().args(asked).output().unwrap();
     let said = String::from_utf8(refused.stderr).unwrap();
     assert!(!refused.status.success() && said.contains("give --model"), "{said}");
+}
+
+#[test]
+fn a_run_that_is_killed_goes_on_where_it_stopped_and_no_other_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    common::tiny_model(&folder.path().join("model"));
+    let documents: Vec<String> = (0..SAMPLES)
+        .map(|n| {
+            serde_json::json!({"text": format!("Of {n} and {}: ", n * n).repeat(60)}).to_string()
+        })
+        .collect();
+    std::fs::write(path("documents.jsonl"), documents.join("\n")).unwrap();
+    let command = |out: &str, more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+        command.args(["curve", "--threads", "1", "--window", "8", "--remove", "0.25", "0.5"]);
+        command.args(["--model", &path("model"), "--documents", &path("documents.jsonl")]);
+        command.args(["--task", "perplexity", "--tokens", "30", "150"]);
+        command.args(["--method", "KVzip", "KVzip+", "H2O", "--json", &path(out)]).args(more);
+        command.args(["--samples", &SAMPLES.to_string()]).stderr(Stdio::piped());
+        command.stdout(Stdio::piped());
+        command
+    };
+    let finish = |out: &str| {
+        let output = command(out, &[]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        read(&path(out)).unwrap()
+    };
+    let whole = finish("whole");
+
+    let mut child = command("killed", &[]).spawn().unwrap();
+    let unfinished =
+        || read(&path("killed")).is_some_and(|report| report["unfinished"].is_object());
+    while !unfinished() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::thread::sleep(Duration::from_millis(1500)); // into the second length
+    child.kill().unwrap(); // SIGKILL
+    child.wait().unwrap();
+    let cut_off = read(&path("killed")).unwrap();
+    let kept = cut_off["unfinished"]["samples"].as_array().map_or(0, Vec::len);
+    let rows = cut_off["curve"].as_array().unwrap();
+    let few = rows.iter().filter(|row| row["n"] == kept).count();
+    assert!(kept > 0 && few == 7, "the kill came too early or too late to show anything: {rows:?}");
+
+    let other = command("killed", &["--seed", "7"]).output().unwrap();
+    let said = String::from_utf8(other.stderr).unwrap();
+    assert!(
+        !other.status.success() && said.contains("whose seed is 42, and now it is 7"),
+        "{said}"
+    );
+    assert_eq!(read(&path("killed")).unwrap(), cut_off, "what is there is left alone");
+
+    // A sample that is there is not measured again.
+    let mut marked = cut_off.clone();
+    marked["unfinished"]["samples"][0][0][2] = 1000.0.into();
+    std::fs::write(path("marked"), marked.to_string()).unwrap();
+    let cell = cut_off["unfinished"]["cells"].as_u64().unwrap() as usize;
+    let full = |report: &Value| report["curve"][7 * cell]["score"].as_f64().unwrap();
+    let more = full(&finish("marked")) - full(&whole);
+    assert!((more - 1000.0 / SAMPLES as f64).abs() < 1.0, "{more}");
+
+    let resumed = finish("killed");
+    assert!(resumed.get("unfinished").is_none());
+    let [resumed, whole] = [&resumed, &whole].map(|report| report["curve"].as_array().unwrap());
+    assert_eq!(resumed.len(), whole.len());
+    for (a, b) in resumed.iter().zip(whole) {
+        for name in ["task", "context", "method", "asked", "n"] {
+            assert_eq!(a[name], b[name]);
+        }
+        for name in ["removed", "removed_of_judged", "score", "low", "high"] {
+            let [a, b] = [a, b].map(|row| row[name].as_f64().unwrap());
+            assert!((a - b).abs() < 1e-12, "{name}: {a} and {b}"); // but for the last digit of what was written
+        }
+    }
+}
+
+/// So many that reading them takes longer than it takes until some are kept.
+const SAMPLES: usize = 120;
+
+fn read(path: &str) -> Option<Value> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }

@@ -3,6 +3,7 @@
 mod methods;
 mod picture;
 mod probes;
+mod unfinished;
 
 use super::{ModelArgs, beside, facts, progress, table, write, write_json};
 use crate::files;
@@ -14,7 +15,9 @@ use probes::{Probe, Probes, Scored};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
+use unfinished::Unfinished;
 
 /// What to ask, and what to forget before.
 #[derive(clap::Args, Debug)]
@@ -61,7 +64,7 @@ pub struct Args {
     /// Rows of earlier runs, to put beside these; what was measured again, method by method, is the later run's
     #[arg(long, num_args = 1.., value_name = "FILE")]
     merge: Vec<PathBuf>,
-    /// Write the rows and all settings here
+    /// Write the rows and all settings here; a run that is cut off leaves what it has, and the same command goes on there
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Draw a picture of each task and length into this folder
@@ -94,12 +97,17 @@ pub struct Row {
     pub n: usize,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 struct Report {
     r2: BTreeMap<String, f64>,
     settings: Vec<serde_json::Value>,
     curve: Vec<Row>,
+    #[serde(default, skip_serializing_if = "Unfinished::is_nothing")]
+    unfinished: Unfinished,
 }
+
+/// How much of a run is lost at most where it is cut off, beside the sample at hand.
+const EVERY: Duration = Duration::from_secs(1);
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
@@ -110,7 +118,7 @@ pub fn run(args: &Args) -> Result<()> {
         std::fs::create_dir_all(folder).with_context(|| super::no_place(folder))?;
     }
     ensure!(args.samples > 0, "--samples 0 asks nothing; give 1 or more");
-    let mut report = Report { r2: BTreeMap::new(), settings: Vec::new(), curve: Vec::new() };
+    let mut report = Report::default();
     for path in &args.merge {
         let earlier: Report = serde_json::from_slice(&files::bytes(path)?).with_context(|| {
             format!(
@@ -125,9 +133,7 @@ pub fn run(args: &Args) -> Result<()> {
     if !args.task.is_empty() {
         ask_all(args, &mut report)?;
     }
-    if let Some(path) = &args.json {
-        write_json(path, &serde_json::to_value(&report)?)?;
-    }
+    save(args, &report)?;
     if let Some(folder) = &args.svg {
         for (name, svg) in picture::draw(&report.curve)? {
             write(&folder.join(name), svg.as_bytes())?;
@@ -140,29 +146,68 @@ fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
     let run = args.model.as_ref().context("which model is to be asked? give --model PATH")?;
     let model = run.load()?;
     let methods = Methods::load(args, &model)?;
-    report.r2.extend(methods.r2());
-    report.settings.push(settings(args, run)?);
-    let cells = args.task.iter().flat_map(|task| args.tokens.iter().map(move |&n| (task, n)));
-    for (task, tokens) in cells {
-        let probes = Probes::open(args, &model, task, tokens)?;
-        let rows = measure(args, &model, &methods, &probes)?;
-        print(&rows);
-        supersede(&mut report.curve, rows);
-        if let Some(path) = &args.json {
-            write_json(path, &serde_json::to_value(&report)?)?; // what is done is not lost
+    let variants = methods.variants();
+    let begun = Unfinished::new(args, run, variants)?;
+    let left = args.json.as_deref().map(|path| begun.report(path)).transpose()?;
+    match left.flatten() {
+        Some(left) => *report = left, // what is to be merged is in there
+        None => {
+            report.r2.extend(methods.r2());
+            report.settings.push(settings(args, run)?);
+            report.unfinished = begun;
         }
     }
+    let cells = args.task.iter().flat_map(|task| args.tokens.iter().map(move |&n| (task, n)));
+    for (task, tokens) in cells.skip(report.unfinished.cells) {
+        let probes = Probes::open(args, &model, task, tokens)?;
+        let bar = progress(args.samples, format!("{task} {tokens}"));
+        bar.inc(report.unfinished.samples.len() as u64);
+        bar.reset_eta();
+        let mut saved = Instant::now();
+        for index in report.unfinished.samples.len() as u64..args.samples {
+            if saved.elapsed() > EVERY {
+                let rows = rows(variants, &probes, &report.unfinished.samples);
+                let more = more(&report.curve, rows);
+                supersede(&mut report.curve, more);
+                save(args, report)?;
+                saved = Instant::now();
+            }
+            let points = ask(args, &model, &methods, variants, &probes.sample(index)?)?;
+            report.unfinished.samples.push(points);
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        let rows = rows(variants, &probes, &std::mem::take(&mut report.unfinished.samples));
+        print(&rows);
+        supersede(&mut report.curve, rows);
+        report.unfinished.cells += 1;
+        save(args, report)?; // what is done is not lost
+    }
+    report.unfinished = Unfinished::default();
     Ok(())
+}
+
+fn save(args: &Args, report: &Report) -> Result<()> {
+    match &args.json {
+        Some(path) => write_json(path, &serde_json::to_value(report)?),
+        None => Ok(()),
+    }
 }
 
 /// Adds `rows`; of their tasks and lengths, earlier rows of methods that were measured again go.
 fn supersede(curve: &mut Vec<Row>, rows: Vec<Row>) {
-    let again = |old: &Row| {
-        let same = |new: &Row| new.task == old.task && new.context == old.context;
-        rows.iter().any(|new| same(new) && new.method == old.method)
-    };
-    curve.retain(|row| !again(row));
+    curve.retain(|old| !rows.iter().any(|new| same_method(old, new)));
     curve.extend(rows);
+}
+
+/// Those of `rows`, which are not all there yet, of whose methods `curve` has no more samples.
+fn more(curve: &[Row], mut rows: Vec<Row>) -> Vec<Row> {
+    rows.retain(|new| !curve.iter().any(|old| same_method(old, new) && old.n > new.n));
+    rows
+}
+
+fn same_method(a: &Row, b: &Row) -> bool {
+    a.task == b.task && a.context == b.context && a.method == b.method
 }
 
 fn settings(args: &Args, run: &ModelArgs) -> Result<serde_json::Value> {
@@ -175,21 +220,10 @@ fn settings(args: &Args, run: &ModelArgs) -> Result<serde_json::Value> {
     }))
 }
 
-/// All points of one task and length.
-fn measure(args: &Args, model: &Model, methods: &Methods, probes: &Probes) -> Result<Vec<Row>> {
-    let bar = progress(args.samples, format!("{} {}", probes.task, probes.tokens));
-    let variants = methods.variants();
-    let mut points: Vec<Vec<[f64; 3]>> = vec![Vec::new(); variants.len()];
-    for index in 0..args.samples {
-        let probe = probes.sample(index)?;
-        for (point, scored) in points.iter_mut().zip(ask(args, model, methods, variants, &probe)?) {
-            point.push(scored);
-        }
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    let row = |(variant, points): (&Variant, &Vec<[f64; 3]>)| {
-        let column = |index: usize| points.iter().map(|point| point[index]).collect::<Vec<f64>>();
+/// A row of each variant, over the samples so far.
+fn rows(variants: &[Variant], probes: &Probes, samples: &[Vec<[f64; 3]>]) -> Vec<Row> {
+    let row = |(index, variant): (usize, &Variant)| {
+        let column = |of: usize| samples.iter().map(|points| points[index][of]).collect::<Vec<_>>();
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
         let scores = column(2);
         let Interval { mean: score, low, high } = match probes.scored {
@@ -209,7 +243,7 @@ fn measure(args: &Args, model: &Model, methods: &Methods, probes: &Probes) -> Re
             n: scores.len(),
         }
     };
-    Ok(variants.iter().zip(&points).map(row).collect())
+    variants.iter().enumerate().map(row).collect()
 }
 
 /// Reads a context once, forgets in all ways, and asks all of them: of each variant the share removed, that of the judged
@@ -334,7 +368,11 @@ mod tests {
             row("a", 2, "mlp", 0.4),
             row("b", 1, "mlp", 0.5),
         ];
-        supersede(&mut curve, vec![row("a", 1, "mlp", 0.6)]);
+        let few = Row { n: 3, ..row("a", 1, "mlp", 0.9) };
+        assert!(more(&curve, vec![few]).is_empty(), "nine samples are better than three");
+        let as_many = more(&curve, vec![row("a", 1, "mlp", 0.6), row("c", 1, "mlp", 0.7)]);
+        assert_eq!(as_many.len(), 2);
+        supersede(&mut curve, as_many[..1].to_vec());
         let scores: Vec<f64> = curve.iter().map(|row| row.score).collect();
         assert_eq!(scores, [0.3, 0.4, 0.5, 0.6]);
     }

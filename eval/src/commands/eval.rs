@@ -6,6 +6,7 @@ mod list;
 
 use super::{ModelArgs, surrogate, table, write, write_json};
 use crate::Method;
+use crate::fnv;
 use crate::metrics::percent;
 use crate::results::{self, Journal, Name, Row, Settings, by_task};
 use crate::suite::{Group, Shard, Suite};
@@ -215,13 +216,13 @@ fn open(
     set("method", method.name().into());
     set("level", level.into());
     set("model", name.model.clone().into());
-    set("model_files", data::fingerprint(&args.model()?.model)?.into());
+    set("model_files", fnv::fingerprint(&args.model()?.model)?.into());
     set("template", model.template.is_some().into());
     set("dtype", args.model()?.json()["dtype"].clone());
     set("device", args.model()?.json()["device"].clone());
     if method.name().starts_with("kvzap") {
         let path = args.surrogate.as_deref().unwrap_or(Path::new(""));
-        set("surrogate_files", data::fingerprint(path)?.into());
+        set("surrogate_files", fnv::fingerprint(path)?.into());
     }
     set("window", args.window.into());
     set("prune_while_decoding", while_decoding(args, suite).into());

@@ -1,7 +1,6 @@
 //! From the command's words to suites of tasks.
 
-use crate::files;
-use crate::fnv::Fnv;
+use crate::fnv;
 use crate::metrics::BoxRule;
 use crate::records;
 use crate::results::{Settings, Summary};
@@ -13,8 +12,7 @@ use crate::{
 use anyhow::{Context, Result, bail, ensure};
 use models::{Model, Specials};
 use serde_json::{Value, json};
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Which benchmarks, and their data.
 #[derive(clap::Args, Debug)]
@@ -237,12 +235,12 @@ impl DataArgs {
         set("data_dir", suite.data_dir.clone().into());
         set("seed", self.seed.into());
         if let Some(source) = &suite.source {
-            set("data_files", fingerprint_of(&records::files(source)?)?.into());
+            set("data_files", fnv::fingerprint_of(&records::files(source)?)?.into());
             set("cut", self.cut_name().into());
         } else {
             let texts = Texts::FILES.map(|name| self.texts.join(name));
             let there: Vec<PathBuf> = texts.into_iter().filter(|path| path.is_file()).collect();
-            set("texts_files", fingerprint_of(&there)?.into());
+            set("texts_files", fnv::fingerprint_of(&there)?.into());
         }
         if suite.source.is_none() && suite.dataset != "noisy_qa" {
             set("tokens", self.tokens.into());
@@ -322,38 +320,4 @@ pub fn cache() -> PathBuf {
         .or_else(|| Some(set("XDG_CACHE_HOME")?.join("longctx")))
         .or_else(|| Some(set("HOME")?.join(".cache/longctx")))
         .unwrap_or_default()
-}
-
-/// Tells files apart that have the same name: FNV-1a over the names and sizes of all its files, and over a thousand places
-/// spread over each, so that gigabytes of weights take no time.
-pub fn fingerprint(path: &Path) -> Result<String> {
-    let mut files = vec![path.to_owned()];
-    if path.is_dir() {
-        files = files::entries(path)?;
-        files.retain(|path| path.is_file());
-    }
-    fingerprint_of(&files)
-}
-
-fn fingerprint_of(files: &[PathBuf]) -> Result<String> {
-    let mut hash = Fnv::default();
-    let mut add = |bytes: &[u8]| hash.extend(bytes.iter().copied());
-    for file in files {
-        let named = || files::unreadable(file);
-        let length = std::fs::metadata(file).with_context(named)?.len();
-        add(file.file_name().unwrap_or_default().as_encoded_bytes());
-        add(&length.to_le_bytes());
-        let mut open = std::fs::File::open(file).with_context(named)?;
-        const PIECE: u64 = 4096;
-        let step = (length / 1000).max(PIECE);
-        let mut at = 0;
-        while at < length {
-            std::io::Seek::seek(&mut open, std::io::SeekFrom::Start(at)).with_context(named)?;
-            let mut piece = Vec::new();
-            (&open).take(PIECE).read_to_end(&mut piece).with_context(named)?;
-            add(&piece);
-            at += step;
-        }
-    }
-    Ok(format!("{:016x}", hash.0))
 }

@@ -1,7 +1,7 @@
 //! What models still know when more and more of a text is forgotten: each by its own surrogate, and by rules that look at nothing.
 
 use super::compare::{others, read_json};
-use super::picture::COLORS;
+use super::picture::{COLORS, chart, legend};
 use crate::commands::curve::Row;
 use crate::commands::{beside, table, write, write_json};
 use crate::intervals::wilson;
@@ -156,12 +156,7 @@ fn draw(arms: &[&str], all: &[Known]) -> Result<String> {
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (640, 400)).into_drawing_area();
-        root.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&root)
-            .margin(14)
-            .x_label_area_size(38)
-            .y_label_area_size(44)
-            .build_cartesian_2d(0.0..most, 0.0..100.0)?;
+        let mut chart = chart(&root, 0.0..most, 0.0..100.0)?;
         chart
             .configure_mesh()
             .light_line_style(WHITE)
@@ -201,12 +196,7 @@ fn draw(arms: &[&str], all: &[Known]) -> Result<String> {
                 });
             }
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
-            .background_style(WHITE)
-            .border_style(WHITE)
-            .draw()?;
+        legend(&mut chart, SeriesLabelPosition::UpperRight)?;
         root.present()?;
     }
     Ok(svg)

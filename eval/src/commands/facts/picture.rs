@@ -3,8 +3,10 @@
 use super::Measured;
 use crate::commands::train::curve::Point;
 use anyhow::Result;
+use plotters::coord::{Shift, types::RangedCoordf64};
 use plotters::prelude::*;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// Told apart by people who see fewer colours (after Okabe and Ito).
 pub(super) const COLORS: [RGBColor; 8] = [
@@ -18,6 +20,25 @@ pub(super) const COLORS: [RGBColor; 8] = [
     RGBColor(58, 134, 200),
 ];
 
+type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+
+/// White, with room for what the axes say.
+pub(super) fn chart<'a>(
+    root: &DrawingArea<SVGBackend<'a>, Shift>,
+    x: Range<f64>,
+    y: Range<f64>,
+) -> Result<Chart<'a>> {
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(root);
+    Ok(chart.margin(14).x_label_area_size(38).y_label_area_size(44).build_cartesian_2d(x, y)?)
+}
+
+/// The names of what was drawn.
+pub(super) fn legend(chart: &mut Chart<'_>, position: SeriesLabelPosition) -> Result<()> {
+    let mut labels = chart.configure_series_labels();
+    Ok(labels.position(position).background_style(WHITE).border_style(WHITE).draw()?)
+}
+
 /// An SVG: the mean over tasks for each arm; a dot for each seed.
 pub fn draw(arms: &[(&str, Vec<&Measured>)]) -> Result<String> {
     let all = || arms.iter().flat_map(|(_, measured)| measured);
@@ -28,13 +49,8 @@ pub fn draw(arms: &[(&str, Vec<&Measured>)]) -> Result<String> {
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (640, 400)).into_drawing_area();
-        root.fill(&WHITE)?;
         let (left, right) = ((low as f64).log2() - 0.15, (high as f64).log2() + 0.15);
-        let mut chart = ChartBuilder::on(&root)
-            .margin(14)
-            .x_label_area_size(38)
-            .y_label_area_size(44)
-            .build_cartesian_2d(left..right, 0.0..100.0)?;
+        let mut chart = chart(&root, left..right, 0.0..100.0)?;
         chart
             .configure_mesh()
             .light_line_style(WHITE)
@@ -68,12 +84,7 @@ pub fn draw(arms: &[(&str, Vec<&Measured>)]) -> Result<String> {
                 Circle::new(((length as f64).log2(), score), 3, color.filled())
             }))?;
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperMiddle)
-            .background_style(WHITE)
-            .border_style(WHITE)
-            .draw()?;
+        legend(&mut chart, SeriesLabelPosition::UpperMiddle)?;
         root.present()?;
     }
     Ok(svg)
@@ -106,12 +117,7 @@ pub fn courses(arms: &[&str], runs: &[(String, Vec<Point>)]) -> Result<String> {
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (640, 400)).into_drawing_area();
-        root.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&root)
-            .margin(14)
-            .x_label_area_size(38)
-            .y_label_area_size(44)
-            .build_cartesian_2d(0.0..end, 0.0..2.0)?;
+        let mut chart = chart(&root, 0.0..end, 0.0..2.0)?;
         chart
             .configure_mesh()
             .light_line_style(WHITE)
@@ -129,12 +135,7 @@ pub fn courses(arms: &[&str], runs: &[(String, Vec<Point>)]) -> Result<String> {
                 }
             }
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::LowerLeft)
-            .background_style(WHITE)
-            .border_style(WHITE)
-            .draw()?;
+        legend(&mut chart, SeriesLabelPosition::LowerLeft)?;
         root.present()?;
     }
     Ok(svg)
