@@ -77,7 +77,7 @@ impl Bench {
         memory::name(&*memory::stream(self.model.embedding.device())?)
     }
 
-    /// Steps of `batch` texts of `tokens` tokens each, of which heads keep a share of `keep` in the mean beside the window.
+    /// Steps of `batch` texts of `tokens` tokens each, of which heads keep a share of `keep` in the mean, their windows among it.
     ///
     /// # Errors
     /// Memory that is not there, and those of [`Step::new`].
@@ -95,7 +95,7 @@ impl Bench {
         let before = memory::used(&stream)?;
         let mut cache = self.room(batch, tokens, keep, mode, None)?;
         let cache_bytes = memory::used(&stream)?.saturating_sub(before);
-        let synthetic = self.synthetic(tokens, keep)?;
+        let synthetic = self.synthetic(tokens, judged_to_stay(tokens, keep))?;
         let (mut places, mut kv_bytes) = (Vec::new(), 0);
         for text in 0..batch {
             let text = synthetic.fill(&mut cache, text)?;
@@ -141,7 +141,8 @@ impl Bench {
         let most = self.model.config.vocab_size as i64;
         let ids: Vec<i64> = (0..tokens as i64).map(|i| i * 7919 % most).collect();
         let ids = Tensor::f_from_slice(&ids)?.f_to_device(device)?.f_unsqueeze(0)?;
-        let hooks = match self.synthetic(tokens.min(4096), keep)?.thresholds {
+        let stay = judged_to_stay(tokens, keep);
+        let hooks = match self.synthetic(tokens.min(4096), stay)?.thresholds {
             None => Hooks::default(),
             Some(of_layers) => Hooks::pruning(Pruning {
                 scorer: Box::new(self.scorer.shallow_clone()),
@@ -172,7 +173,7 @@ impl Bench {
     /// Texts of `tokens` tokens that fit `bytes` of the card, weights among them: they are filled until no more does.
     pub fn capacity(&self, tokens: usize, keep: f64, bytes: usize) -> Result<Capacity> {
         let _no_grad = tch::no_grad_guard();
-        let synthetic = self.synthetic(tokens, keep)?;
+        let synthetic = self.synthetic(tokens, judged_to_stay(tokens, keep))?;
         let stream = memory::stream(self.model.embedding.device())?;
         let used = memory::used(&stream)?;
         // Tables and rings of as many texts as there may be, and what a prompt takes on its way.
@@ -206,21 +207,21 @@ impl Bench {
     ) -> Result<Resident> {
         let config = &self.model.config;
         let shape = cache_shape(config, 16, WINDOW, Kind::BFloat16)?;
-        let rows = ((tokens.saturating_sub(WINDOW)) as f64 * keep) as usize + WINDOW + GROWTH;
+        let rows = ((tokens as f64 * keep) as usize).max(WINDOW) + GROWTH;
         let own = config.layers * config.kv_heads * texts * (rows.div_ceil(shape.page_size) + 1);
         let shape = CacheShape { pages: pages.unwrap_or(own), ..shape };
         let seats = Seats { texts, tokens: tokens + GROWTH, pass: 1, mode };
         resident_for(&self.model, shape, seats)
     }
 
-    /// A prompt of random rows, with what each layer drops of it.
-    fn synthetic(&self, tokens: usize, keep: f64) -> Result<Synthetic> {
+    /// A prompt of random rows, with what each layer drops of it: all but a share of `stay`.
+    fn synthetic(&self, tokens: usize, stay: f64) -> Result<Synthetic> {
         let config = &self.model.config;
         let options = (Kind::BFloat16, self.model.embedding.device());
         let rows = [1, config.kv_heads as i64, tokens as i64, config.head_dim as i64];
         let (keys, values) = (Tensor::f_randn(rows, options)?, Tensor::f_randn(rows, options)?);
         let mut synthetic = Synthetic { keys, values, drops: Vec::new(), thresholds: None };
-        if keep >= 1.0 {
+        if stay >= 1.0 {
             return Ok(synthetic);
         }
         let hidden = Tensor::f_randn([1, tokens as i64, config.hidden_size as i64], options)?;
@@ -230,7 +231,7 @@ impl Bench {
             let input = LayerInput { layer, hidden: &hidden, queries, keys, values };
             let scores = self.scorer.score(input)?;
             let (sorted, _) = scores.f_to_kind(Kind::Float)?.f_reshape([-1])?.f_sort(0, false)?;
-            let at = ((sorted.numel() - 1) as f64 * (1.0 - keep)) as i64;
+            let at = ((sorted.numel() - 1) as f64 * (1.0 - stay)) as i64;
             let threshold = sorted.f_double_value(&[at])?;
             thresholds.push(threshold as f32);
             synthetic.drops.push(scores.f_lt(threshold)?);
@@ -238,6 +239,15 @@ impl Bench {
         synthetic.thresholds = Some(thresholds);
         Ok(synthetic)
     }
+}
+
+/// What share of the tokens that have left the window may stay, so that `keep` of a text of `tokens` does.
+fn judged_to_stay(tokens: usize, keep: f64) -> f64 {
+    let judged = tokens.saturating_sub(WINDOW) as f64;
+    if keep >= 1.0 || judged == 0.0 {
+        return 1.0;
+    }
+    ((tokens as f64 * keep - WINDOW as f64) / judged).max(0.0)
 }
 
 /// How many texts fit.
