@@ -389,8 +389,8 @@ pub enum Error {
 
     /// A request that would not fit the pages if nothing of it were forgotten.
     #[error(
-        "a text of {tokens} tokens takes up to {wanted} pages, of {pages} of which {free} are free; shorten it, build the \
-         engine with more pages, or admit it in the hope that enough is forgotten (Admission::Hopeful)"
+        "a text of {tokens} tokens takes up to {wanted} pages, of {pages} of which {free} are free; shorten it, give the \
+         cache more memory, or admit it in the hope that enough is forgotten (Admission::Hopeful)"
     )]
     NeverFits {
         /// Tokens that it reads and may write.
@@ -406,7 +406,7 @@ pub enum Error {
     /// A text that outgrew the pages when it had them for itself.
     #[error(
         "a text of {tokens} tokens holds {held} of {pages} pages and needs more than the {free} that are free, with nobody \
-         left to make room; shorten it, forget more, or build the engine with more pages"
+         left to make room; shorten it, forget more, or give the cache more memory"
     )]
     TextOutOfPages {
         /// Tokens that it has read and written.
