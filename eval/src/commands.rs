@@ -12,7 +12,7 @@ mod prompt;
 pub mod report;
 pub mod train;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvzap::Surrogate;
@@ -200,6 +200,11 @@ fn beside(path: &Path) -> Result<NamedTempFile> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
+    ensure!(
+        !path.exists() || path.is_file(),
+        "{} is no plain file; give another path",
+        path.display()
+    );
     let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
     let file = tempfile::Builder::new().permissions(readable).tempfile_in(folder);
     file.with_context(|| no_place(path))
@@ -213,7 +218,10 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 fn no_place(path: &Path) -> String {
-    format!("cannot write {}; does its folder exist, and may you write there?", path.display())
+    format!(
+        "cannot write {}; does its folder exist, has it room, and may you write there?",
+        path.display()
+    )
 }
 
 /// 1234567 bytes as `1.23 MB`.

@@ -77,7 +77,7 @@ pub enum Error {
     },
 
     /// A file could not be read or written.
-    #[error("{}: {cause}; check that it is there and that you may use it", path.display())]
+    #[error("{}: {cause}; {}", path.display(), advice(cause))]
     File {
         /// The file or folder.
         path: PathBuf,
@@ -86,12 +86,12 @@ pub enum Error {
     },
 
     /// A config.json that is no JSON, or lacks a field.
-    #[error("{}: {source}; it must be the config.json of a KVzap surrogate", path.display())]
+    #[error("{}: {cause}; it must be the config.json of a KVzap surrogate", path.display())]
     Config {
         /// The file.
         path: PathBuf,
         /// What is wrong, with line and column.
-        source: serde_json::Error,
+        cause: serde_json::Error,
     },
 
     /// A field of config.json with a value that we can't use.
@@ -111,12 +111,12 @@ pub enum Error {
     },
 
     /// A file that is not in the safetensors format.
-    #[error("{}: {source}; the file is damaged or incomplete, fetch it again", path.display())]
+    #[error("{}: {cause}; the file is damaged or incomplete, fetch it again", path.display())]
     Safetensors {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        source: safetensors::SafeTensorError,
+        cause: safetensors::SafeTensorError,
     },
 
     /// A tensor that config.json promises is not there.
@@ -298,6 +298,16 @@ pub enum Error {
     #[cfg(feature = "tch")]
     #[error(transparent)]
     Torch(#[from] tch::TchError),
+}
+
+/// What to do where a file could not be read or written.
+fn advice(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "make room, or give another place"
+        }
+        _ => "check that it is there and that you may use it",
+    }
 }
 
 impl Error {

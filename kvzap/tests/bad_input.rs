@@ -4,6 +4,7 @@ use kvzap::{Affine, Array, Error, Surrogate};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 use tempfile::TempDir;
 
@@ -73,6 +74,16 @@ fn a_config_of_something_else_is_refused() {
 }
 
 #[test]
+fn a_full_disk_is_no_missing_file() {
+    for (kind, wanted) in
+        [(ErrorKind::StorageFull, "make room"), (ErrorKind::NotFound, "check that it is there")]
+    {
+        let error = Error::File { path: "shard".into(), cause: kind.into() };
+        assert!(error.to_string().contains(wanted), "{error}");
+    }
+}
+
+#[test]
 fn a_cut_or_swollen_file_is_refused() {
     let folder = linear();
     let path = folder.path().join("model.safetensors");
@@ -81,6 +92,7 @@ fn a_cut_or_swollen_file_is_refused() {
         fs::write(&path, &bytes[..length]).unwrap();
         let error = fails(folder.path(), &["model.safetensors", "fetch it again"]);
         assert!(matches!(error, Error::Safetensors { .. }));
+        assert!(std::error::Error::source(&error).is_none(), "its text says the cause, once");
     }
     for header in [u64::MAX, 1 << 40, bytes.len() as u64] {
         let mut bytes = bytes.clone();

@@ -106,8 +106,8 @@ struct Report {
     unfinished: Unfinished,
 }
 
-/// How much of a run is lost at most where it is cut off, beside the sample at hand.
-const EVERY: Duration = Duration::from_secs(1);
+/// What has been measured is written when writing it took so many times less than measuring it.
+const SAVES: u32 = 20;
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
@@ -118,6 +118,12 @@ pub fn run(args: &Args) -> Result<()> {
         std::fs::create_dir_all(folder).with_context(|| super::no_place(folder))?;
     }
     ensure!(args.samples > 0, "--samples 0 asks nothing; give 1 or more");
+    let (least, kept) = (args.tokens.iter().min(), args.window + args.protect);
+    ensure!(
+        least.is_some_and(|&least| least > kept),
+        "contexts of {} tokens, of which {kept} always stay, have nothing to forget; give longer ones, or a smaller --window",
+        least.copied().unwrap_or(0)
+    );
     let mut report = Report::default();
     for path in &args.merge {
         let earlier: Report = serde_json::from_slice(&files::bytes(path)?).with_context(|| {
@@ -163,18 +169,19 @@ fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
         let bar = progress(args.samples, format!("{task} {tokens}"));
         bar.inc(report.unfinished.samples.len() as u64);
         bar.reset_eta();
-        let mut saved = Instant::now();
+        let (mut saved, mut took) = (Instant::now(), Duration::ZERO);
         for index in report.unfinished.samples.len() as u64..args.samples {
-            if saved.elapsed() > EVERY {
+            let points = ask(args, &model, &methods, variants, &probes.sample(index)?)?;
+            report.unfinished.samples.push(points);
+            bar.inc(1);
+            if saved.elapsed() > SAVES * took {
+                let start = Instant::now();
                 let rows = rows(variants, &probes, &report.unfinished.samples);
                 let more = more(&report.curve, rows);
                 supersede(&mut report.curve, more);
                 save(args, report)?;
-                saved = Instant::now();
+                (saved, took) = (Instant::now(), start.elapsed());
             }
-            let points = ask(args, &model, &methods, variants, &probes.sample(index)?)?;
-            report.unfinished.samples.push(points);
-            bar.inc(1);
         }
         bar.finish_and_clear();
         let rows = rows(variants, &probes, &std::mem::take(&mut report.unfinished.samples));

@@ -44,7 +44,7 @@ impl FastKvzip {
         let bytes =
             std::fs::read(path).map_err(|cause| Error::File { path: path.into(), cause })?;
         let file = SafeTensors::deserialize(&bytes)
-            .map_err(|source| Error::Safetensors { path: path.into(), source })?;
+            .map_err(|cause| Error::Safetensors { path: path.into(), cause })?;
         let layers = (0..).take_while(|i| file.tensor(&format!("{i}.k_base")).is_ok()).count();
         let mut gates = Self { gates: Vec::new(), hidden: 0, heads: 0 };
         for layer in 0..layers.max(1) {

@@ -52,7 +52,7 @@ impl Surrogate {
         let folder = folder.as_ref();
         let path = folder.join(CONFIG);
         let config: Config = serde_json::from_slice(&file::read(&path)?)
-            .map_err(|source| Error::Config { path: path.clone(), source })?;
+            .map_err(|cause| Error::Config { path: path.clone(), cause })?;
         if config.model_type != "kvzap" {
             let found = format!("{:?}", config.model_type);
             return Err(Error::Field { path, field: "model_type", expected: "\"kvzap\"", found });
@@ -77,7 +77,7 @@ impl Surrogate {
         let path = folder.join(WEIGHTS);
         let bytes = file::read(&path)?;
         let tensors = SafeTensors::deserialize(&bytes)
-            .map_err(|source| Error::Safetensors { path: path.clone(), source })?;
+            .map_err(|cause| Error::Safetensors { path: path.clone(), cause })?;
         let mut file = File { path, tensors, dtype: config.dtype.or(config.torch_dtype) };
         let (inputs, outputs) = (config.input_dim, config.output_dim);
         let mut modules = Vec::new();
@@ -119,7 +119,7 @@ impl Surrogate {
             }
         }
         let path = folder.join(WEIGHTS);
-        let wrong = |source| Error::Safetensors { path: path.clone(), source };
+        let wrong = |cause| Error::Safetensors { path: path.clone(), cause };
         let views = tensors
             .iter()
             .map(|(name, shape, bytes)| {

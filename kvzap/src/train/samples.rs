@@ -90,7 +90,7 @@ impl Samples {
         })
         .map_err(|error| match error {
             SafeTensorError::IoError(cause) => Error::File { path: path.clone(), cause },
-            source => Error::Safetensors { path: path.clone(), source },
+            cause => Error::Safetensors { path: path.clone(), cause },
         })
     }
 

@@ -74,7 +74,7 @@ impl<'a> Probes<'a> {
                 }
                 ensure!(
                     long.len() as u64 >= args.samples,
-                    "{} of the documents have {} tokens, --samples asks for {}",
+                    "{} of the documents have {} tokens, --samples asks for {}; give more of them, or fewer --samples or --tokens",
                     long.len(),
                     tokens + CONTINUED,
                     args.samples
@@ -139,7 +139,8 @@ impl<'a> Probes<'a> {
             }
         };
         let count = |text: &str| Ok(tokenizer.encode(text, Specials::Text)?.len());
-        let sample = Ruler::new(name, texts, &count, self.tokens, self.seed)?.sample(index)?;
+        let ruler = Ruler::new(name, texts, &count, self.tokens, self.seed)?;
+        let sample = ruler.sample(index).with_context(|| format!("{name} sample {index}"))?;
         let (context, after) = context_ids(self.model, &sample.context)?;
         // The template's own tokens; what merges with the text counts as text.
         let (empty, _) = context_ids(self.model, "")?;

@@ -51,7 +51,7 @@ impl Unfinished {
     /// # Errors
     /// If another run did: what that has measured would be lost.
     pub fn report(&self, path: &Path) -> Result<Option<Report>> {
-        let text = if path.exists() { files::bytes(path)? } else { Vec::new() };
+        let text = if path.is_file() { files::bytes(path)? } else { Vec::new() };
         let Ok(report) = serde_json::from_slice::<Report>(&text) else { return Ok(None) };
         if report.unfinished.is_nothing() {
             return Ok(None);

@@ -262,8 +262,9 @@ fn collect(
                     bar.inc(texts.len() as u64);
                 }
                 let (rows, start) = (collector.take()?, Instant::now());
-                if writers[sent % WRITERS].0.send((&set.samples, shard, rows)).is_err() {
-                    break 'sets; // the writer has failed, and says how
+                let failed = writers.iter().any(|(_, writer)| writer.is_finished());
+                if failed || writers[sent % WRITERS].0.send((&set.samples, shard, rows)).is_err() {
+                    break 'sets; // a writer has failed, and says how
                 }
                 sent += 1;
                 took.waited += start.elapsed().as_secs_f64();

@@ -187,7 +187,11 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
         .map(|path| files(path))
         .collect::<Result<Vec<_>>>()?
         .concat();
-    ensure!(!files.is_empty(), "{} holds no files of text", path.display());
+    ensure!(
+        !files.is_empty(),
+        "{} holds no files of text; give files or folders that do",
+        path.display()
+    );
     Ok(files)
 }
 
