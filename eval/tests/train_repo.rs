@@ -85,6 +85,16 @@ fn refused(mut command: Command) -> String {
     text
 }
 
+/// Starts a command, and kills it once a file is there.
+fn kill_when_there(mut command: Command, file: &str) {
+    let (mut child, start) = (command.spawn().unwrap(), Instant::now());
+    while !Path::new(file).exists() && start.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 #[test]
 fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured() {
     let place = Place::new();
@@ -102,13 +112,7 @@ fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured
     );
 
     let again = [&scratch[..], &["--tokenizer", &tokenizer]].concat();
-    let mut child = place.train("killed", &again).spawn().unwrap();
-    let (state, start) = (place.path("killed/state.safetensors"), Instant::now());
-    while !Path::new(&state).exists() && start.elapsed() < Duration::from_secs(120) {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    kill_when_there(place.train("killed", &again), &place.path("killed/state.safetensors"));
     assert!(
         !Path::new(&place.path("killed/training.json")).exists(),
         "it was killed too late to tell"
@@ -266,4 +270,37 @@ fn a_twin_is_timed_beside_its_index_and_asked_when_much_is_forgotten() {
     assert_eq!(row("full")["removed"], 0.0);
     let wrong = refused(longctx(&["facts", "forgetting", &place.path("slowed/training.json")]));
     assert!(wrong.contains("is not what longctx curve --json writes"), "{wrong}");
+}
+
+/// The bytes of an overlay's tensors, without the header, whose metadata have no order.
+fn numbers(place: &Place, of: &str) -> Vec<u8> {
+    let bytes = place.read(&format!("{of}/repo.safetensors"));
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header..].to_vec()
+}
+
+#[test]
+fn arms_side_by_side_learn_what_each_learns_alone() {
+    let place = Place::new();
+    let config = place.path("config.json");
+    ok(place.train("base", &["--from-scratch", &config, "--arm", "rope", "--kilotokens", "2"]));
+    let base = place.path("base");
+    let upper = ["--model", &base, "--train", "qk", "--train-from", "1", "--first-layer", "1"];
+    let way = ["--settling", "0.3", "--text-every", "2", "--kilotokens", "16"];
+    let some = [&upper[..], &way, &["--save-every", "5"]].concat();
+    let both = [&some[..], &["--arm", "rope", "slowed"]].concat();
+    // Killed when one arm's state is there and the other's perhaps not.
+    kill_when_there(place.train("both", &both), &place.path("both/rope/state.safetensors"));
+    assert!(!Path::new(&place.path("both/slowed/training.json")).exists());
+    let said = ok(place.train("both", &both));
+    assert!(said.contains("rope goes on after step"), "{said}");
+    for arm in ["rope", "slowed"] {
+        ok(place.train(arm, &[&some[..], &["--arm", arm]].concat()));
+        assert!(numbers(&place, &format!("both/{arm}")) == numbers(&place, arm), "{arm}");
+    }
+    let at_once = [&upper[..], &["--text-every", "2", "--kilotokens", "16", "--arm", "slowed"]];
+    ok(place.train("unsettled", &at_once.concat()));
+    assert!(numbers(&place, "unsettled") != numbers(&place, "slowed"));
+    let twice = refused(place.train("twice", &[&some[..], &["--arm", "rope", "rope"]].concat()));
+    assert!(twice.contains("give each once"), "{twice}");
 }

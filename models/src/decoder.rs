@@ -48,6 +48,9 @@ pub(crate) struct Block {
     pub mlp: GatedMlp,
 }
 
+/// What the embedding is called.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// Cosines and sines, `[batch, 1 or kv_heads, tokens, head_dim / 2]`.
 type Angles = (Tensor, Tensor);
 
@@ -76,7 +79,7 @@ impl Decoder {
     }
 
     /// With the card's own kernel for turning, where there is one for it.
-    fn turning(self) -> Result<Self> {
+    pub(crate) fn turning(self) -> Result<Self> {
         #[cfg(feature = "cuda")]
         return Ok(Self { turning: Turning::new(&self.frequencies, &self.embedding)?, ..self });
         #[cfg(not(feature = "cuda"))]
@@ -91,7 +94,7 @@ impl Decoder {
     ) -> Result<Self> {
         let config = weights.config().clone();
         let (hidden, vocab) = (config.hidden_size as i64, config.vocab_size as i64);
-        let embedding = weights.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
+        let embedding = weights.tensor(EMBEDDING, &[vocab, hidden])?;
         let blocks =
             (0..config.layers).map(|layer| Block::load(weights, layer)).collect::<Result<_>>()?;
         let head = if config.tied_embeddings {
@@ -202,10 +205,12 @@ impl Decoder {
     fn learned(&self, layer: usize, hidden: &Tensor, index: &Tensor) -> Result<Option<Tensor>> {
         let Some(maps) = &self.repo[layer] else { return Ok(None) };
         let read = maps.read(hidden)?;
-        Ok(Some(match self.config.positions[layer] {
-            LayerPositions::Offset(tokens) => read.f_mul_scalar(f64::from(tokens))?.f_add(index)?,
-            LayerPositions::Slowed(times) => read.f_add(&index.f_div_scalar(f64::from(times))?)?,
-            _ => read,
+        Ok(Some(match self.config.positions[layer].beside_index() {
+            Some([of_read, of_index]) => {
+                let index = index.f_mul_scalar(f64::from(of_index))?;
+                read.f_mul_scalar(f64::from(of_read))?.f_add(&index)?
+            }
+            None => read,
         }))
     }
 

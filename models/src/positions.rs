@@ -31,6 +31,15 @@ impl LayerPositions {
     pub fn learned(self) -> bool {
         matches!(self, Self::Repo | Self::Offset(_) | Self::Slowed(_))
     }
+
+    /// What the maps' reading and the index are multiplied by, where both count.
+    pub(crate) fn beside_index(self) -> Option<[f32; 2]> {
+        match self {
+            Self::Offset(tokens) => Some([tokens as f32, 1.0]),
+            Self::Slowed(times) => Some([1.0, 1.0 / times as f32]),
+            _ => None,
+        }
+    }
 }
 
 /// The maps of a layer, as checkpoints call them.

@@ -13,9 +13,10 @@ mod start;
 mod tests;
 
 pub use adamw::{AdamW, Rates};
+pub use learn::{Rows, Way};
 
 use crate::config::Config;
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, EMBEDDING};
 use crate::error::{Error, Result};
 use crate::positions;
 use crate::weights::{Tensors, Weights};
@@ -78,41 +79,54 @@ pub struct Trainable {
     /// What was added up since the last step, f32 `[numbers]`.
     gradient: Tensor,
     fixed: HashMap<String, Tensor>,
+    /// The first layer of which something is trained.
+    first: usize,
+    /// The network as it began, for the layers below: no graph is kept of them.
+    below: Option<Decoder>,
 }
 
 impl Trainable {
     /// Goes on with a model: `config` is its own with other positions, if any; `weights` are f32 on the CPU. Maps that
     /// these lack begin as the published ones did, from a normal distribution of 0.02, cut at three deviations.
     ///
-    /// The network computes in `kind`, [`Kind::Float`] or [`Kind::BFloat16`], on `device`.
+    /// Nothing is trained of the layers below `first`, nor of the embedding unless that is 0. The network computes in `kind`,
+    /// [`Kind::Float`] or [`Kind::BFloat16`], on `device`.
     ///
     /// # Errors
     /// Nothing would be trained, as with [`Trained::Maps`] in a model without maps.
     pub fn continued(
         weights: &Weights,
         config: Config,
-        trained: Trained,
+        (trained, first): (Trained, usize),
         kind: Kind,
         device: Device,
         seed: u64,
     ) -> Result<Self> {
-        Self::new(&Start::new(config, Some(weights), seed), trained, kind, device)
+        Self::new(&Start::new(config, Some(weights), seed), trained, first, kind, device)
     }
 
     /// A new model: matrices from a normal distribution of 0.02, cut at three deviations, norms 1, biases 0. A tensor's
     /// numbers depend on `seed` and its name alone, so twins share what they both have.
     pub fn from_scratch(config: Config, kind: Kind, device: Device, seed: u64) -> Result<Self> {
-        Self::new(&Start::new(config, None, seed), Trained::Everything, kind, device)
+        Self::new(&Start::new(config, None, seed), Trained::Everything, 0, kind, device)
     }
 
-    fn new(start: &Start, trained: Trained, kind: Kind, device: Device) -> Result<Self> {
+    fn new(
+        start: &Start,
+        trained: Trained,
+        first: usize,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self> {
         if !matches!(kind, Kind::Float | Kind::BFloat16) {
             return Err(Error::WeightKind(format!("{kind:?}")));
         }
         let mut fixed = HashMap::new();
         let mut chosen: Vec<(Role, String, Tensor)> = Vec::new();
         for (name, tensor) in start.tensors()? {
-            let role = role(&name, &tensor, trained, start.config().layers);
+            let layers = start.config().layers;
+            let below = layer_of(&name, layers).is_some_and(|layer| layer < first);
+            let role = if below { None } else { role(&name, &tensor, trained, layers) };
             match role {
                 Some(Role::Factor) => {
                     let Trained::LowRank(rank) = trained else { continue };
@@ -123,11 +137,7 @@ impl Trainable {
                 }
                 Some(role) => chosen.push((role, name, tensor)),
                 None => {
-                    let kind = if positions::is_map(&name, start.config().layers) {
-                        Kind::Float
-                    } else {
-                        kind
-                    };
+                    let kind = if positions::is_map(&name, layers) { Kind::Float } else { kind };
                     fixed.insert(name, tensor.f_to_kind(kind)?.f_to_device(device)?);
                 }
             }
@@ -158,6 +168,8 @@ impl Trainable {
             gradient: master.f_zeros_like()?,
             master,
             rounded: None,
+            first: 0,
+            below: None,
             fixed,
         };
         if kind != Kind::Float {
@@ -165,6 +177,12 @@ impl Trainable {
             this.rounded = Some(this.master.f_narrow(0, 0, exact)?.f_to_kind(kind)?);
         }
         this.bind()?;
+        let layers = this.config.layers;
+        let of = |part: &Part| layer_of(&part.name, layers).unwrap_or(layers);
+        this.first = this.parts.iter().map(of).min().unwrap_or(layers);
+        if this.first > 0 {
+            this.below = Some(tch::no_grad(|| this.decoder()?.turning())?);
+        }
         Ok(this)
     }
 
@@ -252,6 +270,12 @@ impl Tensors for Trainable {
 
 fn factor(name: &str, which: char) -> String {
     format!("{name}.{which}")
+}
+
+/// The layer that a tensor belongs to: 0 for the embedding, which all layers stand on; `None` above them.
+fn layer_of(name: &str, layers: usize) -> Option<usize> {
+    let within = |layer: &usize| name.starts_with(&format!("model.layers.{layer}."));
+    if name == EMBEDDING { Some(0) } else { (0..layers).find(within) }
 }
 
 /// How a tensor is updated; `None` if it is not.

@@ -30,6 +30,7 @@ struct Fused {
     const void *second;      // [H][width]; null where the units are the scores, one for each kv head
     const void *second_bias;  // [H]
     const void *last;        // [H][read], of what is read from gates and contents; or null
+    const float *index;      // [texts]: stands beside what is read; or null
     const uint32_t *rows;    // [H][texts]: the layer's, of Begin
     const uint64_t *marks;
     uint32_t texts;
@@ -44,6 +45,8 @@ struct Fused {
     float threshold;
     uint32_t torch;  // the surrogate rounds where torch's bf16 modules do
     float turned;    // what is turned grows by this (YaRN)
+    float of_read;   // what is read is multiplied by this, and the index by that
+    float of_index;
 };
 
 __device__ float warp_sum(float x) {
@@ -129,7 +132,8 @@ __device__ void score(const Fused &call, uint32_t i, uint32_t kv_head, uint32_t 
     if (lane == 0 && row != NO_ROW && torch_round(sum, call.torch) < call.threshold) call.state.rings[mark] |= 1;
 }
 
-// Where a kv head's token stands by its maps: last · (silu(gate) * content). The first `weight`s are there already.
+// Where a kv head's token stands by its maps, last · (silu(gate) * content), and by its index, if that counts. The first
+// `weight`s are there already.
 __device__ float read_position(const Fused &call, uint32_t kv_head, uint32_t text, float (&weight)[READ]) {
     const int64_t at = call.positions.at(0, text), weights = int64_t(kv_head) * call.read;
     float sum = 0.0f, gate[READ], content[READ];
@@ -140,7 +144,8 @@ __device__ float read_position(const Fused &call, uint32_t kv_head, uint32_t tex
 #pragma unroll
         for (int k = 0; k < READ; k++) sum += gate[k] / (1.0f + __expf(-gate[k])) * content[k] * weight[k];
     }
-    return warp_sum(sum);
+    const float position = warp_sum(sum);
+    return call.index ? call.of_read * position + call.of_index * call.index[text] : position;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {

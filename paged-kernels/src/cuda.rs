@@ -13,7 +13,7 @@ mod scores;
 mod suspended;
 mod view;
 
-pub use fused::{Gate, HeadNorms, Positions, Projected};
+pub use fused::{Beside, Gate, HeadNorms, Positions, Projected};
 pub use resident::{Mode, Resident, Seats};
 pub use scores::{ScorePrecision, ScoreRule, Scores, Surrogate, SurrogateWeights};
 pub use suspended::Suspended;

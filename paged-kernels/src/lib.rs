@@ -23,9 +23,9 @@ pub use book::Sequence;
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
 pub use cuda::{
-    Cuda, DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut, Gate, HeadNorms,
-    Mode, Positions, Projected, Resident, ScorePrecision, ScoreRule, Scores, Seats, Surrogate,
-    SurrogateWeights, Suspended,
+    Beside, Cuda, DeviceBits, DeviceBitsMut, DeviceElement, DeviceView, DeviceViewMut, Gate,
+    HeadNorms, Mode, Positions, Projected, Resident, ScorePrecision, ScoreRule, Scores, Seats,
+    Surrogate, SurrogateWeights, Suspended,
 };
 #[cfg(feature = "cuda")]
 pub use cudarc;

@@ -8,8 +8,9 @@ use common::{Noise, view};
 use half::bf16;
 use paged_kernels::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use paged_kernels::{
-    CacheShape, DeviceView, DeviceViewMut, Dtype, Error, Gate, HeadNorms, Mode, PagedAttention,
-    Positions, Projected, Reference, Resident, ScorePrecision, ScoreRule, Seats, ViewMut,
+    Beside, CacheShape, DeviceView, DeviceViewMut, Dtype, Error, Gate, HeadNorms, Mode,
+    PagedAttention, Positions, Projected, Reference, Resident, ScorePrecision, ScoreRule, Seats,
+    ViewMut,
 };
 use std::sync::Arc;
 
@@ -39,6 +40,8 @@ struct Case {
     own: bool,
     /// The former read from as many gates and contents, and not given.
     read: usize,
+    /// What is read, and the index that stands beside it, are multiplied by.
+    beside: Option<[f32; 2]>,
     precision: Option<ScorePrecision>,
     /// Whether the surrogate's units are the scores.
     linear: bool,
@@ -51,6 +54,7 @@ const PLAIN: Case = Case {
     norms: false,
     own: false,
     read: 0,
+    beside: None,
     precision: None,
     linear: false,
     turned: 1.0,
@@ -164,6 +168,13 @@ fn run(case: Case) {
         if case.read > 0 {
             positions = read(&maps, &last, places, kv_heads);
         }
+        let index = (0..places).map(|i| (9000 * i + step) as f32).collect::<Vec<_>>();
+        let index_card = stream.clone_htod(&index).unwrap();
+        if let Some([of_read, of_index]) = case.beside {
+            for (position, i) in positions.iter_mut().zip((0..places).cycle()) {
+                *position = of_read * *position + of_index * index[i];
+            }
+        }
         let (maps_card, last_card) = (narrow(&stream, &maps), narrow(&stream, &last));
         let tensors = (narrow(&stream, &qkv), narrow(&stream, &units));
         let positions_card = stream.clone_htod(&positions).unwrap();
@@ -185,6 +196,11 @@ fn run(case: Case) {
                 width => Positions::Read {
                     units: seen(&maps_card, [1, places, 2 * width]),
                     last: seen(&last_card, [1, kv_heads, width]),
+                    beside: case.beside.map(|[of_read, of_index]| Beside {
+                        index: DeviceView::of(&index_card, [1, places, 1], &stream).unwrap(),
+                        of_index,
+                        of_read,
+                    }),
                 },
             },
             inverse: DeviceView::of(&on_card.1, [1, 1, head_dim / 2], &stream).unwrap(),
@@ -305,6 +321,9 @@ mod cuda {
             let precision = (read > 72).then_some(ScorePrecision::F32);
             run(Case { norms: read == 256, own: true, read, precision, ..PLAIN });
         }
+        for beside in [[32.0, 1.0], [1.0, 1.0 / 32.0]] {
+            run(Case { own: true, read: 72, beside: Some(beside), ..PLAIN });
+        }
     }
 
     #[test]
@@ -338,7 +357,7 @@ mod cuda {
         assert!(matches!(error.unwrap_err(), Error::Type { tensor: "inverse", .. }));
         let units = DeviceView::strided(&qkv, [1, 1, 2 * 9], [0, 0], &stream).unwrap();
         let last = DeviceView::strided(&qkv, [1, 3, 8], [0, 8], &stream).unwrap();
-        let read = Positions::Read { units, last };
+        let read = Positions::Read { units, last, beside: None };
         let error = cache.append_fused(0, Projected { positions: read, ..good }, &mut queries);
         assert!(matches!(error.unwrap_err(), Error::Shape { tensor: "gates and contents", .. }));
         cache.append_fused(0, good, &mut queries).unwrap();

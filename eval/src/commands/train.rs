@@ -1,6 +1,7 @@
 //! `longctx train`: makes what longctx adds to a model.
 
 pub(super) mod corpus;
+mod course;
 pub(super) mod curve;
 mod heat;
 mod kvzap;

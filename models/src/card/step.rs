@@ -17,7 +17,7 @@ use crate::sampling::Sampling;
 use cudarc::driver::CudaGraph;
 use kvzap::TorchSurrogate;
 use paged_kernels::{
-    DeviceView, Gate, HeadNorms, Positions, Projected, Resident, ScorePrecision, ScoreRule,
+    Beside, DeviceView, Gate, HeadNorms, Positions, Projected, Resident, ScorePrecision, ScoreRule,
     Sequence,
 };
 use std::collections::BTreeMap;
@@ -394,12 +394,18 @@ impl Step {
             }),
             None => None,
         };
+        let index = memory::view(positions, 0, [1, columns, 1], [columns, 1])?;
         let positions = match &layer.repo {
             Some(last) => Positions::Read {
                 units: part(width, maps)?,
                 last: memory::view(last, 0, [1, kv_heads, inner], [0, inner])?,
+                beside: layer.positions.beside_index().map(|[of_read, of_index]| Beside {
+                    index,
+                    of_index,
+                    of_read,
+                }),
             },
-            None => Positions::Given(memory::view(positions, 0, [1, columns, 1], [columns, 1])?),
+            None => Positions::Given(index),
         };
         let projected = Projected {
             qkv: part(0, width)?,
@@ -526,18 +532,13 @@ const ADVICE: &str = "decode it through libtorch: CardCache and Session";
 
 /// Says what of a model the graph doesn't have.
 fn check(model: &Decoder) -> Result<()> {
-    let Config { mlp_bias, hidden_size, intermediate_size, head_dim, positions, .. } =
-        &model.config;
+    let Config { mlp_bias, hidden_size, intermediate_size, head_dim, .. } = &model.config;
     let wrong = |what| Err(Error::Step { what, advice: ADVICE });
     if model.embedding.kind() != Kind::BFloat16 {
         return wrong("weights that are not bf16");
     }
     if *mlp_bias {
         return wrong("biases in the MLP");
-    }
-    let indexed = |layer| matches!(layer, &LayerPositions::Offset(_) | &LayerPositions::Slowed(_));
-    if positions.iter().any(indexed) {
-        return wrong("positions that are read beside the index");
     }
     let maps = model.repo.iter().flatten().map(|maps| maps.0.down.weight.size()[1] as usize);
     let mut widths = maps.chain([*hidden_size, *intermediate_size, *head_dim]);

@@ -8,34 +8,76 @@ use crate::error::{Error, Result};
 use crate::hooks::Hooks;
 use tch::{Reduction, Tensor};
 
+/// Rows of tokens, as far as nothing is trained.
+#[derive(Debug)]
+pub struct Rows {
+    pass: Pass,
+    target: Tensor, // int64 [rows, tokens]
+}
+
+/// How rows are learned from.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Way {
+    /// What lies inside a layer is not kept for the way back but computed again: a third more arithmetic, and memory for
+    /// one layer.
+    pub recompute: bool,
+    /// How far learned positions are moved to the index, as in [`Hooks::toward_index`].
+    pub toward_index: f64,
+}
+
 impl Trainable {
-    /// Adds to the gradient that of `Σ weight · −log p(token | those before it)`.
-    ///
-    /// `ids` are int64 `[rows, tokens + 1]`, `weights` f32 `[rows, tokens]`, one for each token but a row's first. Returns
-    /// `−log p`, f32 `[rows, tokens]`. With `recompute`, what lies inside a layer is not kept for the way back but computed
-    /// again: a third more arithmetic, and memory for one layer.
+    /// Takes `ids`, int64 `[rows, tokens + 1]`, through the layers below the first of which something is trained. Models that
+    /// [share them](Self::shares_rows) can learn from the same rows.
     ///
     /// # Errors
     /// Rows without a token to predict, or what libtorch refuses, as when memory runs out.
-    pub fn learn(&mut self, ids: &Tensor, weights: &Tensor, recompute: bool) -> Result<Tensor> {
+    pub fn rows(&self, ids: &Tensor) -> Result<Rows> {
         let tokens = ids.size().get(1).map_or(0, |n| n - 1);
         if tokens < 1 {
             return Err(Error::EmptyPrompt);
         }
         let (input, target) = (ids.f_narrow(1, 0, tokens)?, ids.f_narrow(1, 1, tokens)?);
-        let decoder = self.decoder()?;
         let indices: Vec<_> = (0..tokens as usize).collect();
-        let mut pass = decoder.enter(&input, &indices, Whose::Context)?;
-        if recompute {
-            return self.learn_again(&decoder, pass, &target, weights);
+        let pass = match &self.below {
+            None => self.decoder()?.enter(&input, &indices, Whose::Context)?,
+            Some(below) => tch::no_grad(|| -> Result<Pass> {
+                let mut pass = below.enter(&input, &indices, Whose::Context)?;
+                for layer in 0..self.first {
+                    through(below, layer, &mut pass, &Hooks::default())?;
+                }
+                Ok(pass)
+            })?,
+        };
+        Ok(Rows { pass, target })
+    }
+
+    /// Whether another model, which came from the same weights, makes the same of rows.
+    pub fn shares_rows(&self, other: &Self) -> bool {
+        let plan = |model: &Self| model.config.positions[..self.first].to_vec();
+        self.first > 0 && self.first == other.first && plan(self) == plan(other)
+    }
+
+    /// Adds to the gradient that of `Σ weight · −log p(token | those before it)`.
+    ///
+    /// `weights` are f32 `[rows, tokens]`, one for each token but a row's first. Returns `−log p`, of the same shape; 0 where
+    /// the weight is, of whose tokens no logits are made.
+    ///
+    /// # Errors
+    /// What libtorch refuses, as when memory runs out.
+    pub fn learn(&mut self, rows: &Rows, weights: &Tensor, way: Way) -> Result<Tensor> {
+        let decoder = self.decoder()?;
+        let hooks = Hooks { toward_index: way.toward_index, ..Hooks::default() };
+        let mut pass = again(&rows.pass, &rows.pass.hidden);
+        if way.recompute {
+            return self.learn_again(&decoder, pass, &hooks, &rows.target, weights);
         }
-        for layer in 0..self.config.layers {
-            through(&decoder, layer, &mut pass)?;
+        for layer in self.first..self.config.layers {
+            through(&decoder, layer, &mut pass, &hooks)?;
         }
-        let nll = surprise(&decoder, pass, &target)?;
-        let gradients = self.gradients(&nll.f_mul(weights)?.f_sum(nll.kind())?)?;
+        let (nll, loss) = surprise(&decoder, pass, &rows.target, weights)?;
+        let gradients = self.gradients(&loss)?;
         self.add_all(&gradients)?;
-        Ok(nll.f_detach()?)
+        Ok(nll)
     }
 
     /// A layer at a time: first forward without a graph, then backward with one of a single layer.
@@ -43,35 +85,30 @@ impl Trainable {
         &mut self,
         decoder: &Decoder,
         mut pass: Pass,
+        hooks: &Hooks,
         target: &Tensor,
         weights: &Tensor,
     ) -> Result<Tensor> {
         let embedded = pass.hidden.shallow_clone();
         pass.hidden = embedded.f_detach()?;
         let mut inputs = Vec::new();
-        for layer in 0..self.config.layers {
+        for layer in self.first..self.config.layers {
             inputs.push(pass.hidden.shallow_clone());
-            tch::no_grad(|| through(decoder, layer, &mut pass))?;
+            tch::no_grad(|| through(decoder, layer, &mut pass, hooks))?;
         }
-        let again = |hidden: &Tensor| Pass {
-            hidden: hidden.shallow_clone(),
-            index: pass.index.shallow_clone(),
-            angles: (pass.angles.0.shallow_clone(), pass.angles.1.shallow_clone()),
-            whose: pass.whose,
-        };
         let x = pass.hidden.f_set_requires_grad(true)?;
-        let nll = surprise(decoder, again(&x), target)?;
-        let mut back = self.back(&nll.f_mul(weights)?.f_sum(nll.kind())?, &x)?;
-        for (layer, x) in inputs.into_iter().enumerate().rev() {
+        let (nll, loss) = surprise(decoder, again(&pass, &x), target, weights)?;
+        let mut back = self.back(&loss, &x)?;
+        for (i, x) in inputs.into_iter().enumerate().rev() {
             let x = x.f_set_requires_grad(true)?;
-            let mut pass = again(&x);
-            through(decoder, layer, &mut pass)?;
+            let mut pass = again(&pass, &x);
+            through(decoder, self.first + i, &mut pass, hooks)?;
             back = self.back(&pass.hidden.f_mul(&back)?.f_sum(back.kind())?, &x)?;
         }
         if embedded.requires_grad() {
             let _ = self.back(&embedded.f_mul(&back)?.f_sum(back.kind())?, &embedded)?;
         }
-        Ok(nll.f_detach()?)
+        Ok(nll)
     }
 
     /// The parts' gradients of a number; undefined for those that it does not depend on.
@@ -111,18 +148,37 @@ impl Trainable {
     }
 }
 
-/// Takes a text's first pass through a layer. Nothing follows it, so that nothing is stored.
-fn through(decoder: &Decoder, layer: usize, pass: &mut Pass) -> Result<()> {
-    decoder.layer(layer, pass, &Hooks::default(), 0, &mut |queries, keys, values, _| {
-        causal(queries, keys, values)
-    })
+/// The same pass, with other hidden states.
+fn again(pass: &Pass, hidden: &Tensor) -> Pass {
+    Pass {
+        hidden: hidden.shallow_clone(),
+        index: pass.index.shallow_clone(),
+        angles: (pass.angles.0.shallow_clone(), pass.angles.1.shallow_clone()),
+        whose: pass.whose,
+    }
 }
 
-/// `−log p` of each target, f32 `[rows, tokens]`.
-fn surprise(decoder: &Decoder, pass: Pass, target: &Tensor) -> Result<Tensor> {
-    let logits = decoder.logits(&decoder.leave(pass)?)?.f_flatten(0, 1)?;
-    let (rows, target) = (target.size(), target.f_reshape([-1])?);
+/// Takes a text's first pass through a layer. Nothing follows it, so that nothing is stored.
+fn through(decoder: &Decoder, layer: usize, pass: &mut Pass, hooks: &Hooks) -> Result<()> {
+    decoder
+        .layer(layer, pass, hooks, 0, &mut |queries, keys, values, _| causal(queries, keys, values))
+}
+
+/// `−log p` of each target that has a weight, f32 `[rows, tokens]`, without a graph; and their weighed sum, with one.
+fn surprise(
+    decoder: &Decoder,
+    pass: Pass,
+    target: &Tensor,
+    weights: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let weighed = weights.f_reshape([-1])?;
+    let due = weighed.f_nonzero()?.f_reshape([-1])?;
+    let hidden = decoder.leave(pass)?.f_flatten(0, 1)?.f_index_select(0, &due)?;
+    let target = target.f_reshape([-1])?.f_index_select(0, &due)?;
+    let logits = decoder.logits(&hidden)?;
     let none = None::<&Tensor>;
     let nll = logits.f_cross_entropy_loss(&target, none, Reduction::None, -100, 0.0)?;
-    Ok(nll.f_view(rows.as_slice())?)
+    let loss = nll.f_mul(&weighed.f_index_select(0, &due)?)?.f_sum(nll.kind())?;
+    let all = weighed.f_zeros_like()?.f_index_copy(0, &due, &nll.f_detach()?)?;
+    Ok((all.f_view(weights.size().as_slice())?, loss))
 }

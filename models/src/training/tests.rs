@@ -29,7 +29,7 @@ fn with_maps(name: &str, trained: Trained) -> Trainable {
     let weights = weights(name);
     let config = weights.config().clone().with_positions(&repo(1)).unwrap();
     let model =
-        Trainable::continued(&weights, config, trained, Kind::Float, Device::Cpu, 3).unwrap();
+        Trainable::continued(&weights, config, (trained, 0), Kind::Float, Device::Cpu, 3).unwrap();
     let maps = model.span(Role::Map);
     let _ = model.master.narrow(0, maps.start, maps.end - maps.start).g_mul_scalar_(12.0);
     model
@@ -45,8 +45,13 @@ fn batch(rows: i64, tokens: i64, seed: i64) -> (Tensor, Tensor) {
     (ids, weights)
 }
 
+fn learn(model: &mut Trainable, ids: &Tensor, weights: &Tensor, recompute: bool) -> Tensor {
+    let rows = model.rows(ids).unwrap();
+    model.learn(&rows, weights, Way { recompute, ..Way::default() }).unwrap()
+}
+
 fn loss(model: &mut Trainable, (ids, weights): &(Tensor, Tensor)) -> f64 {
-    let nll = model.learn(ids, weights, false).unwrap();
+    let nll = learn(model, ids, weights, false);
     let _ = model.gradient.zero_();
     (nll * weights).sum(Kind::Double).double_value(&[])
 }
@@ -64,7 +69,7 @@ fn the_forward_pass_is_the_decoders() {
         let model = Trainable::continued(
             &weights,
             weights.config().clone(),
-            Trained::Everything,
+            (Trained::Everything, 0),
             Kind::Float,
             Device::Cpu,
             0,
@@ -93,7 +98,7 @@ fn gradients_are_finite_differences() {
     ] {
         let mut model = with_maps(name, trained);
         let batch = batch(2, 19, 2);
-        let _ = model.learn(&batch.0, &batch.1, false).unwrap();
+        let _ = learn(&mut model, &batch.0, &batch.1, false);
         let gradient = model.gradient.copy();
         for role in [Role::Matrix, Role::Vector, Role::Factor, Role::Map] {
             let span = model.span(role);
@@ -126,12 +131,65 @@ fn computing_a_layer_again_gives_the_same_gradient() {
     for name in ["kvzap/model", "families/olmo2"] {
         let mut model = with_maps(name, Trained::Everything);
         let (ids, weights) = batch(2, 19, 2);
-        let kept = model.learn(&ids, &weights, false).unwrap();
+        let kept = learn(&mut model, &ids, &weights, false);
         let wanted = model.gradient.copy();
         let _ = model.gradient.zero_();
-        let again = model.learn(&ids, &weights, true).unwrap();
+        let again = learn(&mut model, &ids, &weights, true);
         assert!(largest(&(again - kept)) < 1e-5);
         assert!(largest(&(&model.gradient - &wanted)) < 1e-5 * largest(&wanted).max(1.0));
+    }
+}
+
+/// What lies below the first trained layer gets no gradient and needs none; the rest gets the same.
+#[test]
+fn layers_below_the_first_are_left_alone() {
+    let (ids, weights) = batch(2, 19, 2);
+    let name = "kvzap/model";
+    let read = self::weights(name);
+    let above = |trained, first, plan: &Value| {
+        let config = read.config().clone().with_positions(plan).unwrap();
+        let start = (trained, first);
+        Trainable::continued(&read, config, start, Kind::Float, Device::Cpu, 3).unwrap()
+    };
+    let mut whole = above(Trained::Everything, 0, &repo(1));
+    let wanted = learn(&mut whole, &ids, &weights, false);
+    for recompute in [false, true] {
+        let mut upper = above(Trained::Everything, 1, &repo(1));
+        let below = upper.parts.iter().any(|part| layer_of(&part.name, 3) == Some(0));
+        assert!(!below && upper.first == 1 && upper.numbers() < whole.numbers());
+        let found = learn(&mut upper, &ids, &weights, recompute);
+        assert!(largest(&(found - &wanted)) < 1e-5);
+        for part in &upper.parts {
+            let of = |model: &Trainable, part: &Part| {
+                model.gradient.narrow(0, part.range.start, part.range.end - part.range.start)
+            };
+            let same = of(&whole, &whole.parts[whole.index[&part.name]]);
+            let apart = largest(&(of(&upper, part) - &same));
+            assert!(apart < 1e-5 * largest(&same).max(1.0), "{}: {apart:e}", part.name);
+        }
+    }
+    let mut maps = above(Trained::Maps, 0, &repo(2));
+    assert_eq!(maps.first, 2, "the first layer with maps");
+    let control = above(Trained::QueriesAndKeys, 2, &json!({"dynamic_pe_mode": "none"}));
+    assert!(maps.shares_rows(&control) && !maps.shares_rows(&whole));
+    let rows = control.rows(&ids).unwrap();
+    let apart = learn(&mut maps, &ids, &weights, false)
+        - maps.learn(&rows, &weights, Way::default()).unwrap();
+    assert!(largest(&apart) < 1e-6, "twins learn from the same rows");
+}
+
+#[test]
+fn positions_that_are_moved_to_the_index_lose_what_the_control_loses() {
+    let (ids, weights) = batch(2, 19, 2);
+    let mut plain = with_maps("kvzap/model", Trained::Everything);
+    plain.config.positions.fill(LayerPositions::Rope);
+    let wanted = learn(&mut plain, &ids, &weights, false);
+    let mut model = with_maps("kvzap/model", Trained::Everything);
+    for (toward_index, alike) in [(1.0, true), (0.5, false)] {
+        let rows = model.rows(&ids).unwrap();
+        let way = Way { toward_index, ..Way::default() };
+        let nll = model.learn(&rows, &weights, way).unwrap();
+        assert_eq!(largest(&(nll - &wanted)) < 1e-5, alike, "{toward_index}");
     }
 }
 
@@ -141,7 +199,7 @@ fn steps(model: &mut Trainable, optimizer: &mut AdamW, from: i64, to: i64) -> f6
     let mut last = 0.0;
     for step in from..to {
         let (ids, weights) = batch(2, 19, step % 3);
-        let nll = model.learn(&ids, &weights, false).unwrap();
+        let nll = learn(model, &ids, &weights, false);
         last = (nll * weights).sum(Kind::Double).double_value(&[]);
         let _ = optimizer.step(model, RATES).unwrap();
     }
@@ -237,6 +295,7 @@ fn a_model_from_scratch_is_a_folder_that_loads_and_twins_begin_alike() {
 fn a_training_of_nothing_is_refused() {
     let weights = weights("kvzap/model");
     let config = weights.config().clone();
-    let model = Trainable::continued(&weights, config, Trained::Maps, Kind::Float, Device::Cpu, 0);
+    let model =
+        Trainable::continued(&weights, config, (Trained::Maps, 0), Kind::Float, Device::Cpu, 0);
     assert!(matches!(model, Err(Error::NothingToTrain)));
 }

@@ -46,8 +46,11 @@ fn wide_with(folder: &Path, changes: Value) -> Result<()> {
 }
 
 /// An OLMo 2 whose later layers read positions off their hidden states, from 0 to some 20.
-fn learned(folder: &Path) -> Result<()> {
-    let pe = json!({"dynamic_pe_mode": "swigluex_multihead", "dynamic_pe_start_layer": 1});
+fn learned(folder: &Path, beside: Option<(&str, u32)>) -> Result<()> {
+    let mut pe = json!({"dynamic_pe_mode": "swigluex_multihead", "dynamic_pe_start_layer": 1});
+    if let Some((key, number)) = beside {
+        pe[key] = number.into();
+    }
     let changes = json!({"architectures": ["Olmo2ForCausalLM"], "head_dim": 32, "pe_config": pe});
     wide_with(folder, changes)?;
     let mut noise = noise();

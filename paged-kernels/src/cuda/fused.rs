@@ -37,7 +37,20 @@ pub enum Positions<'a> {
         units: DeviceView<'a>,
         /// `[1, H, width]`, rows contiguous.
         last: DeviceView<'a>,
+        /// The index, where it counts too.
+        beside: Option<Beside<'a>>,
     },
+}
+
+/// A token's index beside a position that is read: `of_read · read + of_index · index`.
+#[derive(Debug, Clone, Copy)]
+pub struct Beside<'a> {
+    /// f32 `[1, N, 1]`, contiguous.
+    pub index: DeviceView<'a>,
+    /// What the index is multiplied by.
+    pub of_index: f32,
+    /// What is read is multiplied by this.
+    pub of_read: f32,
 }
 
 /// Norms over the dimensions of a head (Qwen3).
@@ -94,12 +107,19 @@ impl Resident {
                 check_shape("positions", positions.shape(), [own, texts, 1])?;
                 check_type("positions", positions.dtype(), Dtype::F32)?;
             }
-            Positions::Read { units, last } => {
+            Positions::Read { units, last, beside } => {
                 let width = last.shape()[2];
                 check_shape("last map", last.shape(), [1, kv_heads, width])?;
                 check_shape("gates and contents", units.shape(), [1, texts, 2 * width])?;
                 if last.raw().token_stride != width as i64 {
                     return Err(Error::Rows { tensor: "last map" });
+                }
+                if let Some(Beside { index, .. }) = beside {
+                    check_shape("index", index.shape(), [1, texts, 1])?;
+                    check_type("index", index.dtype(), Dtype::F32)?;
+                    if texts > 1 && index.raw().token_stride != 1 {
+                        return Err(Error::Rows { tensor: "index" });
+                    }
                 }
             }
         }

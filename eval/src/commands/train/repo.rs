@@ -1,19 +1,22 @@
 //! `longctx train repo`: trains a model whose tokens stand where it reads that they should, or its twin whose do not.
 
 use super::corpus::Corpus;
+use super::course::{Course, Weighed};
 use super::curve::{self, Point};
 use super::pieces::files_of;
-use super::rows::{Batch, Mix, Rows};
+use super::rows::{Mix, Rows};
 use crate::commands::{Machine, beside, progress, spinner, write, write_json};
 use crate::documents;
 use crate::files;
-use anyhow::{Context, Result, bail, ensure};
-use models::{AdamW, Config, Model, Rates, Source, Tokenizer, Trainable, Trained, Weights, open};
+use anyhow::{Context, Result, ensure};
+use models::{
+    AdamW, Config, Model, Rates, Source, Tokenizer, Trainable, Trained, Way, Weights, open,
+};
 use serde_json::{Value, json};
-use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::sync_channel;
 use std::time::Instant;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
 /// What to train, on what, and how.
 #[derive(clap::Args, Debug)]
@@ -35,12 +38,12 @@ pub struct Args {
     /// Files of text or folders of them: plain, `.jsonl` with a field `text`, SQuAD or HotpotQA
     #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
     text: Vec<PathBuf>,
-    /// The folder to write: a model, or repo.safetensors for --repo; and how it went
+    /// The folder to write: a model, or repo.safetensors for --repo; and how it went. One in it for each of several arms
     #[arg(long, value_name = "FOLDER")]
     out: PathBuf,
-    /// Where tokens stand
-    #[arg(long, value_enum, default_value = "repo")]
-    arm: Arm,
+    /// Where tokens stand; several are trained side by side on the same rows, and share what is below --train-from
+    #[arg(long, value_enum, num_args = 1.., default_value = "repo")]
+    arm: Vec<Arm>,
     /// What a map's one is worth, in tokens (arms offset and slowed)
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     offset_tokens: u32,
@@ -50,6 +53,12 @@ pub struct Args {
     /// What of a model is trained
     #[arg(long, value_enum, default_value = "everything", conflicts_with = "from_scratch")]
     train: What,
+    /// The first layer of which anything is trained; the embedding only from 0 on
+    #[arg(long, default_value_t = 0, value_name = "LAYER", conflicts_with = "from_scratch")]
+    train_from: usize,
+    /// The share of the training over which learned positions leave the index, where a trained model has them
+    #[arg(long, default_value_t = 0.0)]
+    settling: f64,
     /// Of the updates (low-rank)
     #[arg(long, default_value_t = 16)]
     rank: usize,
@@ -74,6 +83,9 @@ pub struct Args {
     /// The share of the training over which passages with facts grow from 256 tokens to whole rows
     #[arg(long, default_value_t = 0.3)]
     growing: f64,
+    /// Learn from each answer, and from one in so many other tokens
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    text_every: u64,
     /// What answers weigh beside text
     #[arg(long, default_value_t = 1.0)]
     answer_weight: f64,
@@ -176,13 +188,18 @@ impl Arm {
     }
 }
 
-/// What is trained, and where it comes from.
-struct Begun {
+/// One arm: what is trained, where it comes from, and how far it is.
+struct Twin {
+    arm: Arm,
+    out: PathBuf,
     model: Trainable,
-    tokenizer: Tokenizer,
     /// The model that an overlay is for.
     base: Option<Source>,
     pe_config: Value,
+    settings: String,
+    optimizer: AdamW,
+    points: Vec<Point>,
+    course: Course,
 }
 
 /// Runs the command.
@@ -192,114 +209,188 @@ pub fn run(args: &Args) -> Result<()> {
         "--rows, --accumulate, --rank and --kilotokens must be 1 or more"
     );
     ensure!(args.length >= 16, "--length {}: give 16 or more", args.length);
-    ensure!((0.0..=1.0).contains(&args.facts), "--facts {}: give a share from 0 to 1", args.facts);
-    let report = args.out.join("training.json");
-    std::fs::create_dir_all(&args.out).with_context(|| crate::commands::no_place(&args.out))?;
-    ensure!(
-        !report.exists(),
-        "{} is there: this training is done; choose another --out, or remove it",
-        report.display()
-    );
-    beside(&report)?;
+    for (name, share) in
+        [("facts", args.facts), ("growing", args.growing), ("settling", args.settling)]
+    {
+        ensure!((0.0..=1.0).contains(&share), "--{name} {share}: give a share from 0 to 1");
+    }
+    let outs = outs(args)?;
+    for out in &outs {
+        let report = out.join("training.json");
+        std::fs::create_dir_all(out).with_context(|| crate::commands::no_place(out))?;
+        ensure!(
+            !report.exists(),
+            "{} is there: this training is done; choose another --out, or remove it",
+            report.display()
+        );
+        beside(&report)?;
+    }
     let (kind, device) = args.machine.prepare()?;
     let bar = spinner("reading the model and the text");
-    let mut begun = begin(args, kind, device)?;
-    let config = begun.model.config().clone();
+    let (mut twins, mut tokenizer) = (Vec::new(), None);
+    for (&arm, out) in args.arm.iter().zip(outs) {
+        let (twin, own) = begin(args, arm, out, kind, device)?;
+        twins.push(twin);
+        tokenizer.get_or_insert(own);
+    }
+    let (tokenizer, config) =
+        (tokenizer.context("give an --arm")?, twins[0].model.config().clone());
     let end = config.eos_tokens.first().copied().or(config.bos_token).unwrap_or(0);
-    let corpus = Corpus::read(&args.text, &begun.tokenizer, end)?;
+    let corpus = Corpus::read(&args.text, &tokenizer, end)?;
     corpus.at_least(args.length + 1, &args.text)?;
     bar.finish_and_clear();
 
     let start = Instant::now();
-    let points = train(args, &mut begun, &corpus, device)?;
+    train(args, &mut twins, &tokenizer, &corpus, device)?;
     let seconds = start.elapsed().as_secs_f64();
-    match &begun.base {
-        Some(base) => {
-            begun.model.write_overlay(
-                &args.out.join("repo.safetensors"),
-                base,
-                &begun.pe_config,
-            )?;
-        }
-        None => begun.model.write_folder(&args.out)?,
+    for twin in &twins {
+        twin.write(args, &corpus, seconds)?;
     }
-    let title = format!("{}, seed {}", args.arm.name(), args.seed);
-    write(&args.out.join("loss.svg"), curve::draw(&title, &points)?.as_bytes())?;
-    write_json(&args.out.join("loss.json"), &serde_json::to_value(&points)?)?;
-    let tokens = points.last().map_or(0, |point| point.tokens);
-    let json = json!({
-        "arm": args.arm.name(), "seed": args.seed, "tokens": tokens, "length": args.length,
-        "settings": settings(args, &begun.model),
-        "numbers": begun.model.numbers(), "text_tokens": corpus.len(),
-        "loss": points.last(), "seconds_since_start_or_resumption": seconds,
-        "run": args.machine.json(),
-    });
-    write_json(&report, &json)?;
-    let _ = std::fs::remove_file(state(args));
-    println!(
-        "{}: {:.1} M tokens, {seconds:.0} s; wrote {}",
-        title,
-        tokens as f64 / 1e6,
-        args.out.display()
-    );
     Ok(())
 }
 
-fn state(args: &Args) -> PathBuf {
-    args.out.join("state.safetensors")
+/// A folder for each arm.
+fn outs(args: &Args) -> Result<Vec<PathBuf>> {
+    if args.arm.len() == 1 {
+        return Ok(vec![args.out.clone()]);
+    }
+    let mut outs: Vec<PathBuf> = Vec::new();
+    for arm in &args.arm {
+        let out = args.out.join(arm.name());
+        ensure!(!outs.contains(&out), "--arm {} is there twice; give each once", arm.name());
+        outs.push(out);
+    }
+    Ok(outs)
+}
+
+impl Twin {
+    fn state(&self) -> PathBuf {
+        self.out.join("state.safetensors")
+    }
+
+    fn save(&self) -> Result<()> {
+        let notes = serde_json::to_string(&self.points)?;
+        Ok(self.model.save(&self.state(), &self.optimizer, &self.settings, &notes)?)
+    }
+
+    /// Goes on from the state that is there, if it is.
+    fn restore(&mut self) -> Result<()> {
+        let path = self.state();
+        if path.exists() {
+            let notes = self.model.restore(&path, &mut self.optimizer, &self.settings)?;
+            self.points = serde_json::from_str(&notes).with_context(|| {
+                format!("{}: its curve is not whole; remove it to begin anew", path.display())
+            })?;
+            eprintln!("note: {} goes on after step {}", self.arm.name(), self.optimizer.steps());
+        }
+        Ok(())
+    }
+
+    fn write(&self, args: &Args, corpus: &Corpus, seconds: f64) -> Result<()> {
+        match &self.base {
+            Some(base) => {
+                let path = self.out.join("repo.safetensors");
+                self.model.write_overlay(&path, base, &self.pe_config)?;
+            }
+            None => self.model.write_folder(&self.out)?,
+        }
+        let title = format!("{}, seed {}", self.arm.name(), args.seed);
+        write(&self.out.join("loss.svg"), curve::draw(&title, &self.points)?.as_bytes())?;
+        write_json(&self.out.join("loss.json"), &serde_json::to_value(&self.points)?)?;
+        let tokens = self.points.last().map_or(0, |point| point.tokens);
+        let json = json!({
+            "arm": self.arm.name(), "seed": args.seed, "tokens": tokens, "length": args.length,
+            "settings": settings(args, self.arm, &self.model),
+            "numbers": self.model.numbers(), "text_tokens": corpus.len(),
+            "loss": self.points.last(), "seconds_since_start_or_resumption": seconds,
+            "run": args.machine.json(),
+        });
+        write_json(&self.out.join("training.json"), &json)?;
+        let _ = std::fs::remove_file(self.state());
+        println!(
+            "{title}: {:.1} M tokens, {seconds:.0} s; wrote {}",
+            tokens as f64 / 1e6,
+            self.out.display()
+        );
+        Ok(())
+    }
 }
 
 /// All that a training's course depends on, for its state.
-fn settings(args: &Args, model: &Trainable) -> Value {
+fn settings(args: &Args, arm: Arm, model: &Trainable) -> Value {
     json!({
-        "arm": args.arm.name(), "first_layer": args.first_layer, "numbers": model.numbers(),
-        "train": format!("{:?} {}", args.train, args.rank),
+        "arm": arm.name(), "first_layer": args.first_layer, "numbers": model.numbers(),
+        "train": format!("{:?} {}", args.train, args.rank), "train_from": args.train_from,
         "kilotokens": args.kilotokens, "length": args.length,
         "rows": args.rows, "accumulate": args.accumulate, "facts": args.facts, "growing": args.growing, "answer_weight": args.answer_weight,
+        "text_every": args.text_every, "settling": args.settling,
         "rate": args.rate, "map_rate": args.map_rate, "warmup": args.warmup, "decay": args.decay, "clip": args.clip,
-        "seed": args.seed, "offset_tokens": matches!(args.arm, Arm::Offset | Arm::Slowed).then_some(args.offset_tokens),
+        "seed": args.seed, "offset_tokens": matches!(arm, Arm::Offset | Arm::Slowed).then_some(args.offset_tokens),
     })
 }
 
-fn begin(args: &Args, kind: Kind, device: Device) -> Result<Begun> {
-    let first = |layers: usize| args.first_layer.unwrap_or(layers / 3);
+/// An arm as it begins, or from where it was interrupted; and the tokenizer, which is the same for all.
+fn begin(
+    args: &Args,
+    arm: Arm,
+    out: PathBuf,
+    kind: Kind,
+    device: Device,
+) -> Result<(Twin, Tokenizer)> {
+    let plan = |layers: usize| {
+        arm.pe_config(layers, args.first_layer.unwrap_or(layers / 3), args.offset_tokens)
+    };
+    let (model, tokenizer, base, pe_config);
     if let Some(path) = &args.from_scratch {
         let mut json: Value = serde_json::from_slice(&files::bytes(path)?)
             .with_context(|| format!("{} is not JSON; give a config.json", path.display()))?;
-        let layers = json["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
-        let pe_config = args.arm.pe_config(layers, first(layers), args.offset_tokens);
+        pe_config = plan(json["num_hidden_layers"].as_u64().unwrap_or(0) as usize);
         json["pe_config"] = pe_config.clone();
-        write_json(&args.out.join("config.json"), &json)?;
-        let config = Config::of_folder(&args.out)?;
-        let tokenizer = new_tokenizer(args, &config)?;
-        let model = Trainable::from_scratch(config, kind, device, args.seed)?;
-        return Ok(Begun { model, tokenizer, base: None, pe_config });
+        write_json(&out.join("config.json"), &json)?;
+        let config = Config::of_folder(&out)?;
+        tokenizer = new_tokenizer(args, &out, &config)?;
+        model = Trainable::from_scratch(config, kind, device, args.seed)?;
+        base = None;
+    } else {
+        let path = args.model.as_deref().context("give --model or --from-scratch")?;
+        let trained = match args.train {
+            What::Maps => Trained::Maps,
+            What::Qk => Trained::QueriesAndKeys,
+            What::LowRank => Trained::LowRank(args.rank),
+            What::Everything => Trained::Everything,
+        };
+        let weights = Weights::new(open(path)?, Kind::Float, Device::Cpu)?;
+        pe_config = plan(weights.config().layers);
+        let config = weights.config().clone().with_positions(&pe_config)?;
+        ensure!(
+            args.length < config.max_positions,
+            "--length {}: the model reads {}; give less",
+            args.length,
+            config.max_positions
+        );
+        let trained = (trained, args.train_from);
+        model = Trainable::continued(&weights, config, trained, kind, device, args.seed)?;
+        tokenizer = Model::tokenizer_of(weights.source())?;
+        base = Some(open(path)?);
     }
-    let path = args.model.as_deref().context("give --model or --from-scratch")?;
-    let trained = match args.train {
-        What::Maps => Trained::Maps,
-        What::Qk => Trained::QueriesAndKeys,
-        What::LowRank => Trained::LowRank(args.rank),
-        What::Everything => Trained::Everything,
+    let mut twin = Twin {
+        settings: settings(args, arm, &model).to_string(),
+        optimizer: AdamW::new(&model)?,
+        points: Vec::new(),
+        course: Course::new(device)?,
+        arm,
+        out,
+        model,
+        base,
+        pe_config,
     };
-    let weights = Weights::new(open(path)?, Kind::Float, Device::Cpu)?;
-    let layers = weights.config().layers;
-    let pe_config = args.arm.pe_config(layers, first(layers), args.offset_tokens);
-    let config = weights.config().clone().with_positions(&pe_config)?;
-    ensure!(
-        args.length < config.max_positions,
-        "--length {}: the model reads {}; give less",
-        args.length,
-        config.max_positions
-    );
-    let model = Trainable::continued(&weights, config, trained, kind, device, args.seed)?;
-    let tokenizer = Model::tokenizer_of(weights.source())?;
-    Ok(Begun { model, tokenizer, base: Some(open(path)?), pe_config })
+    twin.restore()?;
+    Ok((twin, tokenizer))
 }
 
 /// The tokenizer that a new model is given, in its folder.
-fn new_tokenizer(args: &Args, config: &Config) -> Result<Tokenizer> {
-    let own = args.out.join("tokenizer.json");
+fn new_tokenizer(args: &Args, out: &Path, config: &Config) -> Result<Tokenizer> {
+    let own = out.join("tokenizer.json");
     let tokenizer = match &args.tokenizer {
         Some(path) => {
             write(&own, &files::bytes(path)?)?;
@@ -322,28 +413,28 @@ fn new_tokenizer(args: &Args, config: &Config) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// Trains to the end, from the beginning or from the state that is there.
-fn train(args: &Args, begun: &mut Begun, corpus: &Corpus, device: Device) -> Result<Vec<Point>> {
-    let settings = settings(args, &begun.model).to_string();
-    let path = state(args);
-    let mut optimizer = AdamW::new(&begun.model)?;
-    let mut points: Vec<Point> = Vec::new();
-    if path.exists() {
-        points = serde_json::from_str(&begun.model.restore(&path, &mut optimizer, &settings)?)
-            .with_context(|| {
-                format!("{}: its curve is not whole; remove it to begin anew", path.display())
-            })?;
-        eprintln!("note: goes on after step {}", optimizer.steps());
-    }
+/// Trains all arms to the end, from the beginning or from where they are.
+fn train(
+    args: &Args,
+    twins: &mut [Twin],
+    tokenizer: &Tokenizer,
+    corpus: &Corpus,
+    device: Device,
+) -> Result<()> {
     let step_tokens = (args.rows * args.accumulate * args.length) as u64;
     let steps = (args.kilotokens * 1000).div_ceil(step_tokens).max(args.warmup + 1);
     let growing = (args.growing * (steps * (args.rows * args.accumulate) as u64) as f64) as u64;
-    let mix = Mix { length: args.length, facts: args.facts, growing, seed: args.seed };
-    let rows = Rows::new(corpus, &begun.tokenizer, mix);
+    let (length, every) = (args.length, args.text_every);
+    let mix = Mix { length, facts: args.facts, growing, text_every: every, seed: args.seed };
+    let rows = Rows::new(corpus, tokenizer, mix);
     let bar = progress(steps, "training");
-    bar.set_position(optimizer.steps());
+    // An arm that was saved later than another waits for it.
+    let first = twins.iter().map(|twin| twin.optimizer.steps()).min().unwrap_or(0);
+    bar.set_position(first);
     bar.reset_eta();
-    let (rows_at_once, first) = (args.rows as u64, optimizer.steps());
+    let (size, rows_at_once) = ([args.rows, args.length], args.rows as u64);
+    // A step's batches are learned from in the mean.
+    let weights = [1.0, args.answer_weight].map(|weight| weight / args.accumulate as f64);
     std::thread::scope(|scope| -> Result<()> {
         let (send, batches) = sync_channel(AHEAD);
         let rows = &rows;
@@ -356,11 +447,17 @@ fn train(args: &Args, begun: &mut Begun, corpus: &Corpus, device: Device) -> Res
                 }
             }
         });
-        let mut course = Course::new(args, device)?;
-        while optimizer.steps() < steps {
-            let rate = scheduled(optimizer.steps(), args.warmup, steps);
+        for at in first..steps {
+            let mut due: Vec<&mut Twin> =
+                twins.iter_mut().filter(|twin| twin.optimizer.steps() == at).collect();
+            let rate = scheduled(at, args.warmup, steps);
+            let settled = at as f64 / (args.settling * steps as f64).max(1.0);
+            let toward_index =
+                if args.settling > 0.0 { (1.0 - settled).max(0.0).powi(2) } else { 0.0 };
+            let way = Way { recompute: args.recompute, toward_index };
             for _ in 0..args.accumulate {
-                course.learn(&mut begun.model, &batches)?;
+                let batch = batches.recv().context("no more rows")??;
+                learn(&mut due, &Weighed::new(&batch, size, weights, device)?, way)?;
             }
             let rates = Rates {
                 weights: args.rate * rate,
@@ -368,22 +465,45 @@ fn train(args: &Args, begun: &mut Begun, corpus: &Corpus, device: Device) -> Res
                 decay: args.decay,
                 clip: args.clip,
             };
-            let norm = optimizer.step(&mut begun.model, rates)?;
-            let step = optimizer.steps();
-            if step.is_multiple_of(POINT) || step == steps {
-                let point = course.point(step, step * step_tokens, &norm, args.rate * rate)?;
-                bar.set_message(format!("text {:.2}, answers {:.2}", point.text, point.answers));
-                points.push(point);
-            }
-            if args.save_every > 0 && step.is_multiple_of(args.save_every) && step < steps {
-                begun.model.save(&path, &optimizer, &settings, &serde_json::to_string(&points)?)?;
+            let step = at + 1;
+            for twin in &mut due {
+                let norm = twin.optimizer.step(&mut twin.model, rates)?;
+                if step.is_multiple_of(POINT) || step == steps {
+                    let point = twin.course.point(step, step * step_tokens, &norm, rates.weights);
+                    let point = point.with_context(|| {
+                        format!("what was saved before is in {}", twin.state().display())
+                    })?;
+                    bar.set_message(format!(
+                        "text {:.2}, answers {:.2}",
+                        point.text, point.answers
+                    ));
+                    twin.points.push(point);
+                }
+                if args.save_every > 0 && step.is_multiple_of(args.save_every) && step < steps {
+                    twin.save()?;
+                }
             }
             bar.inc(1);
         }
         Ok(())
     })?;
     bar.finish_and_clear();
-    Ok(points)
+    Ok(())
+}
+
+/// Adds a batch's gradient to each arm's. What they share of it is computed once.
+fn learn(twins: &mut [&mut Twin], batch: &Weighed, way: Way) -> Result<()> {
+    let Some(first) = twins.first() else { return Ok(()) };
+    let shared = twins.iter().all(|twin| first.model.shares_rows(&twin.model));
+    let mut rows = first.model.rows(&batch.ids)?;
+    for (i, twin) in twins.iter_mut().enumerate() {
+        if i > 0 && !shared {
+            rows = twin.model.rows(&batch.ids)?;
+        }
+        let nll = twin.model.learn(&rows, &batch.both, way)?;
+        twin.course.add(&nll, batch)?;
+    }
+    Ok(())
 }
 
 /// The share of the learning rate: up over the warm-up, then down to nothing at the end.
@@ -391,60 +511,6 @@ fn scheduled(step: u64, warmup: u64, steps: u64) -> f64 {
     let up = (step + 1) as f64 / warmup.max(1) as f64;
     let down = (steps - step) as f64 / steps.saturating_sub(warmup).max(1) as f64;
     up.min(down).min(1.0)
-}
-
-/// What was lost since the last point, on the device, so that a step waits for nothing.
-struct Course<'a> {
-    args: &'a Args,
-    device: Device,
-    lost: [Tensor; 2],
-    batches: [usize; 2],
-}
-
-impl<'a> Course<'a> {
-    fn new(args: &'a Args, device: Device) -> Result<Self> {
-        let zero = || Tensor::f_zeros([], (Kind::Float, device));
-        Ok(Self { args, device, lost: [zero()?, zero()?], batches: [0; 2] })
-    }
-
-    fn learn(&mut self, model: &mut Trainable, batches: &Receiver<Result<Batch>>) -> Result<()> {
-        let batch = batches.recv().context("no more rows")??;
-        let (rows, length) = (self.args.rows as i64, self.args.length as i64);
-        let ids = Tensor::f_from_slice(&batch.ids)?.f_view([rows, length + 1])?;
-        let ids = ids.f_to_device(self.device)?;
-        let weights = |weights: &[f32]| -> Result<Tensor> {
-            Ok(Tensor::f_from_slice(weights)?.f_view([rows, length])?.f_to_device(self.device)?)
-        };
-        let (text, answers) = (weights(&batch.text)?, weights(&batch.answers)?);
-        let both = text.f_add(&answers.f_mul_scalar(self.args.answer_weight)?)?;
-        let both = both.f_div_scalar(self.args.accumulate as f64)?;
-        let nll = model.learn(&ids, &both, self.args.recompute)?;
-        for (i, weights) in [&text, &answers].into_iter().enumerate() {
-            let _ = self.lost[i].f_add_(&nll.f_mul(weights)?.f_sum(Kind::Float)?)?;
-        }
-        for (i, weights) in [&batch.text, &batch.answers].into_iter().enumerate() {
-            self.batches[i] += usize::from(weights.iter().any(|&weight| weight > 0.0));
-        }
-        Ok(())
-    }
-
-    fn point(&mut self, step: u64, tokens: u64, norm: &Tensor, rate: f64) -> Result<Point> {
-        let mut lost = [0.0; 2];
-        for (i, lost) in lost.iter_mut().enumerate() {
-            *lost = self.lost[i].f_double_value(&[])? / self.batches[i].max(1) as f64;
-            self.batches[i] = 0;
-            let _ = self.lost[i].f_zero_()?;
-        }
-        let norm = norm.f_double_value(&[])?;
-        if !(norm + lost[0] + lost[1]).is_finite() {
-            bail!(
-                "step {step}: loss or gradient is NaN or infinite; give a smaller --rate or --map-rate; \
-                 what was saved before is in {}",
-                state(self.args).display()
-            );
-        }
-        Ok(Point { step, tokens, text: lost[0], answers: lost[1], norm, rate })
-    }
 }
 
 #[cfg(test)]

@@ -38,6 +38,8 @@ pub struct Mix {
     /// Rows over which the passages' longest grows to a whole row: looking back is learned sooner where there is
     /// little to look at.
     pub growing: u64,
+    /// One in so many tokens that are no answer's weighs anything.
+    pub text_every: u64,
     /// Of all that is drawn.
     pub seed: u64,
 }
@@ -69,12 +71,14 @@ impl<'a> Rows<'a> {
     /// The rows of `range`.
     pub fn batch(&self, range: Range<u64>) -> Result<Batch> {
         let rows: Vec<Passage> =
-            range.into_par_iter().map(|i| self.row(i)).collect::<Result<_>>()?;
+            range.clone().into_par_iter().map(|i| self.row(i)).collect::<Result<_>>()?;
         let mut batch = Batch::default();
-        for row in &rows {
+        for (index, row) in range.zip(&rows) {
             batch.ids.extend(row.ids.iter().map(|&id| i64::from(id)));
-            let weight = |answer: bool| f32::from(u8::from(answer));
-            batch.text.extend(row.answers[1..].iter().map(|&answer| weight(!answer)));
+            let weight = |weighs: bool| f32::from(u8::from(weighs));
+            let places = (index..).zip(&row.answers[1..]);
+            let text = places.map(|(i, answer)| !answer && i.is_multiple_of(self.mix.text_every));
+            batch.text.extend(text.map(weight));
             batch.answers.extend(row.answers[1..].iter().map(|&answer| weight(answer)));
         }
         for weights in [&mut batch.text, &mut batch.answers] {
@@ -177,7 +181,11 @@ mod tests {
             Tokenizer::train(&[text], 400, &folder.path().join("tokenizer.json")).unwrap();
         let corpus = Corpus::read(&[path], &tokenizer, 0).unwrap();
         check(
-            &Rows::new(&corpus, &tokenizer, Mix { length: LENGTH, facts: 0.5, growing: 0, seed }),
+            &Rows::new(
+                &corpus,
+                &tokenizer,
+                Mix { length: LENGTH, facts: 0.5, growing: 0, text_every: 1, seed },
+            ),
             &tokenizer,
         );
     }
@@ -193,6 +201,21 @@ mod tests {
             }
             assert!(some.text.iter().zip(&some.answers).all(|(a, b)| (*a > 0.0) != (*b > 0.0)));
             with_rows(2, |others, _| assert_ne!(others.batch(6..8).unwrap().ids, again.ids));
+        });
+    }
+
+    #[test]
+    fn one_in_so_many_tokens_of_text_weighs_and_every_answer() {
+        with_rows(1, |rows, _| {
+            let mix = Mix { text_every: 4, ..rows.mix };
+            let (some, all) =
+                (Rows { mix, ..*rows }.batch(0..4).unwrap(), rows.batch(0..4).unwrap());
+            assert!(some.ids == all.ids && some.answers == all.answers);
+            let count = |batch: &Batch| batch.text.iter().filter(|&&w| w > 0.0).count();
+            assert!(count(&some).abs_diff(count(&all) / 4) < 100, "{}", count(&some));
+            assert!((some.text.iter().sum::<f32>() - 1.0).abs() < 1e-3);
+            let kept = some.text.iter().zip(&all.text).filter(|(some, _)| **some > 0.0);
+            assert!(kept.into_iter().all(|(_, all)| *all > 0.0), "answers are no text");
         });
     }
 

@@ -71,9 +71,12 @@ fn sources(folder: &Path) -> Result<Vec<(&'static str, Opened)>> {
     let yarn = json!({"rope_scaling": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
     }});
-    let with_maps = folder.join("maps");
-    std::fs::create_dir(&with_maps)?;
-    learned(&with_maps)?;
+    let with_maps = |name: &str, beside| -> Result<Opened> {
+        let folder = folder.join(name);
+        std::fs::create_dir(&folder)?;
+        learned(&folder, beside)?;
+        Ok(Box::new(move || Ok(open(&folder)?)))
+    };
     Ok(vec![
         ("llama", file("kvzap/model")),
         ("qwen3", file("families/qwen3")),
@@ -83,7 +86,9 @@ fn sources(folder: &Path) -> Result<Vec<(&'static str, Opened)>> {
         ("wide", random("wide", json!({}))?),
         ("wide, nope", random("nope", nope)?),
         ("wide, yarn", random("yarn", yarn)?),
-        ("wide olmo2, repo", Box::new(move || Ok(open(&with_maps)?))),
+        ("wide olmo2, repo", with_maps("maps", None)?),
+        ("wide olmo2, offset", with_maps("offset", Some(("dynamic_pe_offset_tokens", 2)))?),
+        ("wide olmo2, slowed", with_maps("slowed", Some(("dynamic_pe_slowed_index", 32)))?),
     ])
 }
 

@@ -26,9 +26,9 @@ impl Device {
         let gated = |pick: fn(&Gate<'_>) -> RawView| gate.as_ref().map_or(none, pick);
         let (query_norm, key_norm) =
             (norm(|norms| norms.query.raw()), norm(|norms| norms.key.raw()));
-        let (stands, last) = match *positions {
-            Positions::Given(positions) => (positions, None),
-            Positions::Read { units, last } => (units, Some(last)),
+        let (stands, last, beside) = match *positions {
+            Positions::Given(positions) => (positions, None, None),
+            Positions::Read { units, last, beside } => (units, Some(last), beside),
         };
         let [second, bias] = [0, 1].map(|i| {
             gate.as_ref().and_then(|gate| gate.second).map_or(none, |second| second[i].raw())
@@ -46,6 +46,7 @@ impl Device {
             second: second.data,
             second_bias: bias.data,
             last: last.map_or(none, |last| last.raw()).data,
+            index: beside.map_or(none, |beside| beside.index.raw()).data,
             rows: to.rows.address,
             marks: to.marks.address,
             texts: texts as u32,
@@ -60,6 +61,8 @@ impl Device {
             threshold,
             torch: torch.into(),
             turned: *turned,
+            of_read: beside.map_or(1.0, |beside| beside.of_read),
+            of_index: beside.map_or(0.0, |beside| beside.of_index),
         };
         // A warp a task: each query head's row, a key, a value, and a score if there is a surrogate.
         let tasks = heads * texts * (query_heads / heads + 2 + usize::from(gate.is_some()));
@@ -85,6 +88,7 @@ pub(super) struct FusedCall {
     second: u64,
     second_bias: u64,
     last: u64,
+    index: u64,
     rows: u64,
     marks: u64,
     texts: u32,
@@ -99,4 +103,6 @@ pub(super) struct FusedCall {
     threshold: f32,
     torch: u32,
     turned: f32,
+    of_read: f32,
+    of_index: f32,
 }
