@@ -301,6 +301,9 @@ fn arms_side_by_side_learn_what_each_learns_alone() {
     let at_once = [&upper[..], &["--text-every", "2", "--kilotokens", "16", "--arm", "slowed"]];
     ok(place.train("unsettled", &at_once.concat()));
     assert!(numbers(&place, "unsettled") != numbers(&place, "slowed"));
+    let untrained = ["--model", &base, "--train-from", "2", "--first-layer", "1"];
+    let text = refused(place.train("untrained", &untrained));
+    assert!(text.contains("would stay as they begin"), "{text}");
     let twice = refused(place.train("twice", &[&some[..], &["--arm", "rope", "rope"]].concat()));
     assert!(twice.contains("give each once"), "{twice}");
 }

@@ -368,6 +368,13 @@ fn begin(
             args.length,
             config.max_positions
         );
+        let mut below = config.positions.iter().take(args.train_from);
+        ensure!(
+            !below.any(|positions| positions.learned()),
+            "--train-from {}: arm {} has maps below, which would stay as they begin; give a smaller one, or a larger --first-layer",
+            args.train_from,
+            arm.name()
+        );
         let trained = (trained, args.train_from);
         model = Trainable::continued(&weights, config, trained, kind, device, args.seed)?;
         tokenizer = Model::tokenizer_of(weights.source())?;
