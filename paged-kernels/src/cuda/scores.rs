@@ -3,7 +3,6 @@
 //! A surrogate is small and is asked for every token of every layer, so what it costs is launches, rounds through memory
 //! and a first GEMM; one launch does it all, from the hidden states to the bits.
 
-use crate::cuda::driver::map::Map;
 use crate::cuda::driver::scores::{self as launch, Call, Held, Kernels};
 use crate::cuda::view::{DeviceBits, DeviceBitsMut, DeviceView, DeviceViewMut, check_type};
 use crate::error::{Error, Result};
@@ -14,7 +13,7 @@ use half::bf16;
 use std::sync::Arc;
 
 /// Heads that the kernels can hold.
-const MAX_HEADS: usize = 32;
+pub(super) const MAX_HEADS: usize = 32;
 
 /// What to round on the way to a score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,8 +72,6 @@ pub struct Surrogate {
     /// What blocks hand to each other, and how many have come.
     pub(super) parts: Held<f32>,
     pub(super) arrivals: Held<u32>,
-    /// `first` for the copy engine, where a kernel uses it.
-    pub(super) map: Option<Map>,
 }
 
 impl Surrogate {
@@ -181,7 +178,6 @@ impl Scores {
         let mut units = first_bias.to_vec();
         units.resize(if width == 0 { 0 } else { pitch }, bf16::ZERO);
         let first = upload(first)?;
-        let map = self.kernels.map_weights(&first, width, dim)?;
         let (parts, arrivals) = launch::exchange(width, heads);
         Ok(Surrogate {
             dim,
@@ -194,13 +190,12 @@ impl Scores {
             second_bias: wide(second_bias)?,
             parts: self.kernels.zeros(parts)?,
             arrivals: self.kernels.zeros(arrivals)?,
-            map,
         })
     }
 
     /// Scores bf16 `hidden` `[1, T, dim]` and queues it on the stream; `bits` gets a bit for each head and token, and
     /// `scores`, if given, is f32 `[H, T, 1]`. It allocates nothing and waits for nothing, so a graph can capture it; but
-    /// calls that share a surrogate must run one after the other, also in graphs.
+    /// calls must run one after the other, also in graphs.
     ///
     /// Rows that begin at a multiple of 16 bytes take fast kernels if `dim` is a multiple of 64 and hidden units one of
     /// 8, any others a plain one. The same inputs give the same bits in every run; a token's score depends in its last bits on how many it

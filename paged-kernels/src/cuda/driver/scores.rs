@@ -1,8 +1,8 @@
 //! The score kernels: which of them serves a call, and its launch.
 
-use super::map::{COLUMNS, Map, encode};
+use super::map::{COLUMNS, encode};
 use super::{check_card, check_driver, failed, function, load};
-use crate::cuda::scores::Surrogate;
+use crate::cuda::scores::{MAX_HEADS, Surrogate};
 use crate::cuda::view::{DeviceBits, DeviceView, DeviceViewMut};
 use crate::error::Result;
 use crate::shape::Dtype;
@@ -10,15 +10,14 @@ use cudarc::driver::result;
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr, ValidAsZeroBits, sys,
 };
-use half::bf16;
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
 /// PTX, with the zero byte that the driver looks for.
 const PORTABLE: &str = concat!(include_str!("../../../kernels/scores.compute_80.ptx"), "\0");
-const HOPPER: &str = concat!(include_str!("../../../kernels/scores.compute_90a.ptx"), "\0");
+const HOPPER: &str = concat!(include_str!("../../../kernels/scores_hopper.compute_90a.ptx"), "\0");
 
-// What the kernels are made for; see kernels/scores.cu.
+// What the kernels are made for; see kernels/scores.cu and kernels/scores_hopper.cu.
 
 const THREADS: u32 = 256;
 /// `scores_thin`: units and tokens of a block, and the most tokens it is asked for.
@@ -27,43 +26,67 @@ const THIN_MOST: usize = 64;
 /// `scores_tile`: tokens of a block, and bytes of the tiles on their way.
 const TILE_TOKENS: usize = 64;
 const TILE_BYTES: usize = 3 * (64 + 128) * 128;
-/// `scores_few`: blocks of a cluster, its units and tokens, and the most tokens it is asked for.
+/// `scores_few`: blocks of a cluster, its units, and the most tokens it is asked for.
 const FEW_BLOCKS: usize = 8;
-const FEW: [usize; 2] = [32, 64];
-const FEW_MOST: usize = 256;
-/// Its kernels: the most tokens of a cluster.
-const FEW_KERNELS: [(&CStr, usize); 3] =
-    [(c"scores_few_8", 8), (c"scores_few_32", 32), (c"scores_few_64", 64)];
-/// `scores_many`: blocks of a cluster, its tokens, and threads of a block.
-const MANY_BLOCKS: usize = 4;
-const MANY_TOKENS: usize = 128;
-const MANY_THREADS: u32 = THREADS + 32;
-/// Its kernels: units of a block, and blocks that fit a multiprocessor.
-const MANY_KERNELS: [(&CStr, usize, usize); 4] = [
-    (c"scores_many_64", 64, 2),
-    (c"scores_many_128", 128, 2),
-    (c"scores_many_160", 160, 1),
-    (c"scores_many_256", 256, 1),
+const FEW_UNITS: usize = 32;
+const FEW_MOST: usize = 32;
+/// Its kernels, and the most tokens of each.
+const FEW_KERNELS: [(&CStr, usize); 2] = [(c"scores_few_8", 8), (c"scores_few_32", FEW_MOST)];
+/// `scores_many`, in the order in which they are asked: those whose clusters share columns, then those that have all of
+/// them, then those that have all units too and take any number of tokens.
+const MANY_KERNELS: [Many<&CStr>; 10] = [
+    many(c"scores_many_64_1_8", 64, 1, [1, 8], 64),
+    many(c"scores_many_128_1_8", 128, 1, [1, 8], 128),
+    many(c"scores_many_128_1_4", 128, 1, [1, 4], 128),
+    many(c"scores_many_128_1_2", 128, 1, [1, 2], 128),
+    many(c"scores_many_160_1_2", 160, 1, [1, 2], 128),
+    many(c"scores_many_128_2_1", 128, 1, [2, 1], 128),
+    many(c"scores_many_160_2_1", 160, 1, [2, 1], 128),
+    many(c"scores_many_256_2_1", 256, 1, [2, 1], 128),
+    many(c"scores_many_320_2_1", 160, 2, [2, 1], 128),
+    many(c"scores_many_256_4_1", 256, 1, [4, 1], 128),
 ];
+const MANY_TOKENS: usize = 128;
+/// Tokens up to which smaller tiles are better.
+const SHORT_MOST: usize = 128;
+
+const fn many(
+    kernel: &CStr,
+    units: usize,
+    boxes: usize,
+    [columns, sharers]: [usize; 2],
+    rows: usize,
+) -> Many<&CStr> {
+    Many { kernel, units, boxes, columns, sharers, rows, stages: 0, clusters: 0 }
+}
+
+/// The most stages of a pipeline.
+const MOST_STAGES: usize = 8;
 /// Shared memory of a block that the card keeps for itself.
 const KEPT: usize = 1024;
 
 /// Units up to which the tiles of any kernel may reach.
 pub fn units_of_tiles(width: usize) -> usize {
-    let many = many_for(width).map_or(0, |(_, units, _)| units * MANY_BLOCKS);
-    width.next_multiple_of(128).max(many)
+    width.next_multiple_of(128)
 }
 
 /// f32 that blocks of the kernels for few tokens hand to each other, and their counters. The card takes none of nothing.
 pub fn exchange(width: usize, heads: usize) -> (usize, usize) {
-    let few = width.div_ceil(FEW[0]) * FEW_MOST;
+    let few = width.div_ceil(FEW_UNITS) * FEW_BLOCKS * 8;
     let thin = width.div_ceil(THIN[0]) * THIN_MOST;
-    let counters = (FEW_MOST / FEW[1] * FEW_BLOCKS).max(THIN_MOST / THIN[1]);
-    ((few.max(thin) * heads).max(1), counters)
+    ((few.max(thin) * heads).max(1), FEW_BLOCKS.max(THIN_MOST / THIN[1]))
 }
 
-fn many_for(width: usize) -> Option<(&'static CStr, usize, usize)> {
-    MANY_KERNELS.into_iter().find(|(_, units, _)| width <= units * MANY_BLOCKS)
+fn zeros<T: DeviceRepr + ValidAsZeroBits>(
+    stream: &Arc<CudaStream>,
+    count: usize,
+) -> Result<Held<T>> {
+    Ok(held(stream.alloc_zeros(count).map_err(failed("cuMemAllocAsync"))?, stream))
+}
+
+fn held<T>(slice: CudaSlice<T>, stream: &CudaStream) -> Held<T> {
+    let (address, _) = slice.device_ptr(stream);
+    Held { address, slice }
 }
 
 /// Memory on the card and its address: to ask a slice for it queues events, which a graph would capture.
@@ -84,18 +107,69 @@ pub struct Call<'a> {
     pub torch: bool,
 }
 
-/// A kernel for few or many tokens, of Hopper's.
+/// A kernel for few tokens, of Hopper's.
 #[derive(Debug, Clone, Copy)]
-struct Kernel {
+struct Few {
     kernel: sys::CUfunction,
-    /// Tokens of a cluster or units of a block.
-    size: usize,
+    tokens: usize,
+}
+
+/// A kernel for many tokens, of Hopper's.
+#[derive(Debug, Clone, Copy)]
+struct Many<K> {
+    kernel: K,
+    /// Units that the copy engine fetches at once, and how often for a block.
+    units: usize,
+    boxes: usize,
+    /// Blocks of a cluster that have the same tokens, and blocks that share their columns.
+    columns: usize,
+    sharers: usize,
+    /// Tokens of a cluster.
+    rows: usize,
+    /// Of the pipeline.
+    stages: usize,
+    /// That find room on the card at once.
+    clusters: usize,
+}
+
+impl<K> Many<K> {
+    fn cluster(&self) -> usize {
+        self.columns * self.sharers
+    }
+
+    fn stage_bytes(&self) -> usize {
+        (self.rows + self.units * self.boxes) * 128 + 16 // with a pair of barriers
+    }
+
+    /// Two blocks fit a multiprocessor, and one has what they share.
+    fn blocks_together(&self) -> usize {
+        if self.rows < MANY_TOKENS { 2 } else { 1 }
+    }
+
+    /// Tiles of tokens and clusters of units of a call, if the kernel is for it: where clusters have not all units or not all
+    /// columns, it must be run at once, since that is what it is better at.
+    fn tiles(&self, tokens: usize, width: usize) -> Option<[usize; 2]> {
+        let clusters = width.div_ceil(self.units * self.boxes * self.columns);
+        let tiles = tokens.div_ceil(self.rows);
+        let fits = self.sharers == 1 && clusters == 1 || tiles * clusters <= self.clusters;
+        let short = self.rows == MANY_TOKENS || tokens <= SHORT_MOST;
+        (fits && short).then_some([tiles, clusters])
+    }
+
+    /// f32 of the products that the most clusters leave each other.
+    fn parts(&self) -> usize {
+        self.clusters * MAX_HEADS * self.rows
+    }
 }
 
 #[derive(Debug)]
 struct Hopper {
-    few: Vec<Kernel>,
-    many: Vec<Kernel>,
+    module: sys::CUmodule,
+    few: Vec<Few>,
+    many: Vec<Many<sys::CUfunction>>,
+    /// Products that clusters leave each other, and how many have come.
+    parts: Held<f32>,
+    arrivals: Held<u32>,
 }
 
 /// The kernels, loaded for a stream's card.
@@ -110,10 +184,8 @@ pub struct Kernels {
     thin: sys::CUfunction,
     tile: sys::CUfunction,
     hopper: Option<Hopper>,
-    multiprocessors: usize,
-    /// Bytes of shared memory that a block may have, and that a multiprocessor has.
+    /// Bytes of shared memory that a block may have.
     shared: usize,
-    shared_of_all: usize,
 }
 
 // SAFETY: the raw handles name a module and its functions, which any thread may use once the context is bound to it,
@@ -130,55 +202,64 @@ impl Kernels {
         let attribute = |which| -> Result<usize> {
             Ok(context.attribute(which).map_err(failed("cuDeviceGetAttribute"))? as usize)
         };
-        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let shared_of_all =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
-        // Kernels for 9.0a run on 9.0 and on nothing newer.
-        let hopper = fastest && capability == (9, 0);
-        let image = if hopper { HOPPER } else { PORTABLE };
-        let module = load(image)?;
-        let function = |name: &CStr| function(module, name);
-        // A kernel that may have all of a block's shared memory but what it has by itself.
-        let roomy = |name: &CStr, own: usize| -> Result<sys::CUfunction> {
-            let kernel = function(name)?;
+        let module = load(PORTABLE)?;
+        // A kernel that may have so much of a block's shared memory.
+        let roomy = |module, name: &CStr, bytes: usize| -> Result<sys::CUfunction> {
+            let kernel = function(module, name)?;
             let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let bytes = (shared - own) as i32;
             // SAFETY: the function is of a module that is loaded.
-            unsafe { result::function::set_function_attribute(kernel, which, bytes) }
+            unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
                 .map_err(failed("cuFuncSetAttribute"))?;
             Ok(kernel)
         };
-        let sized = |name: &CStr, size: usize| -> Result<Kernel> {
-            Ok(Kernel { kernel: roomy(name, OWN)?, size })
-        };
-        let hopper = if hopper {
-            let few = FEW_KERNELS.map(|(name, tokens)| sized(name, tokens));
-            let many = MANY_KERNELS.map(|(name, units, _)| sized(name, units));
-            let few = few.into_iter().collect::<Result<_>>()?;
-            Some(Hopper { few, many: many.into_iter().collect::<Result<_>>()? })
+        // Kernels for 9.0a run on 9.0 and on nothing newer.
+        let hopper = if fastest && capability == (9, 0) {
+            let module = load(HOPPER)?;
+            let few = FEW_KERNELS.map(|(name, tokens)| -> Result<_> {
+                Ok(Few { kernel: roomy(module, name, shared - OWN)?, tokens })
+            });
+            let many = MANY_KERNELS.map(|many| -> Result<_> {
+                let room = (shared_of_all / many.blocks_together() - KEPT).min(shared) - OWN;
+                let stages = (room / many.stage_bytes()).min(MOST_STAGES);
+                let kernel = roomy(module, many.kernel, stages * many.stage_bytes())?;
+                let Many { units, boxes, columns, sharers, rows, .. } = many;
+                let many =
+                    Many { kernel, units, boxes, columns, sharers, rows, stages, clusters: 0 };
+                Ok(Many { clusters: clusters(&many)?, ..many })
+            });
+            let many = many.into_iter().collect::<Result<Vec<_>>>()?;
+            let parts = many.iter().map(Many::parts).max().unwrap_or(0);
+            let arrivals = many.iter().map(|many| many.clusters * many.cluster()).max();
+            Some(Hopper {
+                module,
+                few: few.into_iter().collect::<Result<_>>()?,
+                many,
+                parts: zeros(&stream, parts)?,
+                arrivals: zeros(&stream, arrivals.unwrap_or(0))?,
+            })
         } else {
             None
         };
         let kernels = Self {
-            plain: roomy(c"scores_plain", OWN)?,
+            plain: roomy(module, c"scores_plain", shared - OWN)?,
             linear: [
-                (function(c"scores_linear_8")?, 512),
-                (function(c"scores_linear_32")?, THREADS),
+                (function(module, c"scores_linear_8")?, 512),
+                (function(module, c"scores_linear_32")?, THREADS),
             ],
-            thin: function(c"scores_thin")?,
-            tile: roomy(c"scores_tile", OWN)?,
+            thin: function(module, c"scores_thin")?,
+            tile: roomy(module, c"scores_tile", shared - OWN)?,
             hopper,
-            multiprocessors,
             shared: shared - OWN,
-            shared_of_all,
             module,
             context,
             stream,
         };
         let size = kernels.zeros::<u32>(1)?;
         let arguments = [argument(&size.address)];
-        let sizes = function(c"scores_sizes")?;
+        let sizes = function(module, c"scores_sizes")?;
         // SAFETY: the kernel writes one number to the address that is its only argument.
         unsafe { kernels.launch(sizes, Grid { threads: 1, ..Grid::of(1) }, &arguments) }?;
         let size = kernels.stream.clone_dtoh(&size.slice).map_err(failed("cuMemcpyDtoHAsync"))?;
@@ -201,26 +282,11 @@ impl Kernels {
             return self.zeros(1);
         }
         let slice = self.stream.clone_htod(data).map_err(failed("cuMemcpyHtoDAsync"))?;
-        Ok(self.held(slice))
+        Ok(held(slice, &self.stream))
     }
 
     pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, count: usize) -> Result<Held<T>> {
-        let slice = self.stream.alloc_zeros(count).map_err(failed("cuMemAllocAsync"))?;
-        Ok(self.held(slice))
-    }
-
-    fn held<T>(&self, slice: CudaSlice<T>) -> Held<T> {
-        let (address, _) = slice.device_ptr(&self.stream);
-        Held { address, slice }
-    }
-
-    /// `first` `[width, dim]` for the kernel that many tokens take, if one does.
-    pub fn map_weights(&self, first: &Held<bf16>, width: usize, dim: usize) -> Result<Option<Map>> {
-        let Some((_, units, _)) = many_for(width) else { return Ok(None) };
-        if self.hopper.is_none() || width == 0 || !dim.is_multiple_of(COLUMNS) {
-            return Ok(None);
-        }
-        encode(Dtype::Bf16, first.address, [dim, width], dim, units).map(Some)
+        zeros(&self.stream, count)
     }
 
     /// Queues a call of at least one token.
@@ -262,13 +328,16 @@ impl Kernels {
             (kernel, Grid { threads, ..Grid::of(words) })
         } else if let Some((kernel, grid)) = self.few(tokens, width) {
             (kernel, grid)
-        } else if let Some((kernel, grid, stages, map)) = self.many(call.surrogate, tokens) {
-            raw.stages = stages as u32;
-            let rows = MANY_TOKENS / MANY_BLOCKS;
-            let hidden = encode(Dtype::Bf16, raw.hidden, [dim, tokens], stride, rows)?;
-            let arguments = [argument(&raw), argument(&hidden), argument(&map)];
+        } else if let Some((many, [tiles, clusters], hopper)) = self.many(tokens, width) {
+            raw.stages = many.stages as u32;
+            (raw.parts, raw.arrivals) = (hopper.parts.address, hopper.arrivals.address);
+            let hidden = [dim, tokens];
+            let hidden = encode(Dtype::Bf16, raw.hidden, hidden, stride, many.rows / many.columns)?;
+            let first = encode(Dtype::Bf16, raw.first, [dim, width], dim, many.units)?;
+            let arguments = [argument(&raw), argument(&hidden), argument(&first)];
+            let grid = many.grid(tiles, clusters);
             // SAFETY: as below; the maps are of the hidden states and of the first weights.
-            return unsafe { self.launch(kernel, grid, &arguments) };
+            return unsafe { self.launch(many.kernel, grid, &arguments) };
         } else if self.hopper.is_none() && tokens <= THIN_MOST {
             let blocks = [width.div_ceil(THIN[0]), tokens.div_ceil(THIN[1])];
             (self.thin, Grid { blocks, ..Grid::of(1) })
@@ -284,36 +353,21 @@ impl Kernels {
     }
 
     fn few(&self, tokens: usize, width: usize) -> Option<(sys::CUfunction, Grid)> {
-        let hopper = self.hopper.as_ref().filter(|_| tokens <= FEW_MOST)?;
-        let fits = |few: &&Kernel| tokens <= few.size || few.size == FEW[1];
-        let few = hopper.few.iter().find(fits)?;
-        let blocks = [width.div_ceil(FEW[0]) * FEW_BLOCKS, tokens.div_ceil(FEW[1])];
+        let few = self.hopper.as_ref()?.few.iter().find(|few| tokens <= few.tokens)?;
+        let blocks = [width.div_ceil(FEW_UNITS) * FEW_BLOCKS, 1];
         // The block's sums, and each warp's; rows of 32 units are 36 apart.
-        let shared = 9 * few.size * 36 * 4;
+        let shared = 9 * few.tokens * 36 * 4;
         Some((few.kernel, Grid { blocks, threads: THREADS, shared, overlaps: true }))
     }
 
-    /// With the stages of its pipeline and the map of the weights.
     fn many(
         &self,
-        surrogate: &Surrogate,
         tokens: usize,
-    ) -> Option<(sys::CUfunction, Grid, usize, Map)> {
-        let (hopper, map) = (self.hopper.as_ref()?, surrogate.map?);
-        let (_, units, together) = many_for(surrogate.width)?;
-        let many = hopper.many.iter().find(|many| many.size == units)?;
-        let blocks = tokens.div_ceil(MANY_TOKENS) * MANY_BLOCKS;
-        // Where there are more blocks than multiprocessors two of them share one: what one has to do after its tiles passes
-        // while the other multiplies. Clusters do not find room on every last multiprocessor, and one that must wait for the
-        // others doubles the time, so a tenth less counts as more. Few blocks are better off with all of the memory.
-        let together = if blocks * 10 > self.multiprocessors * 9 { together } else { 1 };
-        let room = (self.shared_of_all / together - KEPT).min(self.shared);
-        let stage = (MANY_TOKENS + units) * 128;
-        // With a pair of barriers each.
-        let stages = (room / (stage + 16)).min(8);
-        let shared = stages * (stage + 16);
-        let grid = Grid { blocks: [blocks, 1], threads: MANY_THREADS, shared, overlaps: true };
-        Some((many.kernel, grid, stages, map))
+        width: usize,
+    ) -> Option<(&Many<sys::CUfunction>, [usize; 2], &Hopper)> {
+        let hopper = self.hopper.as_ref()?;
+        let made_for = |many: &'_ Many<_>| many.tiles(tokens, width);
+        hopper.many.iter().find_map(|many| Some((many, made_for(many)?, hopper)))
     }
 
     /// # Safety
@@ -331,18 +385,7 @@ impl Kernels {
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid.blocks[0] as u32,
-            gridDimY: grid.blocks[1] as u32,
-            gridDimZ: 1,
-            blockDimX: grid.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared as u32,
-            hStream: self.stream.cu_stream(),
-            attrs: &raw mut overlap,
-            numAttrs: grid.overlaps.into(),
-        };
+        let config = grid.config(self.stream.cu_stream(), &raw mut overlap, grid.overlaps.into());
         let (arguments, extra) = (arguments.as_ptr().cast_mut(), std::ptr::null_mut());
         // SAFETY: the driver copies the arguments before it returns; the rest is the caller's promise.
         unsafe { sys::cuLaunchKernelEx(&raw const config, kernel, arguments, extra) }
@@ -356,6 +399,10 @@ impl Drop for Kernels {
         if self.context.bind_to_thread().is_ok() {
             // SAFETY: nothing else names the module's functions, and unloading waits for what still runs.
             self.context.record_err(unsafe { result::module::unload(self.module) });
+            if let Some(hopper) = &self.hopper {
+                // SAFETY: as above.
+                self.context.record_err(unsafe { result::module::unload(hopper.module) });
+            }
         }
     }
 }
@@ -381,9 +428,59 @@ impl Grid {
     fn of(blocks: usize) -> Self {
         Self { blocks: [blocks, 1], threads: THREADS, shared: 0, overlaps: false }
     }
+
+    fn config(
+        &self,
+        stream: sys::CUstream,
+        attributes: *mut sys::CUlaunchAttribute,
+        count: u32,
+    ) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
+            gridDimX: self.blocks[0] as u32,
+            gridDimY: self.blocks[1] as u32,
+            gridDimZ: 1,
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared as u32,
+            hStream: stream,
+            attrs: attributes,
+            numAttrs: count,
+        }
+    }
 }
 
-/// Mirror of `Scores` in kernels/scores.cu.
+impl Many<sys::CUfunction> {
+    fn grid(&self, tiles: usize, clusters: usize) -> Grid {
+        let threads = THREADS + if self.boxes > 1 { 128 } else { 32 };
+        let blocks = [tiles * self.cluster(), clusters];
+        Grid { blocks, threads, shared: self.stages * self.stage_bytes(), overlaps: true }
+    }
+}
+
+/// Clusters of a kernel that find room on the card at once.
+fn clusters(many: &Many<sys::CUfunction>) -> Result<usize> {
+    let mut shape = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: many.cluster() as u32,
+                y: 1,
+                z: 1,
+            },
+        },
+    };
+    let config = many.grid(1, 1).config(std::ptr::null_mut(), &raw mut shape, 1);
+    let mut clusters = 0;
+    // SAFETY: the function is of a module that is loaded; the attribute outlives the call.
+    unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut clusters, many.kernel, &raw const config) }
+        .result()
+        .map_err(failed("cuOccupancyMaxActiveClusters"))?;
+    Ok(clusters as usize)
+}
+
+/// Mirror of `Scores` in kernels/scores.cuh.
 #[repr(C)]
 struct RawCall {
     hidden: u64,
@@ -412,22 +509,45 @@ struct RawCall {
 mod tests {
     use super::*;
 
+    /// As many of each kernel's clusters as an H100 has room for.
+    fn kernels() -> impl Iterator<Item = Many<&'static CStr>> {
+        MANY_KERNELS.into_iter().map(|many| {
+            let clusters = [0, 0, 66, 0, 30, 0, 0, 0, 15][many.cluster()];
+            Many { clusters: clusters * many.blocks_together(), ..many }
+        })
+    }
+
+    fn chosen(tokens: usize, width: usize) -> Option<(&'static CStr, [usize; 2])> {
+        kernels().find_map(|many| Some((many.kernel, many.tiles(tokens, width)?)))
+    }
+
     #[test]
-    fn tiles_of_every_kernel_end_within_the_padding() {
-        for width in 1..3000 {
-            let padded = units_of_tiles(width);
-            assert!(padded >= width && padded.is_multiple_of(128), "{width}");
-            if let Some((_, units, _)) = many_for(width) {
-                assert!((width..=padded).contains(&(units * MANY_BLOCKS)), "{width}");
-            }
+    fn any_number_of_tokens_has_a_kernel_up_to_1024_units() {
+        for width in (8..=1024).step_by(8) {
+            assert!([33, 5_000, 100_000_000].iter().all(|&tokens| chosen(tokens, width).is_some()));
         }
-        assert!(many_for(1024).is_some() && many_for(1025).is_none());
+        assert_eq!(chosen(64, 512), Some((c"scores_many_64_1_8", [1, 8])));
+        assert_eq!(chosen(1024, 512), Some((c"scores_many_128_1_2", [8, 4])));
+        assert_eq!(chosen(4096, 512), Some((c"scores_many_128_2_1", [32, 2])));
+        assert_eq!(chosen(4096, 640), Some((c"scores_many_160_2_1", [32, 2])));
+        assert_eq!(chosen(8192, 640), Some((c"scores_many_320_2_1", [64, 1])));
+        assert_eq!(chosen(100_000, 1032), None);
+    }
+
+    #[test]
+    fn products_have_room_for_all_clusters() {
+        for (many, heads) in kernels().flat_map(|many| (1..=MAX_HEADS).map(move |n| (many, n))) {
+            // As in the kernel: those of a block in whole warps, and each block's behind those of the units before.
+            let decided = many.rows / many.cluster();
+            let block = (heads * decided).next_multiple_of(32);
+            assert!(many.clusters * many.cluster() * block <= many.parts(), "{many:?} {heads}");
+        }
     }
 
     #[test]
     fn parts_have_room_for_the_most_tokens() {
         let (parts, counters) = exchange(512, 8);
-        assert_eq!((parts, counters), (64 * 64 * 8, 32));
-        assert_eq!(exchange(0, 3), (1, 32));
+        assert_eq!((parts, counters), (64 * 64 * 8, 8));
+        assert_eq!(exchange(0, 3), (1, 8));
     }
 }
