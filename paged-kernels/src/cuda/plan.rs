@@ -23,8 +23,8 @@ pub struct Plan {
 
 /// Rows of a page that the fast kernels take at once: `SLAB` of kernels/attend.cuh.
 pub const SLAB: usize = 16;
-/// Slabs that are worth a block of their own: one and a half for each of its warps.
-const LEAST: usize = 12;
+/// Slabs that are worth a block of their own: two for each of its warps.
+const LEAST: usize = 16;
 /// Slabs that a block could attend in the time that it loses with a second head.
 const SECOND_HEAD: u32 = 8;
 
@@ -74,7 +74,9 @@ impl Plan {
                     slabs += len.div_ceil(SLAB);
                 }
                 let (first, kv_head) = (head.tokens.start as u32, head.head as u32);
-                let (len, tokens) = (len as u32, tokens as u32);
+                // Nor is there anything of it between one slab and the next.
+                let len = if tokens > 0 { len as u32 } else { 0 };
+                let tokens = tokens as u32;
                 records.push([at, len, first, tokens, kv_head, 0, 0, table]);
                 slots.extend(head.slots.iter().map(|slot| slot.index() as u32));
                 rows.extend(
