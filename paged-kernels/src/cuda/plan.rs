@@ -192,7 +192,43 @@ pub fn prompt(tables: &[PageTable], drops: &[bool], window: usize, page_size: us
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shape::CacheShape;
     use proptest::prelude::*;
+
+    /// The kernels find the next head where the slabs of the one before end, by its length.
+    #[test]
+    fn a_text_that_rests_lies_between_no_slabs() -> Result<()> {
+        let (layers, kv_heads, head_dim, page_size) = (1, 2, 16, 16);
+        let (query_heads, window, pages) = (2, 8, 100);
+        let dtype = crate::Dtype::Bf16;
+        let mut book = Book::new(CacheShape {
+            layers,
+            kv_heads,
+            query_heads,
+            head_dim,
+            page_size,
+            window,
+            pages,
+            dtype,
+        })?;
+        let mut step = Vec::new();
+        for (text, tokens) in [(0, 40), (1, 300), (2, 20), (3, 200)] {
+            let sequence = book.allocate();
+            let shape = [kv_heads, tokens, head_dim];
+            book.fill(sequence, 0, shape, shape, &vec![false; kv_heads * tokens])?;
+            step.push((sequence, 1 - text % 2));
+        }
+        book.begin_step(&step)?;
+        let plan = Plan::of(&book, 4)?;
+        let Range { first, words } = plan.layers[0].heads;
+        let heads = plan.words[first..][..words].as_chunks::<HEAD_WORDS>().0;
+        for pair in heads.windows(2) {
+            let [slabs, len, ..] = pair[0];
+            assert_eq!(pair[1][0], slabs + len.div_ceil(SLAB as u32));
+        }
+        assert_eq!(heads.len(), kv_heads * step.len());
+        Ok(())
+    }
 
     /// Pages of each head, and whether it has a token in the step; without, it has no pages in the list.
     fn heads() -> impl Strategy<Value = Vec<(u32, bool)>> {
