@@ -64,7 +64,8 @@ pub(crate) fn sample_ids(model: &Model, sample: &Sample) -> Result<(Vec<u32>, St
     let (context, after) = match &model.template {
         Some(template) if sample.thinking => template.around_thinking(context)?,
         Some(template) => template.around(context)?,
-        None => (context.clone(), "\n".to_owned()),
+        // A template brings a BOS of its own.
+        None => return Ok((model.tokenizer.encode_prompt(context)?, "\n".to_owned())),
     };
     Ok((model.tokenizer.encode(&context, Specials::Parse)?, after))
 }
