@@ -3,15 +3,17 @@
 
 mod common;
 
+use common::{ok, refused};
 use serde_json::Value;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-fn longctx(arguments: &[&str]) -> Output {
+fn longctx(arguments: &[&str]) -> Command {
     let model = std::env::var("LONGCTX_MODEL").expect("`cargo xtask ci` names the default model");
     let data = std::env::var("LONGCTX_DATA").expect("and the folder of texts");
     let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-    command.args(["curve", "--model", &model, "--texts", &data]).args(arguments).output().unwrap()
+    command.args(["curve", "--model", &model, "--texts", &data]).args(arguments);
+    command
 }
 
 #[test]
@@ -24,13 +26,9 @@ fn every_method_is_asked_at_every_share_of_one_prefill() {
     let sizes = ["--tokens", "500", "--samples", "1", "--remove", "0.25", "0.5"];
     let methods = ["--method", "smollm2-135m-instruct-mlp", "KVzip+", "StreamingLLM"];
     let common = [&["--surrogate", mlp, "--threshold", "-3"][..], &sizes, &methods].concat();
-    let needle = longctx(&[&common[..], &["--task", "niah_single_1", "--json", &one]].concat());
-    assert!(needle.status.success(), "{}", String::from_utf8_lossy(&needle.stderr));
-    let question = longctx(
-        &[&common[..], &["--task", "answer-nll", "--merge", &one, "--json", &both, "--svg", &svg]]
-            .concat(),
-    );
-    assert!(question.status.success(), "{}", String::from_utf8_lossy(&question.stderr));
+    ok(longctx(&[&common[..], &["--task", "niah_single_1", "--json", &one]].concat()));
+    let more = ["--task", "answer-nll", "--merge", &one, "--json", &both, "--svg", &svg];
+    ok(longctx(&[&common[..], &more].concat()));
 
     let report: Value = serde_json::from_slice(&std::fs::read(&both).unwrap()).unwrap();
     assert!(report["r2"]["smollm2-135m-instruct-mlp"].as_f64().is_some());
@@ -61,9 +59,8 @@ fn unknown_names_are_refused_with_the_known_ones() {
         (&["--task", "niah_single_1", "--remove", "1.5"], "from 0 to 1"),
         (&["--merge", "/no/such/file"], "cannot read"),
     ] {
-        let refused = longctx(arguments);
-        let said = String::from_utf8(refused.stderr).unwrap();
-        assert!(!refused.status.success() && said.contains(wanted), "{said}");
+        let said = refused(longctx(arguments));
+        assert!(said.contains(wanted), "{said}");
     }
 }
 
@@ -83,14 +80,13 @@ fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
         let report = serde_json::json!({"r2": {}, "settings": [], "curve": rows});
         std::fs::write(path(name), report.to_string()).unwrap();
     }
-    let longctx = || {
+    let longctx = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        command.arg("curve");
+        command.arg("curve").args(arguments);
         command
     };
     let merge = ["--merge", &path("old"), &path("new")];
-    let merged = longctx().args(merge).args(["--json", &path("both")]).output().unwrap();
-    assert!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
+    ok(longctx(&[&merge[..], &["--json", &path("both")]].concat()));
     let both: Value = serde_json::from_slice(&std::fs::read(path("both")).unwrap()).unwrap();
     let scores: Vec<f64> = both["curve"]
         .as_array()
@@ -101,17 +97,15 @@ fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
     assert_eq!(scores, [0.5, 0.75]);
 
     let asked = ["--task", "niah_single_1", "--texts", &path("")];
-    let refused = longctx().args(asked).output().unwrap();
-    let said = String::from_utf8(refused.stderr).unwrap();
-    assert!(!refused.status.success() && said.contains("give --model"), "{said}");
+    let said = refused(longctx(&asked));
+    assert!(said.contains("give --model"), "{said}");
 
     for (more, wanted) in [
         (["--json", "/dev/null"], "/dev/null is no plain file"),
         (["--tokens", "132"], "have nothing to forget"),
     ] {
-        let refused = longctx().args(merge).args(asked).args(more).output().unwrap();
-        let said = String::from_utf8(refused.stderr).unwrap();
-        assert!(!refused.status.success() && said.contains(wanted), "{said}");
+        let said = refused(longctx(&[&merge[..], &asked, &more].concat()));
+        assert!(said.contains(wanted), "{said}");
     }
 }
 
@@ -137,8 +131,7 @@ fn a_run_that_is_killed_goes_on_where_it_stopped_and_no_other_does() {
         command
     };
     let finish = |out: &str| {
-        let output = command(out, &[]).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        ok(command(out, &[]));
         read(&path(out)).unwrap()
     };
     let whole = finish("whole");
@@ -157,12 +150,8 @@ fn a_run_that_is_killed_goes_on_where_it_stopped_and_no_other_does() {
     let few = rows.iter().filter(|row| row["n"] == kept).count();
     assert!(kept < SAMPLES && few == 7 && rows.len() == 14, "{rows:?}");
 
-    let other = command("killed", &["--seed", "7"]).output().unwrap();
-    let said = String::from_utf8(other.stderr).unwrap();
-    assert!(
-        !other.status.success() && said.contains("whose seed is 42, and now it is 7"),
-        "{said}"
-    );
+    let said = refused(command("killed", &["--seed", "7"]));
+    assert!(said.contains("whose seed is 42, and now it is 7"), "{said}");
     assert_eq!(read(&path("killed")).unwrap(), cut_off, "what is there is left alone");
 
     // A sample that is there is not measured again.

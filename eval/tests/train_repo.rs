@@ -1,9 +1,12 @@
 //! `longctx train repo` and `longctx facts`, as a user runs them: a tiny model from scratch, killed and gone on with.
 #![cfg(feature = "models")]
 
+mod common;
+
+use common::{ok, refused};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const WORDS: [&str; 12] = [
@@ -54,6 +57,13 @@ impl Place {
         serde_json::from_slice(&self.read(name)).unwrap()
     }
 
+    /// A model to go on with.
+    fn base(&self) -> String {
+        let config = self.path("config.json");
+        ok(self.train("base", &["--from-scratch", &config, "--arm", "rope", "--kilotokens", "2"]));
+        self.path("base")
+    }
+
     fn train(&self, out: &str, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
         command.args([
@@ -68,21 +78,6 @@ impl Place {
         command.args(["--rows", "2", "--warmup", "5", "--threads", "1"]).args(length).args(more);
         command
     }
-}
-
-fn ok(mut command: Command) -> String {
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let text = String::from_utf8_lossy(&stderr).into_owned();
-    assert!(status.success(), "{text}");
-    String::from_utf8_lossy(&stdout).into_owned() + &text
-}
-
-fn refused(mut command: Command) -> String {
-    let Output { status, stderr, .. } = command.output().unwrap();
-    assert!(!status.success());
-    let text = String::from_utf8(stderr).unwrap();
-    assert!(text.starts_with("longctx: ") && text.trim_end().lines().count() == 1, "{text}");
-    text
 }
 
 /// Starts a command, and kills it once a file is there.
@@ -177,9 +172,7 @@ fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured
 #[test]
 fn a_model_is_gone_on_with_and_its_overlay_is_read() {
     let place = Place::new();
-    let config = place.path("config.json");
-    ok(place.train("base", &["--from-scratch", &config, "--arm", "rope", "--kilotokens", "2"]));
-    let base = place.path("base");
+    let base = place.base();
     for train in ["maps", "qk", "low-rank", "everything"] {
         let more =
             ["--model", &base, "--train", train, "--kilotokens", "2", "--rank", "2", "--recompute"];
@@ -282,9 +275,7 @@ fn numbers(place: &Place, of: &str) -> Vec<u8> {
 #[test]
 fn arms_side_by_side_learn_what_each_learns_alone() {
     let place = Place::new();
-    let config = place.path("config.json");
-    ok(place.train("base", &["--from-scratch", &config, "--arm", "rope", "--kilotokens", "2"]));
-    let base = place.path("base");
+    let base = place.base();
     let upper = ["--model", &base, "--train", "qk", "--train-from", "1", "--first-layer", "1"];
     let way = ["--settling", "0.3", "--text-every", "2", "--kilotokens", "16"];
     let some = [&upper[..], &way, &["--save-every", "5"]].concat();

@@ -1,8 +1,27 @@
 //! What the tests of the command share.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use serde_json::json;
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Output};
+
+/// What a command says, which ends well.
+pub fn ok(mut command: Command) -> String {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let text = String::from_utf8_lossy(&stderr).into_owned();
+    assert!(status.success(), "{text}");
+    String::from_utf8_lossy(&stdout).into_owned() + &text
+}
+
+/// The one line in which a command refuses.
+pub fn refused(mut command: Command) -> String {
+    let Output { status, stderr, .. } = command.output().unwrap();
+    assert!(!status.success());
+    let text = String::from_utf8(stderr).unwrap();
+    assert!(text.starts_with("longctx: ") && text.trim_end().lines().count() == 1, "{text}");
+    text
+}
 
 /// A model of random weights with a tokenizer and a chat template, in a new folder.
 pub fn tiny_model(folder: &Path) {
