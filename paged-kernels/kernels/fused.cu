@@ -29,7 +29,7 @@ struct Fused {
     View units;              // [1][texts][width]: of the surrogate, before GELU
     const void *second;      // [H][width]; null where the units are the scores, one for each kv head
     const void *second_bias;  // [H]
-    const void *last;        // [H][read], of what is read from gates and contents; or null
+    const void *last;        // [H][read], of what is read from gates and contents
     const float *index;      // [texts]: stands beside what is read; or null
     const uint32_t *rows;    // [H][texts]: the layer's, of Begin
     const uint64_t *marks;
@@ -148,7 +148,8 @@ __device__ float read_position(const Fused &call, uint32_t kv_head, uint32_t tex
     return call.index ? call.of_read * position + call.of_index * call.index[text] : position;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
+template <bool READS>
+__device__ void append(const Fused &call) {
     start_next();
     const State &state = call.state;
     const Pool &pool = state.pool;
@@ -171,14 +172,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
         const uint32_t at = threadIdx.x % LANES + k * LANES;
         inverse[k] = at < pairs && !is_value ? call.inverse[at] : 0.0f;
     }
-    const bool reads = !is_value && call.last;
     float weight[READ];
-    if (reads) load_units(call.last, call.last_type, int64_t(kv_head) * call.read, call.read, 0, weight);
+    if (READS && !is_value) load_units(call.last, call.last_type, int64_t(kv_head) * call.read, call.read, 0, weight);
     settle();
     load_pairs(call.qkv.data, call.qkv.type, call.qkv.at(0, text) + int64_t(head) * pool.dim, pairs, x, y);
     if (!is_value) {
         const float position =
-            reads ? read_position(call, kv_head, text, weight)
+            READS ? read_position(call, kv_head, text, weight)
                   : load(call.positions.data, F32, call.positions.at(kv_head % call.position_heads, text));
         if (norm) {
             float squares = 0.0f;
@@ -221,6 +221,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) {
         if (pair < pairs) save(to, type, at + pair, x[k]), save(to, type, at + pairs + pair, y[k]);
     }
 }
+
+// Two kernels, since the registers that reading takes would leave the products of a step no room beside the other.
+extern "C" __global__ void __launch_bounds__(THREADS) fused_append(Fused call) { append<false>(call); }
+extern "C" __global__ void __launch_bounds__(THREADS) fused_append_reading(Fused call) { append<true>(call); }
 
 // Size of the struct above: the host's mirror must agree.
 extern "C" __global__ void fused_sizes(uint32_t *sizes) { sizes[0] = sizeof(Fused); }

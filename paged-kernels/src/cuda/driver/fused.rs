@@ -70,7 +70,7 @@ impl Device {
         // SAFETY: the views hold what their shapes say, which go with each other and the cache, as the caller has checked;
         // rows and marks are those that `begin` or `begin_pass` has written for as many. It may overlap: it waits before it
         // reads what the kernel before writes.
-        unsafe { self.launch(state.fused(), grid, &call) }
+        unsafe { self.launch(state.fused(last.is_some()), grid, &call) }
     }
 }
 

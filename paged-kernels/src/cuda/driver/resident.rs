@@ -29,12 +29,13 @@ const MOST_PIECES: usize = 32;
 /// 32-bit words of `Share` in kernels/attend.cuh.
 pub(super) const SHARE_WORDS: usize = 4;
 
-/// The state.kernels.
+/// The kernels of a state.
 #[derive(Debug)]
 struct Kernels {
     context: Arc<CudaContext>,
     modules: [sys::CUmodule; 2],
     fused: sys::CUfunction,
+    fused_reading: sys::CUfunction,
     admit: sys::CUfunction,
     fill: sys::CUfunction,
     begin: sys::CUfunction,
@@ -56,6 +57,7 @@ impl Kernels {
             context: device.context.clone(),
             modules: [module, fused],
             fused: function(fused, c"fused_append")?,
+            fused_reading: function(fused, c"fused_append_reading")?,
             admit: function(module, c"resident_admit")?,
             fill: function(module, c"resident_fill")?,
             begin: function(module, c"resident_begin")?,
@@ -165,8 +167,9 @@ impl State {
         device.download(&self.lens, self.layers * self.kv_heads * self.seats)
     }
 
-    pub(super) fn fused(&self) -> sys::CUfunction {
-        self.kernels.fused
+    /// What appends, with the code that reads positions or without.
+    pub(super) fn fused(&self, reads: bool) -> sys::CUfunction {
+        if reads { self.kernels.fused_reading } else { self.kernels.fused }
     }
 
     pub(super) fn swap(&self) -> sys::CUfunction {
