@@ -24,7 +24,7 @@ use tch::{Kind, Tensor};
 const WIDTH: usize = 512;
 /// Steps before those that count.
 const WARM: usize = 8;
-/// Rows of a head beyond those of its prompt.
+/// Tokens for which there is room beyond a prompt, kept as its own are.
 const GROWTH: usize = 256;
 
 /// A model, or a part of one, on a card, and what the card can do. Parts are measured side by side, each on its card: they wait
@@ -207,7 +207,7 @@ impl Bench {
     ) -> Result<Resident> {
         let config = &self.model.config;
         let shape = cache_shape(config, 16, WINDOW, Kind::BFloat16)?;
-        let rows = ((tokens as f64 * keep) as usize).max(WINDOW) + GROWTH;
+        let rows = (((tokens + GROWTH) as f64 * keep) as usize).max(WINDOW);
         let own = config.layers * config.kv_heads * texts * (rows.div_ceil(shape.page_size) + 1);
         let shape = CacheShape { pages: pages.unwrap_or(own), ..shape };
         let seats = Seats { texts, tokens: tokens + GROWTH, pass: 1, mode };
