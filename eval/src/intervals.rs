@@ -16,11 +16,13 @@ pub struct Interval {
 }
 
 /// The two-sided 95 % quantile of the normal distribution.
+#[cfg(any(feature = "models", test))]
 const Z: f64 = 1.96;
 /// How often samples are drawn again.
 pub const DRAWS: usize = 2000;
 
 /// Wilson's, for `right` of `n`.
+#[cfg(any(feature = "models", test))] // only commands ask
 pub fn wilson(right: f64, n: usize) -> Interval {
     let n = n as f64;
     let (mean, z2) = (right / n, Z * Z / n);
@@ -30,6 +32,7 @@ pub fn wilson(right: f64, n: usize) -> Interval {
 }
 
 /// Of a mean of numbers that are about normal.
+#[cfg(any(feature = "models", test))]
 pub fn normal(values: &[f64]) -> Interval {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;

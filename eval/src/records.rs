@@ -18,7 +18,7 @@ const ENDS: &[&str] = if cfg!(feature = "parquet") { &["jsonl", "parquet"] } els
 
 /// The data sets of `path`: a file is one; of a folder each file is one, and each folder in it that has files. A folder whose
 /// files are parts of one data set, as the hub cuts them, is one.
-#[cfg(any(feature = "models", test))] // only the command takes several
+#[cfg(any(feature = "models", all(feature = "parquet", test)))] // only the command takes several
 pub fn sets(path: &Path) -> Result<Vec<PathBuf>> {
     if path.is_file() || is_one(path)? {
         return Ok(vec![path.to_owned()]);
@@ -82,7 +82,7 @@ fn is_part(path: &Path) -> bool {
     number(all) && of == "of" && number(part) && words.next().is_some()
 }
 
-#[cfg(any(feature = "models", test))]
+#[cfg(any(feature = "models", all(feature = "parquet", test)))]
 fn is_one(folder: &Path) -> Result<bool> {
     let files = files_in(folder)?;
     Ok(!files.is_empty() && files.iter().all(|file| is_part(file)))

@@ -5,7 +5,6 @@ use crate::records::{Record, answers, files, groups, read, text, value};
 use crate::task::{Sample, Task};
 use crate::tasks::ruler;
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -44,8 +43,9 @@ impl Published {
 }
 
 /// A sample of `task` as a line of such a data set.
-pub fn record(task: &str, sample: &Sample) -> Value {
-    json!({
+#[cfg(any(feature = "models", test))] // only the command writes
+pub fn record(task: &str, sample: &Sample) -> serde_json::Value {
+    serde_json::json!({
         "context": sample.context,
         "question": sample.question,
         "answer_prefix": sample.answer_prefix,
@@ -95,6 +95,7 @@ impl Task for Published {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::{Value, json};
 
     fn load(lines: &[Value]) -> Result<Vec<Published>> {
         let folder = tempfile::tempdir().unwrap();
