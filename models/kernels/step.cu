@@ -191,17 +191,22 @@ __device__ void finish(const Product &call, uint32_t tile, const float *sums, co
     }
 }
 
+// With more columns the inputs, which lie in the second-level cache, would take longer than the weights. Tiles are then twice
+// as tall, and stages half as long.
+template <int GROUPS>
+constexpr int TALL = GROUPS > 2 ? 2 : 1;
+
 // A warp's part of the ring: stages of a tile's rows times a piece of the inner dimension, whose 16 bytes lie so that no two
-// lanes that read at once meet in a bank. With more columns the inputs, which lie in the second-level cache, would take longer
-// than the weights. Tiles are then twice or four times as TALL, and stages as much shorter.
+// lanes that read at once meet in a bank.
 constexpr int STRETCH = 128;  // of the inner dimension: what warps have whole ones of
+template <int GROUPS>
+constexpr int PIECE = STRETCH / TALL<GROUPS>;
 constexpr int STAGE_BYTES = ROWS * STRETCH * 2;    // of a warp
 constexpr int LINES = STAGE_BYTES / (16 * LANES);  // copies of a lane for a stage
 
-template <int PIECE>
+template <int GROUPS>
 __device__ uint32_t place_of(uint32_t row, uint32_t sixteenth) {
-    const uint32_t swap = PIECE * 2 >= 128 ? (row & 1) << 2 : 0;
-    return row * (PIECE * 2) + (sixteenth ^ swap) * 16;
+    return row * (PIECE<GROUPS> * 2) + (sixteenth ^ (row & 1) << 2) * 16;
 }
 
 // Waits for the oldest of as many stages as are under way.
@@ -215,13 +220,13 @@ __device__ void await(uint32_t stages) {
     }
 }
 
-template <int GROUPS, int TALL>
+template <int GROUPS>
 __device__ void product(const Product &call) {
-    constexpr int PIECE = STRETCH / TALL, SUMS = WARPS * ROWS * GROUPS * COLUMNS;
+    constexpr int PIECE = ::PIECE<GROUPS>, TALL = ::TALL<GROUPS>, SUMS = WARPS * ROWS * GROUPS * COLUMNS;
     constexpr int ROW_LANES = PIECE / 8, LINE_ROWS = LANES / ROW_LANES;  // a copy of all lanes is of so many rows
     constexpr int EIGHTS = 2 * TALL, EIGHT_LINES = LINES / EIGHTS;       // rows of a tile, eight by eight
     extern __shared__ __align__(128) char shared[];
-    // [2][warp][row][column]: of one tile and the next, or of two sixteens of rows of a tall one
+    // [2][warp][row][column]: of one tile and the next, or of a tall one's halves
     float *const sums = reinterpret_cast<float *>(shared + call.stages * WARPS * STAGE_BYTES);
     __shared__ float factors[GROUPS * COLUMNS];
     const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quad = lane % 4;
@@ -252,7 +257,7 @@ __device__ void product(const Product &call) {
         if (asked_tile < call.tiles && own > 0) {
             if (asked == 0) begin_tile();
             const uint32_t at = (first + asked) * PIECE + lane % ROW_LANES * 8;
-            const uint32_t to = ring + asked_stage * STAGE_BYTES + place_of<PIECE>(lane / ROW_LANES, lane % ROW_LANES);
+            const uint32_t to = ring + asked_stage * STAGE_BYTES + place_of<GROUPS>(lane / ROW_LANES, lane % ROW_LANES);
             const uint32_t here = at < inner ? there : 0;  // past the last row and the last element are zeros
 #pragma unroll
             for (int i = 0; i < LINES; i++) {
@@ -286,7 +291,7 @@ __device__ void product(const Product &call) {
 #pragma unroll
                 for (int e = 0; e < EIGHTS; e++) {
                     uint4 b;
-                    const uint32_t place = ring + stage * STAGE_BYTES + place_of<PIECE>(e * 8 + lane / 4, j * 4 + quad);
+                    const uint32_t place = ring + stage * STAGE_BYTES + place_of<GROUPS>(e * 8 + lane / 4, j * 4 + quad);
                     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                                  : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w) : "r"(place) : "memory");
 #pragma unroll
@@ -301,51 +306,40 @@ __device__ void product(const Product &call) {
             ask();
             if (++stage == call.stages) stage = 0;
         }
-        const auto factors_of_columns = [&]() {
-            for (uint32_t column = warp; column < call.columns; column += WARPS) {
-                const float x = call.squares ? factor(call, column) : 1.0f;
-                if (lane == 0) factors[column] = x;
+        float *const mine = sums + turn * SUMS;
+        if (TALL == 1) turn ^= 1;
+        else __syncthreads();  // the sums before have been read
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+#pragma unroll
+            for (int i = 0; i < 2 * EIGHTS; i++) {
+                const uint32_t row = i / 2 % 2 * 8 + quad * 2 + i % 2, column = g * COLUMNS + lane / 4;
+                mine[i / 4 * SUMS + (warp * ROWS + row) * GROUPS * COLUMNS + column] = c[g / 2][i / 2][g % 2 * 2 + i % 2];
             }
-        };
-        constexpr int AT_ONCE = TALL == 1 ? 1 : 2;
-#pragma unroll
-        for (int done = 0; done < TALL; done += AT_ONCE) {
-            float *const mine = sums + turn * SUMS;
-            if (TALL == 1) turn ^= 1;
-            else __syncthreads();  // the sums before have been read
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-#pragma unroll
-                for (int i = 0; i < 4 * AT_ONCE; i++) {
-                    const uint32_t row = i / 2 % 2 * 8 + quad * 2 + i % 2, column = g * COLUMNS + lane / 4;
-                    mine[i / 4 * SUMS + (warp * ROWS + row) * GROUPS * COLUMNS + column] =
-                        c[g / 2][2 * done + i / 2][g % 2 * 2 + i % 2];
-                }
-            }
-            if (done == 0 && call.kind != ADD && tile == blockIdx.x) factors_of_columns();
-            __syncthreads();
+        }
+        for (uint32_t column = warp; call.kind != ADD && tile == blockIdx.x && column < call.columns; column += WARPS) {
+            const float x = call.squares ? factor(call, column) : 1.0f;
+            if (lane == 0) factors[column] = x;
+        }
+        __syncthreads();
 #pragma unroll 1
-            for (int half = 0; half < AT_ONCE; half++) {
-                const uint32_t sixteen = tile * TALL + done + half;
-                if (call.kind == ADD && TALL > 1) ask_added(call, sixteen, added);
-                finish<GROUPS>(call, sixteen, mine + half * SUMS, factors, added);
-            }
+        for (int half = 0; half < TALL; half++) {
+            if (call.kind == ADD && TALL > 1) ask_added(call, tile * TALL + half, added);
+            finish<GROUPS>(call, tile * TALL + half, mine + half * SUMS, factors, added);
         }
     }
 }
 
-// By the columns that they have room for, and the rows of a tile.
-#define PRODUCT(columns, rows)                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_product_##columns##x##rows(Product call) {  \
-        product<columns / COLUMNS, rows / ROWS>(call);                                                        \
+// By the columns that they have room for.
+#define PRODUCT(columns)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_product_##columns(Product call) {        \
+        product<columns / COLUMNS>(call);                                                                  \
     }
 
-PRODUCT(8, 16)
-PRODUCT(16, 16)
-PRODUCT(32, 32)
-PRODUCT(32, 64)
-PRODUCT(64, 32)
-PRODUCT(64, 64)
+PRODUCT(8)
+PRODUCT(16)
+PRODUCT(32)
+PRODUCT(64)
 
 struct Embed {
     const bf16 *embedding;  // [vocabulary][width]

@@ -20,11 +20,10 @@ using namespace tile;
 
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
 
-// A part of a head: [group][D] sums, and for each row its best score and the sum of its weights. It begins where a lane can
-// read four sums at once.
+// A part of a head: [group][D] sums, and for each row its best score and the sum of its weights.
 template <int D>
 __device__ float *part_at(const Stream &call, uint32_t i) {
-    return call.parts + uint64_t(i) * ((call.attend.group * (D + 2) + 3) / 4 * 4);
+    return call.parts + uint64_t(i) * call.attend.group * (D + 2);
 }
 
 // Folds a head's parts in their order, a warp a row. With few rows several warps share one,
@@ -96,8 +95,6 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
     }
 }
 
-constexpr uint32_t UNKNOWN = 0xffffffffu;  // no page
-
 // The slab after a head's last, in the order of the layer's.
 __device__ uint32_t past(const Head &head) { return head.slabs + (head.len + SLAB - 1) / SLAB; }
 
@@ -133,58 +130,26 @@ __device__ void attend_share(const Stream &call) {
         return at + min(min(last, end) - at, piece_of(last - head.slabs) | whole);
     };
     // The warp's slabs of a part are its first + warp, and every eighth. `ahead` is the next to be fetched, of the part
-    // that ends at `source_stop`. While memory is busy a load takes as long as several slabs, so its page's number is known
-    // early, and so are the head that follows, `upcoming`, and the number of the warp's first page there: where there are
-    // registers for it.
-    constexpr bool LOOKS = D <= 128;
+    // that ends at `source_stop`; its page's number is known early.
     uint32_t index = share.head;
     Head head = attend.heads[index];
     uint32_t ahead = begin + warp, filled = 0, used = 0;
     uint32_t source_index = index, source_stop = part_end(head, begin);
-    Head source = head, upcoming = head;
-    uint32_t upcoming_id = UNKNOWN;
-    auto look_ahead = [&]() {
-        if (LOOKS && past(source) < end) upcoming = attend.heads[source_index + 1];
-        upcoming_id = UNKNOWN;
-    };
-    look_ahead();
+    Head source = head;
     const uint32_t shift = slabs_log2(attend.pool);
     const int64_t to_values = int64_t(attend.pool.page_size) * D * T::BYTES;  // bytes from a key to its value
     auto next_page = [&]() -> uint32_t {
-        uint32_t known = UNKNOWN;
-        const bool stays = ahead < source_stop;
         while (ahead >= source_stop) {
             if (source_stop == end) return 0;
-            known = UNKNOWN;
-            while (source_stop == past(source) || source.tokens == 0) {
-                known = upcoming_id;
-                source_index++;
-                source = LOOKS ? upcoming : attend.heads[source_index];
-                look_ahead();
-            }
+            while (source_stop == past(source) || source.tokens == 0) source = attend.heads[++source_index];
             ahead = source_stop + warp;
             source_stop = part_end(source, source_stop);
         }
-        if (known == UNKNOWN) known = attend.tables[(ahead - source.slabs >> shift) + source.table];
-        if (LOOKS && stays && upcoming_id == UNKNOWN && warp < past(upcoming) - upcoming.slabs) {
-            upcoming_id = attend.tables[(warp >> shift) + upcoming.table];
-        }
-        return known;
+        return attend.tables[(ahead - source.slabs >> shift) + source.table];
     };
     uint32_t id = next_page();
-    // Until the kernel before has ended a long share is fetched half a slab after the other: what that kernel's last blocks
-    // load would come after all that was asked for before.
-    bool paced = call.early && end - begin > STAGES * TEAM;
-    auto land = [&]() {
-        commit();
-        wait<0>();
-    };
     auto fetch = [&]() {
         if (ahead < end) {
-            const uint64_t policy = read_once();
-            // Where lines lie in the slab is counted anew each time: rows of 256 bytes leave no registers to keep it in.
-            uint32_t lane = threadIdx.x % LANES;
-            if constexpr (SCALED && D == 256) asm volatile("" : "+r"(lane));
             const uint32_t inside = ahead - source.slabs & (1u << shift) - 1;  // the page, in slabs
             const uint64_t page_of_16 = uint64_t(id) << shift;
             const unsigned char *page = pool + page_of_16 * (2 * SLAB * (D * T::BYTES + (SCALED ? sizeof(float) : 0)));
@@ -192,14 +157,13 @@ __device__ void attend_share(const Stream &call) {
             const uint32_t to = stage0 + filled * STAGE;
             if (SCALED && lane < 8) {
                 const unsigned char *scales = page + 2 * to_values + (lane < 4 ? 0 : attend.pool.page_size * sizeof(float));
-                copy16(to + 2 * HALF + lane * 16, scales + inside * SLAB * sizeof(float) + lane % 4 * 16, policy);
+                copy16(to + 2 * HALF + lane * 16, scales + inside * SLAB * sizeof(float) + lane % 4 * 16);
             }
 #pragma unroll
             for (int i = 0; i < 2 * CHUNKS * SLAB / LANES; i++) {
                 constexpr int KEYS = CHUNKS * SLAB / LANES;
                 const uint32_t chunk = i * LANES + lane, row = chunk / CHUNKS;  // keys, then values: 32 rows
-                if (i == KEYS && paced) land();
-                copy16(to + swizzled<D, T::BYTES>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16, policy);
+                copy16(to + swizzled<D, T::BYTES>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16);
             }
         }
         commit();
@@ -213,56 +177,39 @@ __device__ void attend_share(const Stream &call) {
         // Since the step was planned nothing has changed in the pages but the rows of its own tokens.
         if (call.early && ahead < end) {
             const uint64_t slab = (uint64_t(id) << shift) + (ahead - source.slabs & (1u << shift) - 1);
-            if (slab == attend.slots[source_index] / SLAB) settle(), paced = false;
+            if (slab == attend.slots[source_index] / SLAB) settle();
         }
         fetch();
-        if (paced) land();
     }
     settle();
-    paced = false;
 
     const float scale = attend.scale * LOG2E;
     constexpr int QUERIES = SCALED ? 4 : 2;  // of a row of 16, that lie together in a lane
     uint32_t done = 0, number = share.part;  // parts of the head, and the one under way
-    uint32_t query[STEPS][4];
-    auto load_queries = [&](uint32_t kv_head, uint32_t token) {
+    for (uint32_t at = begin;;) {
+        const uint32_t first = head.slabs, stop = part_end(head, at);
+        uint32_t query[STEPS][4];
+        float out[D / 8][4], best[HALVES], sum[HALVES];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint32_t row = lane / 4 + 8 * half;
             const auto *from = static_cast<const __nv_bfloat16 *>(attend.queries.data) +
-                               attend.queries.at(kv_head * group + row, token) + lane % 4 * QUERIES;
+                               attend.queries.at(head.kv_head * group + row, head.first) + lane % 4 * QUERIES;
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
                 query[k][half] = query[k][half + 2] = 0;
                 if (half < HALVES && row < group) {
                     query[k][half] = *reinterpret_cast<const uint32_t *>(from + k * 16);
                     query[k][half + 2] = *reinterpret_cast<const uint32_t *>(from + k * 16 + (SCALED ? 2 : 8));
+                    if constexpr (SCALED) {
+                        for (uint32_t *pair : {&query[k][half], &query[k][half + 2]}) {
+                            const float2 x = T::unpack(*pair);
+                            *pair = T::pack(x.x * T::UP, x.y * T::UP);
+                        }
+                    }
                 }
             }
         }
-    };
-    auto raise_queries = [&]() {
-#pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 x = T::unpack(query[k][i]);
-                if constexpr (SCALED) query[k][i] = T::pack(x.x * T::UP, x.y * T::UP);
-            }
-        }
-    };
-    load_queries(head.kv_head, head.first);
-    bool fresh = true;
-    for (uint32_t at = begin;;) {
-        if constexpr (SCALED) {
-            if (fresh) raise_queries();
-            fresh = false;
-        }
-        const uint32_t first = head.slabs, stop = part_end(head, at);
-        const bool leaves = stop == past(head) && stop < end;
-        const Head *next = attend.heads + index + leaves;
-        const uint32_t next_kv_head = next->kv_head, next_token = next->first;
-        float out[D / 8][4], best[HALVES], sum[HALVES];
 #pragma unroll
         for (int half = 0; half < HALVES; half++) best[half] = -INFINITY, sum[half] = 0.0f;
 #pragma unroll
@@ -370,8 +317,6 @@ __device__ void attend_share(const Stream &call) {
             }
         }
 
-        if (leaves) load_queries(next_kv_head, next_token), fresh = true;  // they come while the warps meet
-
         // The warps' parts into one.
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
@@ -392,6 +337,8 @@ __device__ void attend_share(const Stream &call) {
                 if (lane % 4 == 0) totals[warp * group + row] = make_float2(best[half], total);
             }
         }
+        const bool leaves = stop == past(head) && stop < end;
+        const Head next = leaves ? attend.heads[index + 1] : head;
         __syncthreads();
         float *part = part_at<D>(call, number);
 #pragma unroll 1
@@ -439,12 +386,8 @@ __device__ void attend_share(const Stream &call) {
         if (!leaves) continue;
         done = 0;
         index++;
-        head = *next;
-        if (head.tokens == 0) {
-            while (head.tokens == 0) head = attend.heads[++index];
-            load_queries(head.kv_head, head.first);
-            fresh = true;
-        }
+        head = next;
+        while (head.tokens == 0) head = attend.heads[++index];
         number = head.opening;
     }
 }
@@ -452,8 +395,7 @@ __device__ void attend_share(const Stream &call) {
 }  // namespace stream
 
 // Kernels of a type, one a head dim and one more for over 8 query heads a kv head. Slabs on their way get what the warps'
-// sums leave, which is less the more query heads there are. With many heads fewer are better, and room for a block of the
-// next attention. Mirrored in src/cuda/driver/attend.rs.
+// sums leave, which is less the more query heads there are. Mirrored in src/cuda/driver/attend.rs.
 #define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE)                                                       \
     extern "C" __global__ void __launch_bounds__(TEAM *LANES, 1) stream_attend_##NAME(Stream call) {        \
         stream::attend_share<stream::T, D, TEAM, STAGES, WIDE>(call);                                       \
@@ -465,13 +407,12 @@ __device__ void attend_share(const Stream &call) {
     STREAM_ATTEND(wide_d96, T, 96, 8, 2, true)     \
     STREAM_ATTEND(d128, T, 128, 8, 3, false)       \
     STREAM_ATTEND(slim_d128, T, 128, 4, 2, false)  \
-    STREAM_ATTEND(many_d128, T, 128, 6, 2, false)  \
     STREAM_ATTEND(wide_d128, T, 128, 8, 2, true)   \
     STREAM_ATTEND(d256, T, 256, 4, 3, false)       \
     STREAM_ATTEND(wide_d256, T, 256, 4, 2, true)   \
     STREAM_SIZES
 
-// Twice the slabs, of half the bytes. Rows of 256 for more query heads would want more registers than there are.
+// Twice the slabs, of half the bytes. Rows of 256 would want more registers than there are.
 #define STREAM_SCALED_KERNELS(T)                   \
     STREAM_ATTEND(d64, T, 64, 8, 6, false)         \
     STREAM_ATTEND(wide_d64, T, 64, 8, 5, true)     \
@@ -479,7 +420,6 @@ __device__ void attend_share(const Stream &call) {
     STREAM_ATTEND(wide_d96, T, 96, 8, 4, true)     \
     STREAM_ATTEND(d128, T, 128, 8, 5, false)       \
     STREAM_ATTEND(wide_d128, T, 128, 8, 4, true)   \
-    STREAM_ATTEND(d256, T, 256, 4, 5, false)       \
     STREAM_SIZES
 
 #define STREAM_SIZES                                           \

@@ -28,16 +28,17 @@ const NORMS_HOPPER: &str = concat!(include_str!("../../kernels/norms.compute_90.
 const THREADS: u32 = 256;
 /// Threads of a block that draws a token.
 const DRAWERS: u32 = 1024;
-/// Rows of a product's tile, or of each part of a higher one.
+/// Rows of a product's tile.
 pub(super) const ROWS: usize = 16;
-/// Columns that the kernels of a product have room for, and rows of their tiles: the higher ones read the inputs less often.
-const WIDTHS: [(usize, &[usize]); 4] =
-    [(8, &[16]), (16, &[16]), (32, &[32, 64]), (64, &[32, 64])];
+/// Columns that the kernels of a product have room for.
+const WIDTHS: [usize; 4] = [8, 16, 32, 64];
 /// Parts of a column's squares that a tile, or a token, brings.
 pub(super) const PARTS: usize = 4;
 /// Bytes of a stage of a block's ring of weights, and, for each column, of its warps' sums, twice: of kernels/step.cu.
 const STAGE: usize = 8 * 4096;
 const COLUMN_SUMS: usize = 2 * 8 * ROWS * 4;
+/// Times [`ROWS`] that a tile has, by width.
+const TALL: [usize; 4] = [1, 1, 2, 2];
 /// Stages of a ring, at most and at least: more would leave no room for a block of attention. And shared memory that is the
 /// compiler's.
 const STAGES: [usize; 2] = [4, 2];
@@ -58,8 +59,7 @@ pub(super) struct Kernels {
     stream: Arc<CudaStream>,
     modules: [sys::CUmodule; 3],
     /// By width.
-    /// By width: rows of a tile, the least first.
-    products: Vec<Vec<(usize, sys::CUfunction)>>,
+    products: Vec<sys::CUfunction>,
     embed: sys::CUfunction,
     seat: sys::CUfunction,
     draw: sys::CUfunction,
@@ -95,7 +95,7 @@ impl Kernels {
             )
             .map_err(failed("cuDeviceGetAttribute"))?;
         let stages = WIDTHS
-            .map(|(width, _)| (shared as usize).saturating_sub(width * COLUMN_SUMS + ASIDE) / STAGE);
+            .map(|width| (shared as usize).saturating_sub(width * COLUMN_SUMS + ASIDE) / STAGE);
         if stages[0] < STAGES[1] {
             let what = "ring of weights that fits this card's shared memory";
             return Err(Error::Step { what, advice: "take one with 80 KB a block or more" });
@@ -109,20 +109,17 @@ impl Kernels {
         .map(load);
         let modules = [step?, sample?, norms?];
         let [step, sample, norms] = modules;
-        let product = |width: usize, stages: usize, rows: usize| {
-            let product = function(step, &format!("step_product_{width}x{rows}"))?;
+        let product = |(width, stages): (usize, usize)| {
+            let product = function(step, &format!("step_product_{width}"))?;
             use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
             let bytes = room(width, stages) as i32;
             // SAFETY: the function is loaded.
             unsafe { result::function::set_function_attribute(product, SHARED, bytes) }
                 .map_err(failed("cuFuncSetAttribute"))?;
-            Ok((rows, product))
+            Ok(product)
         };
-        let products = WIDTHS.iter().zip(stages).map(|(&(width, heights), stages)| {
-            heights.iter().map(|&rows| product(width, stages, rows)).collect()
-        });
         let kernels = Self {
-            products: products.collect::<Result<_>>()?,
+            products: WIDTHS.into_iter().zip(stages).map(product).collect::<Result<_>>()?,
             embed: function(step, "step_embed")?,
             seat: function(step, "step_seat")?,
             draw: function(sample, "sample_draw")?,
@@ -224,25 +221,20 @@ impl Kernels {
         };
         let width = self.width(columns)?;
         raw.stages = self.stages[width] as u32;
-        // A product of few rows has more multiprocessors at work with low tiles.
-        let tiles_of = |rows: usize| (tiles * ROWS).div_ceil(rows);
-        let fits = |&&(rows, _): &&_| tiles_of(rows) >= 2 * self.multiprocessors;
-        let kernels = &self.products[width];
-        let &(rows, kernel) = kernels.iter().rev().find(fits).unwrap_or(&kernels[0]);
-        let tiles = tiles_of(rows);
+        tiles = tiles.div_ceil(TALL[width]);
         raw.tiles = tiles as u32;
         let grid = Grid {
             blocks: tiles.min(self.multiprocessors),
             threads: THREADS,
-            shared: room(WIDTHS[width].0, self.stages[width]),
+            shared: room(WIDTHS[width], self.stages[width]),
         };
-        self.launch(kernel, grid, &raw)
+        self.launch(self.products[width], grid, &raw)
     }
 
     /// Which kernels have room for so many columns.
     fn width(&self, columns: usize) -> Result<usize> {
         let mut widths = WIDTHS.iter().zip(self.stages);
-        widths.position(|(&(width, _), stages)| columns <= width && stages >= STAGES[1]).ok_or(
+        widths.position(|(&width, stages)| columns <= width && stages >= STAGES[1]).ok_or(
             Error::Step { what: "batch so large on this card", advice: "take a smaller one" },
         )
     }
