@@ -289,6 +289,17 @@ fn arms_side_by_side_learn_what_each_learns_alone() {
         ok(place.train(arm, &[&some[..], &["--arm", arm]].concat()));
         assert!(numbers(&place, &format!("both/{arm}")) == numbers(&place, arm), "{arm}");
     }
+    // Interrupted once more, when one arm's result was written: that stays, and the other is made again.
+    let written = place.read("both/rope/training.json");
+    std::fs::remove_dir_all(place.path("both/slowed")).unwrap();
+    let other = refused(place.train("both", &[&both[..], &["--clip", "2"]].concat()));
+    assert!(other.contains("rope/training.json is there"), "{other}");
+    let said = ok(place.train("both", &both));
+    assert!(said.contains("rope is done"), "{said}");
+    assert!(numbers(&place, "both/slowed") == numbers(&place, "slowed"));
+    assert!(place.read("both/rope/training.json") == written);
+    let done = refused(place.train("both", &both));
+    assert!(done.contains("this training is done"), "{done}");
     let at_once = [&upper[..], &["--text-every", "2", "--kilotokens", "16", "--arm", "slowed"]];
     ok(place.train("unsettled", &at_once.concat()));
     assert!(numbers(&place, "unsettled") != numbers(&place, "slowed"));

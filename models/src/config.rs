@@ -54,6 +54,19 @@ pub enum RopeScaling {
     Divisors(Vec<f32>),
 }
 
+impl RopeScaling {
+    /// The longest context of a model that says `max_positions`: what YaRN was made for counts, whether or not that was
+    /// raised with it.
+    pub(crate) fn reach(&self, max_positions: usize) -> usize {
+        match self {
+            Self::Yarn(Yarn { factor, original, .. }) => {
+                max_positions.max((factor * *original as f64) as usize)
+            }
+            _ => max_positions,
+        }
+    }
+}
+
 /// The shapes and constants of a model.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]

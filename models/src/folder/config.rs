@@ -29,13 +29,7 @@ pub(super) fn read(folder: &Path) -> Result<Config> {
     let max_positions = fields.count("max_position_embeddings")?.unwrap_or(positions);
     let attention_bias = fields.flag("attention_bias")?.unwrap_or(false);
     let (rope_theta, rope_scaling) = rope(&fields, max_positions)?;
-    // What YaRN was made for counts, whether or not the limit was raised with it.
-    let max_positions = match rope_scaling {
-        RopeScaling::Yarn(Yarn { factor, original, .. }) => {
-            max_positions.max((factor * original as f64) as usize)
-        }
-        _ => max_positions,
-    };
+    let max_positions = rope_scaling.reach(max_positions);
     let (mut eos_tokens, mut bos_token) =
         (fields.tokens("eos_token_id")?, fields.tokens("bos_token_id")?);
     if let Some(generation) = generation {

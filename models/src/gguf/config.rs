@@ -6,6 +6,7 @@ use crate::config::{Architecture, Config, RopeScaling};
 use crate::error::{Error, Result};
 use crate::positions::LayerPositions;
 use crate::weights::Encoding;
+use repo_pos::Yarn;
 
 pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
     let prefix = metadata.required("general.architecture", Metadata::text)?;
@@ -35,6 +36,7 @@ pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
     for end in ends {
         eos_tokens.extend(end?.filter(|token| !eos_tokens.contains(token)));
     }
+    let rope_scaling = scaling(metadata, key)?;
     let config = Config {
         architecture,
         // The embedding's own rows: files differ on whether `llama.vocab_size` counts padding.
@@ -48,9 +50,9 @@ pub(super) fn read(metadata: Metadata<'_>) -> Result<Config> {
         norm_epsilon: metadata
             .required(&key("attention.layer_norm_rms_epsilon"), Metadata::number)?,
         rope_theta: metadata.number(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-        rope_scaling: scaling(metadata, key)?,
         positions: Vec::new(),
-        max_positions: count("context_length")?,
+        max_positions: rope_scaling.reach(count("context_length")?),
+        rope_scaling,
         tied_embeddings: !tensors.contains_key("output.weight"),
         attention_bias: tensors.contains_key("blk.0.attn_q.bias"),
         output_bias: tensors.contains_key("blk.0.attn_output.bias"),
@@ -131,11 +133,21 @@ fn scaling(metadata: Metadata<'_>, key: impl Fn(&str) -> String) -> Result<RopeS
             let factor = metadata.required(&key("rope.scaling.factor"), Metadata::number)?;
             Ok(RopeScaling::Linear { factor })
         }
+        Some("yarn") => {
+            let factor = metadata.required(&key("rope.scaling.factor"), Metadata::number)?;
+            let original =
+                metadata.required(&key("rope.scaling.original_context_length"), Metadata::count)?;
+            let paper = Yarn::new(factor, original);
+            // As llama.cpp has it: on top of what the paper says.
+            let more = metadata.number(&key("rope.scaling.attn_factor"))?.unwrap_or(1.0);
+            let attention_factor = more * paper.attention_factor;
+            Ok(RopeScaling::Yarn(Yarn { attention_factor, ..paper }))
+        }
         Some(found) => Err(Error::Unsupported {
             path: metadata.path.to_owned(),
             field: kind,
             found: format!("{found:?}"),
-            supported: "\"none\", \"linear\" and rope_freqs.weight",
+            supported: "\"none\", \"linear\", \"yarn\" and rope_freqs.weight",
             advice: "choose a model without it; ignoring it would give wrong answers",
         }),
     }

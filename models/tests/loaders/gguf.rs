@@ -2,7 +2,7 @@
 
 use crate::make::{self, GgufFile};
 use crate::{golden, values, weights};
-use models::{RopeScaling, Source, Weights, open};
+use models::{RopeScaling, Source, Weights, Yarn, open};
 use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
 
@@ -134,6 +134,20 @@ fn rope_scaling_is_read_from_the_metadata_too() {
     let config = open(&file.save().path).unwrap().config().clone();
     assert_eq!(config.rope_scaling, RopeScaling::Linear { factor: 4.0 });
     assert_eq!(config.rope_theta, 10_000.0);
+
+    // YaRN as llama.cpp has it: what it is told to multiply scores with comes on top of the paper's.
+    let mut file = GgufFile::llama();
+    file.set("llama.rope.scaling.type", make::text("yarn"));
+    file.set("llama.rope.scaling.factor", make::real(4.0));
+    file.set("llama.rope.scaling.original_context_length", make::whole(64));
+    file.set("llama.context_length", make::whole(64));
+    let config = |file: &GgufFile| open(&file.save().path).unwrap().config().clone();
+    let paper = Yarn::new(4.0, 64);
+    assert_eq!(config(&file).rope_scaling, RopeScaling::Yarn(paper));
+    assert_eq!(config(&file).max_positions, 256, "the folder's rule");
+    file.set("llama.rope.scaling.attn_factor", make::real(0.5));
+    let RopeScaling::Yarn(found) = config(&file).rope_scaling else { panic!("no YaRN") };
+    assert!((found.attention_factor - 0.5 * paper.attention_factor).abs() < 1e-12, "{found:?}");
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn what_the_architecture_lacks_is_refused() {
     assert!(matches!(error, Error::UnknownArchitecture { .. }));
     says(&error, &["model.gguf", "mamba", "llama, qwen3, olmo2"]);
     for (key, value, found) in [
-        ("llama.rope.scaling.type", make::text("yarn"), "\"yarn\""),
+        ("llama.rope.scaling.type", make::text("longrope"), "\"longrope\""),
         ("llama.rope.dimension_count", make::whole(8), "8"),
         ("llama.attention.value_length", make::whole(32), "32"),
         ("llama.expert_count", make::whole(4), "4"),

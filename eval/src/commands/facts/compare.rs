@@ -17,9 +17,9 @@ pub struct Args {
     /// Files that `longctx facts measure` wrote
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// The arm that others are compared with
-    #[arg(long, default_value = "rope")]
-    against: String,
+    /// The arm that others are compared with, or several, each with all others
+    #[arg(long, num_args = 1.., default_value = "rope", value_name = "ARM")]
+    against: Vec<String>,
     /// A name for the rows
     #[arg(long, default_value = "facts")]
     experiment: String,
@@ -42,6 +42,20 @@ pub struct Args {
 const SPANS: [(&str, Option<bool>); 3] =
     [("inside", Some(true)), ("outside", Some(false)), ("all", None)];
 
+/// Each arm beside each that it is compared with, for each span of lengths.
+fn pairs<'a>(
+    arms: &[&'a str],
+    against: &'a [String],
+) -> Vec<(&'a str, &'a str, &'static str, Option<bool>)> {
+    let mut pairs = Vec::new();
+    for against in against {
+        for arm in arms.iter().filter(|arm| **arm != against) {
+            pairs.extend(SPANS.map(|(span, inside)| (*arm, &**against, span, inside)));
+        }
+    }
+    pairs
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let what = "what longctx facts measure writes";
@@ -57,24 +71,19 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     let of = |arm: &str| -> Vec<&Measured> { all.iter().filter(|m| m.arm == arm).collect() };
-    let control = of(&args.against);
-    ensure!(
-        !control.is_empty(),
-        "no file is of arm {}; there are {}",
-        args.against,
-        arms.join(", ")
-    );
+    for against in &args.against {
+        let known = arms.contains(&&**against);
+        ensure!(known, "no file is of arm {against}; there are {}", arms.join(", "));
+    }
 
     let mut rows: Vec<Value> = all.iter().flat_map(|m| rows_of(&args.experiment, m)).collect();
-    for arm in arms.iter().filter(|arm| **arm != args.against) {
-        for (span, inside) in SPANS {
-            let Some(found) = span_difference(&of(arm), &control, inside) else { continue };
-            rows.push(json!({
-                "experiment": args.experiment, "arm": arm, "against": args.against, "task": "mean of all",
-                "context": span, "points": found.points.mean, "low": found.points.low, "high": found.points.high,
-                "each_seed": found.seeds, "n": found.pairs,
-            }));
-        }
+    for (arm, against, span, inside) in pairs(&arms, &args.against) {
+        let Some(found) = span_difference(&of(arm), &of(against), inside) else { continue };
+        rows.push(json!({
+            "experiment": args.experiment, "arm": arm, "against": against, "task": "mean of all",
+            "context": span, "points": found.points.mean, "low": found.points.low, "high": found.points.high,
+            "each_seed": found.seeds, "n": found.pairs,
+        }));
     }
     if let Some(path) = &args.output {
         write_json(path, &json!([others(path, &args.experiment)?, rows.clone()].concat()))?;
@@ -154,9 +163,9 @@ fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
-fn print<'a>(arms: &[&'a str], against: &str, of: &dyn Fn(&str) -> Vec<&'a Measured>) {
-    let control = of(against);
-    let Some(first) = control.first() else { return };
+fn print<'a>(arms: &[&'a str], against: &[String], of: &dyn Fn(&str) -> Vec<&'a Measured>) {
+    let first = arms.first().map(|arm| of(arm));
+    let Some(first) = first.as_ref().and_then(|first| first.first()) else { return };
     let mut contexts: Vec<usize> = first.cells.iter().map(|cell| cell.context).collect();
     contexts.sort_unstable();
     contexts.dedup();
@@ -191,20 +200,17 @@ fn print<'a>(arms: &[&'a str], against: &str, of: &dyn Fn(&str) -> Vec<&'a Measu
     println!("{scores}\n");
     let mut ahead =
         table(&["points ahead", "of", "lengths", "mean", "95 %", "each seed"], &[3, 4, 5]);
-    for arm in arms.iter().filter(|arm| **arm != against) {
-        for (span, inside) in SPANS {
-            let Some(found) = span_difference(&of(arm), &control, inside) else { continue };
-            let seeds: Vec<String> =
-                found.seeds.iter().map(|points| format!("{points:+.1}")).collect();
-            ahead.add_row([
-                (*arm).to_owned(),
-                against.to_owned(),
-                span.to_owned(),
-                format!("{:+.1}", found.points.mean),
-                format!("{:+.1} to {:+.1}", found.points.low, found.points.high),
-                seeds.join(" "),
-            ]);
-        }
+    for (arm, against, span, inside) in pairs(arms, against) {
+        let Some(found) = span_difference(&of(arm), &of(against), inside) else { continue };
+        let seeds: Vec<String> = found.seeds.iter().map(|points| format!("{points:+.1}")).collect();
+        ahead.add_row([
+            arm.to_owned(),
+            against.to_owned(),
+            span.to_owned(),
+            format!("{:+.1}", found.points.mean),
+            format!("{:+.1} to {:+.1}", found.points.low, found.points.high),
+            seeds.join(" "),
+        ]);
     }
     println!("{ahead}");
 }

@@ -214,21 +214,11 @@ pub fn run(args: &Args) -> Result<()> {
     {
         ensure!((0.0..=1.0).contains(&share), "--{name} {share}: give a share from 0 to 1");
     }
-    let outs = outs(args)?;
-    for out in &outs {
-        let report = out.join("training.json");
-        std::fs::create_dir_all(out).with_context(|| crate::commands::no_place(out))?;
-        ensure!(
-            !report.exists(),
-            "{} is there: this training is done; choose another --out, or remove it",
-            report.display()
-        );
-        beside(&report)?;
-    }
+    let due = due(args)?;
     let (kind, device) = args.machine.prepare()?;
     let bar = spinner("reading the model and the text");
     let (mut twins, mut tokenizer) = (Vec::new(), None);
-    for (&arm, out) in args.arm.iter().zip(outs) {
+    for (arm, out) in due {
         let (twin, own) = begin(args, arm, out, kind, device)?;
         twins.push(twin);
         tokenizer.get_or_insert(own);
@@ -249,18 +239,36 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// A folder for each arm.
-fn outs(args: &Args) -> Result<Vec<PathBuf>> {
-    if args.arm.len() == 1 {
-        return Ok(vec![args.out.clone()]);
+/// The arms that are not done yet, and a folder for each.
+fn due(args: &Args) -> Result<Vec<(Arm, PathBuf)>> {
+    let several = args.arm.len() > 1;
+    let (mut due, mut done): (Vec<(Arm, PathBuf)>, _) = (Vec::new(), Vec::new());
+    for &arm in &args.arm {
+        let out = if several { args.out.join(arm.name()) } else { args.out.clone() };
+        let twice = due.iter().any(|(other, _)| *other == arm) || done.contains(&arm);
+        ensure!(!twice, "--arm {} is there twice; give each once", arm.name());
+        let report = out.join("training.json");
+        std::fs::create_dir_all(&out).with_context(|| crate::commands::no_place(&out))?;
+        if report.exists() {
+            let found: Value = serde_json::from_slice(&files::bytes(&report)?).unwrap_or_default();
+            let numbers = found["numbers"].as_u64().unwrap_or(0) as usize;
+            // One of several that came to its end, after which they were interrupted.
+            let other = args.arm.iter().any(|&other| {
+                other != arm && !args.out.join(other.name()).join("training.json").exists()
+            });
+            ensure!(
+                several && other && found["settings"] == settings(args, arm, numbers),
+                "{} is there: this training is done; choose another --out, or remove it",
+                report.display()
+            );
+            eprintln!("note: {} is done", arm.name());
+            done.push(arm);
+            continue;
+        }
+        beside(&report)?;
+        due.push((arm, out));
     }
-    let mut outs: Vec<PathBuf> = Vec::new();
-    for arm in &args.arm {
-        let out = args.out.join(arm.name());
-        ensure!(!outs.contains(&out), "--arm {} is there twice; give each once", arm.name());
-        outs.push(out);
-    }
-    Ok(outs)
+    Ok(due)
 }
 
 impl Twin {
@@ -300,7 +308,7 @@ impl Twin {
         let tokens = self.points.last().map_or(0, |point| point.tokens);
         let json = json!({
             "arm": self.arm.name(), "seed": args.seed, "tokens": tokens, "length": args.length,
-            "settings": settings(args, self.arm, &self.model),
+            "settings": settings(args, self.arm, self.model.numbers()),
             "numbers": self.model.numbers(), "text_tokens": corpus.len(),
             "loss": self.points.last(), "seconds_since_start_or_resumption": seconds,
             "run": args.machine.json(),
@@ -317,9 +325,9 @@ impl Twin {
 }
 
 /// All that a training's course depends on, for its state.
-fn settings(args: &Args, arm: Arm, model: &Trainable) -> Value {
+fn settings(args: &Args, arm: Arm, numbers: usize) -> Value {
     json!({
-        "arm": arm.name(), "first_layer": args.first_layer, "numbers": model.numbers(),
+        "arm": arm.name(), "first_layer": args.first_layer, "numbers": numbers,
         "train": format!("{:?} {}", args.train, args.rank), "train_from": args.train_from,
         "kilotokens": args.kilotokens, "length": args.length,
         "rows": args.rows, "accumulate": args.accumulate, "facts": args.facts, "growing": args.growing, "answer_weight": args.answer_weight,
@@ -381,7 +389,7 @@ fn begin(
         base = Some(open(path)?);
     }
     let mut twin = Twin {
-        settings: settings(args, arm, &model).to_string(),
+        settings: settings(args, arm, model.numbers()).to_string(),
         optimizer: AdamW::new(&model)?,
         points: Vec::new(),
         course: Course::new(device)?,
