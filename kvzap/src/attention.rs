@@ -62,14 +62,13 @@ impl Attention {
         Ok(logits)
     }
 
-    /// `[batch * kv_heads, group, columns]`: the maximum over `rows`, taken in `blocks`, of their products with `keys`
+    /// `[batch * kv_heads, group, columns]`: the maximum over all rows, taken in `blocks`, of their products with `keys`
     /// `[batch * kv_heads, columns, head_dim]` over the root of the head dim, less `scales` `[batch * kv_heads, group, rows]`.
     ///
     /// A scale is some more elements of its row, which meet ones in each key: a product and a maximum are all that passes over
     /// `[rows, columns]`. On a card the product is of 16-bit elements if queries are, whose sums are f32 and exact.
     pub fn most(
         &self,
-        rows: Range<i64>,
         keys: &Tensor,
         scales: &Tensor,
         blocks: impl Iterator<Item = Range<i64>>,
@@ -89,7 +88,7 @@ impl Attention {
             let queries = Tensor::f_empty([heads, group, count, dim + PARTS], (kind, device))?;
             let row = self.queries.f_narrow(2, start, count)?;
             queries.f_narrow(3, 0, dim)?.f_copy_(&row)?;
-            let less = less.f_narrow(2, start - rows.start, count)?;
+            let less = less.f_narrow(2, start, count)?;
             queries.f_narrow(3, dim, PARTS)?.f_copy_(&less)?;
             let queries = queries.f_view([heads, group * count, dim + PARTS])?;
             let logits = if half {

@@ -2,7 +2,8 @@ use crate::attention::Attention;
 use crate::torch::{dims, expect};
 use crate::{Error, LayerInput, Result};
 use std::ops::Range;
-use tch::{Device, Kind, Tensor};
+use std::sync::LazyLock;
+use tch::{CModule, Device, IValue, Kind, Tensor};
 
 /// Where a text stands twice in one sequence: first as the user gives it, then as the model repeats
 /// it.
@@ -52,7 +53,7 @@ pub(crate) fn kvzip_plus_of(
     let [_, heads, ..]: [i64; 4] = dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
     let [_, _, width] = dims(input.hidden, "hidden", "[batch, tokens, hidden]")?;
     let group = query_heads.checked_div(heads).unwrap_or(0);
-    let attention = Attention::new(input.queries, input.keys)?;
+    expect(input.queries, "queries", &[batch, heads.max(1) * group.max(1), tokens, dim])?;
     expect(input.keys, "keys", &[batch, heads, tokens, dim])?;
     expect(input.values, "values", &[batch, heads, tokens, dim])?;
     expect(input.hidden, "hidden", &[batch, tokens, width])?;
@@ -65,9 +66,13 @@ pub(crate) fn kvzip_plus_of(
     {
         return Err(Error::Spans { original, repeat, tokens: tokens as usize });
     }
-    let rows = repeat.start as i64..repeat.end as i64;
-    let sums = log_sums(input, &attention, rows.clone())?;
-    let norms = input.hidden.f_narrow(1, rows.start, repeat.len() as i64)?;
+    let (past, rows) = (repeat.start as i64, repeat.len() as i64);
+    let seen = |x: &Tensor| x.f_narrow(2, 0, past + rows);
+    let queries = input.queries.f_narrow(2, past, rows)?;
+    let keys = seen(input.keys)?;
+    let attention = Attention::new(&queries, &keys)?;
+    let sums = log_sums(&attention, &queries, &keys, &seen(input.values)?)?;
+    let norms = input.hidden.f_narrow(1, past, rows)?;
     let norms = norms.f_norm_scalaropt_dim_dtype(2, [-1].as_slice(), false, Kind::Float)?;
     let norms = norms.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?; // [batch, rows]
     let scales =
@@ -75,45 +80,65 @@ pub(crate) fn kvzip_plus_of(
     let of_original =
         |rows: &Tensor| some(rows.f_narrow(2, original.start as i64, original.len() as i64)?);
     let keys = of_original(input.keys)?.f_flatten(0, 1)?;
-    let blocks = attention.blocks_of(rows.clone(), keys.size()[1]);
-    let weights = attention.most(rows, &keys, &scales, blocks)?;
+    let blocks = attention.blocks_of(0..rows, keys.size()[1]);
+    let weights = attention.most(&keys, &scales, blocks)?;
     let norms = projected_norms(&of_original(input.values)?, output_projection, group)?;
     Ok(weights.f_view_as(&norms)?.f_add(&norms)?.f_amax([2], false)?)
 }
 
-/// `[batch * kv_heads, group, rows]` f32: the logarithm of what softmax divides a row by, for `rows` that are not the first.
+/// `[batch * kv_heads, group, rows]` f32: the logarithm of what softmax divides a row by, for rows that come after others.
 ///
-/// Fused attention finds it on the way, without writing the logits down, which is most of what the target costs. It reads
-/// these rows alone, and in two parts: what stands before all of them a group's query heads read as one, and only among
-/// themselves, where keys are repeated for each query head, are they causal. Its sums are f32; on a card it is taken for 16-bit
-/// queries alone, since its products of f32 are not.
+/// Fused attention finds it on the way, without writing the logits down, which is most of what the target costs. Its sums are
+/// f32; on a card it is taken for 16-bit queries alone, since its products of f32 are not.
+///
+/// Where there is no [`flash_sums`], it reads these rows in two parts: what stands before all of them a group's query heads read
+/// as one, and only among themselves, where keys are repeated for each query head, are they causal.
 fn log_sums(
-    input: LayerInput<'_, Tensor>,
     attention: &Attention,
-    rows: Range<i64>,
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
 ) -> Result<Tensor> {
-    let (kind, device) = (input.queries.kind(), input.queries.device());
+    let (kind, device) = (queries.kind(), queries.device());
     let half = matches!(kind, Kind::Half | Kind::BFloat16);
     if !(device == Device::Cpu && kind == Kind::Float || device.is_cuda() && half) {
-        let blocks = attention.blocks_of(rows.clone(), rows.end);
-        let sums = blocks.map(|rows| Ok(attention.logits(rows)?.f_logsumexp([3], false)?));
+        let sums =
+            attention.blocks().map(|rows| Ok(attention.logits(rows)?.f_logsumexp([3], false)?));
         return Ok(Tensor::f_cat(&sums.collect::<Result<Vec<_>>>()?, 2)?);
     }
-    let [_, heads, _, dim] = dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
-    let (group, count) = (input.queries.size()[1] / heads.max(1), rows.end - rows.start);
+    let [_, heads, tokens, dim] = dims(keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
+    let (group, count) = (queries.size()[1] / heads.max(1), queries.size()[2]);
+    let past = tokens - count;
     let sums = |queries: &Tensor, keys: &Tensor, values: &Tensor, causal| -> Result<Tensor> {
         let sums = fused_sums(queries, keys, values, causal)?;
         let sums = sums.f_narrow(2, 0, queries.size()[2])?; // a card gives whole tiles
         Ok(sums.f_to_kind(Kind::Float)?.f_reshape([-1, group, count])?)
     };
-    let queries = input.queries.f_narrow(2, rows.start, count)?;
+    if device.is_cuda()
+        && let Some(sums) = flash_sums(queries, keys, values)
+    {
+        return Ok(sums.f_reshape([-1, group, count])?);
+    }
     let folded = queries.f_reshape([-1, 1, group * count, dim])?;
-    let earlier = |x: &Tensor| x.f_narrow(2, 0, rows.start)?.f_reshape([-1, 1, rows.start, dim]);
-    let before = sums(&folded, &earlier(input.keys)?, &earlier(input.values)?, false)?;
-    let own =
-        |x: &Tensor| x.f_narrow(2, rows.start, count)?.f_repeat_interleave_self_int(group, 1, None);
-    let among = sums(&queries, &own(input.keys)?, &own(input.values)?, true)?;
+    let earlier = |x: &Tensor| x.f_narrow(2, 0, past)?.f_reshape([-1, 1, past, dim]);
+    let before = sums(&folded, &earlier(keys)?, &earlier(values)?, false)?;
+    let own = |x: &Tensor| x.f_narrow(2, past, count)?.f_repeat_interleave_self_int(group, 1, None);
+    let among = sums(queries, &own(keys)?, &own(values)?, true)?;
     Ok(before.f_logaddexp(&among)?)
+}
+
+/// `[batch, query_heads, rows]`: the logarithms that flash attention divides by on a card, for the last rows of what `keys`
+/// `[batch, kv_heads, tokens, head_dim]` are of; `None` where it does not run.
+fn flash_sums(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Option<Tensor> {
+    /// A program of one call, which tch doesn't have; `flash.py` writes it.
+    static FLASH: LazyLock<Option<CModule>> = LazyLock::new(|| {
+        CModule::load_data(&mut include_bytes!("oracle/flash.pt").as_slice()).ok()
+    });
+    let arguments = [queries, keys, values].map(|x| IValue::Tensor(x.shallow_clone()));
+    match FLASH.as_ref()?.forward_is(&arguments) {
+        Ok(IValue::Tensor(sums)) => Some(sums),
+        _ => None,
+    }
 }
 
 /// `[batch, heads, rows or more]`: the logarithms that libtorch's streaming kernel of this device divides by.
@@ -166,13 +191,14 @@ mod tests {
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
         let (queries, keys) = (random(&[1, 6, 40, 8]), random(&[1, 2, 40, 8]));
         let scales = random(&[2, 3, 17]);
-        let attention = Attention::new(&queries, &keys).unwrap();
-        let logits = attention.logits(20..37).unwrap().narrow(3, 3, 15);
+        let (queries, seen) = (queries.narrow(2, 20, 17), keys.narrow(2, 0, 37));
+        let attention = Attention::new(&queries, &seen).unwrap();
+        let logits = attention.logits(0..17).unwrap().narrow(3, 3, 15);
         let expected = (logits - scales.unsqueeze(3)).amax([2], false);
         let some = keys.flatten(0, 1).narrow(1, 3, 15);
         for block in [1, 4, 16, 17] {
-            let blocks = (20..37).step_by(block).map(|start| start..37.min(start + block as i64));
-            let found = attention.most(20..37, &some, &scales, blocks).unwrap();
+            let blocks = (0..17).step_by(block).map(|start| start..17.min(start + block as i64));
+            let found = attention.most(&some, &scales, blocks).unwrap();
             assert!(found.allclose(&expected, 1e-5, 1e-6, false), "{block} rows at a time");
         }
     }
@@ -182,17 +208,14 @@ mod tests {
         tch::manual_seed(2);
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3;
         let (queries, keys) = (random(&[2, 6, 70, 8]), random(&[2, 2, 70, 8]));
-        let hidden = random(&[2, 70, 16]);
-        let input = LayerInput {
-            layer: 0,
-            hidden: &hidden,
-            queries: &queries,
-            keys: &keys,
-            values: &random(&[2, 2, 70, 8]),
-        };
-        let attention = Attention::new(&queries, &keys).unwrap();
-        let found = log_sums(input, &attention, 40..70).unwrap();
-        let expected = attention.logits(40..70).unwrap().logsumexp([3], false);
-        assert!(found.allclose(&expected, 1e-6, 1e-6, false));
+        let values = random(&[2, 2, 70, 8]);
+        let expected = Attention::new(&queries, &keys).unwrap().logits(0..70).unwrap();
+        let expected = expected.logsumexp([3], false);
+        for past in [1, 40, 69] {
+            let queries = queries.narrow(2, past, 70 - past);
+            let attention = Attention::new(&queries, &keys).unwrap();
+            let found = log_sums(&attention, &queries, &keys, &values).unwrap();
+            assert!(found.allclose(&expected.narrow(2, past, 70 - past), 1e-6, 1e-6, false));
+        }
     }
 }

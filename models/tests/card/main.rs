@@ -9,6 +9,7 @@ mod cuda {
     mod branches;
     mod engine;
     mod kvpress;
+    mod oracle;
     mod ranks;
     mod soak;
     mod step;
