@@ -12,6 +12,12 @@ use crate::Result;
 pub trait Scorer<T> {
     /// The scores of `input`'s tokens, `[batch, kv_heads, tokens]`.
     fn score(&self, input: LayerInput<'_, T>) -> Result<T>;
+
+    /// The maps that make the scores of `layer` out of hidden states, with GELU between: weights `[outputs or more, inputs]` and
+    /// biases, for an engine that computes them in its own way. None where scores are something else.
+    fn maps(&self, _layer: usize) -> &[(T, T)] {
+        &[]
+    }
 }
 
 /// What self-attention computes in one layer, for the new tokens of one forward pass.

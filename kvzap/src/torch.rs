@@ -8,13 +8,13 @@ use tch::{Device, Kind, Tensor};
 #[derive(Debug)]
 pub struct TorchSurrogate {
     modules: Vec<Vec<(Tensor, Tensor)>>, // weights [outputs, inputs], biases [outputs]
-    first: Vec<(Tensor, Tensor)>,        // the first maps, with rows of zeros
+    aligned: Vec<Vec<(Tensor, Tensor)>>, // the same, with rows of zeros
     hidden: i64,
     kind: Kind,
 }
 
-/// Rows of a linear map's 16-bit weights come to a multiple of this: products whose rows of outputs aren't aligned read hidden
-/// states slowly on a card (65,536 of 576 to 3 outputs in 80 µs, to 8 in 32 µs, on an H100).
+/// Rows of 16-bit weights come to a multiple of this: products whose rows of outputs aren't aligned read hidden states slowly
+/// on a card (65,536 of 576 to 3 outputs in 80 µs, to 8 in 32 µs, on an H100).
 const ALIGNED: i64 = 8;
 
 impl TorchSurrogate {
@@ -29,9 +29,8 @@ impl TorchSurrogate {
         let maps = (0..surrogate.layers()).filter_map(|layer| surrogate.maps(layer));
         let modules: Vec<Vec<_>> =
             maps.map(|maps| maps.iter().map(affine).collect()).collect::<Result<_>>()?;
-        let first = modules.iter().map(|maps| {
-            let (weight, bias) = &maps[0];
-            let half = matches!(kind, Kind::Half | Kind::BFloat16) && maps.len() == 1;
+        let half = matches!(kind, Kind::Half | Kind::BFloat16);
+        let align = |(weight, bias): &(Tensor, Tensor)| -> Result<_> {
             let more = if half { -weight.size()[0] & (ALIGNED - 1) } else { 0 };
             Ok(match more {
                 0 => (weight.shallow_clone(), bias.shallow_clone()),
@@ -39,22 +38,20 @@ impl TorchSurrogate {
                     (weight.f_constant_pad_nd([0, 0, 0, more])?, bias.f_constant_pad_nd([0, more])?)
                 }
             })
-        });
-        let first = first.collect::<Result<_>>()?;
-        Ok(Self { modules, first, hidden: surrogate.hidden() as i64, kind })
+        };
+        let aligned = modules.iter().map(|maps| maps.iter().map(align).collect());
+        let aligned = aligned.collect::<Result<_>>()?;
+        Ok(Self { modules, aligned, hidden: surrogate.hidden() as i64, kind })
     }
 
     /// The same tensors once more.
     pub fn shallow_clone(&self) -> Self {
         let twice =
             |(weight, bias): &(Tensor, Tensor)| (weight.shallow_clone(), bias.shallow_clone());
-        let modules = self.modules.iter().map(|maps| maps.iter().map(twice).collect()).collect();
-        Self {
-            modules,
-            first: self.first.iter().map(twice).collect(),
-            hidden: self.hidden,
-            kind: self.kind,
-        }
+        let all = |modules: &[Vec<_>]| {
+            modules.iter().map(|maps| maps.iter().map(twice).collect()).collect()
+        };
+        Self { modules: all(&self.modules), aligned: all(&self.aligned), ..*self }
     }
 
     /// Of each layer, its maps: weights `[outputs, inputs]` and biases `[outputs]`.
@@ -73,13 +70,18 @@ impl Scorer<Tensor> for TorchSurrogate {
         if hidden.f_kind()? != self.kind {
             return Err(Error::Kind { expected: self.kind, found: hidden.f_kind()? });
         }
-        let (weight, bias) = &self.first[layer];
-        let mut scores =
-            hidden.f_linear(weight, Some(bias))?.f_narrow(2, 0, maps[0].1.size()[0])?;
-        for (weight, bias) in &maps[1..] {
-            scores = scores.f_gelu("none")?.f_linear(weight, Some(bias))?;
+        let (weight, bias) = &self.aligned[layer][0];
+        let rows = |map: &(Tensor, Tensor)| map.1.size()[0];
+        let mut scores = hidden.f_linear(weight, Some(bias))?.f_narrow(2, 0, rows(&maps[0]))?;
+        for (map, (weight, bias)) in maps.iter().zip(&self.aligned[layer]).skip(1) {
+            scores =
+                scores.f_gelu("none")?.f_linear(weight, Some(bias))?.f_narrow(2, 0, rows(map))?;
         }
         Ok(scores.f_transpose(1, 2)?) // [batch, kv_heads, tokens]
+    }
+
+    fn maps(&self, layer: usize) -> &[(Tensor, Tensor)] {
+        self.aligned.get(layer).map_or(&[], Vec::as_slice)
     }
 }
 

@@ -233,11 +233,12 @@ impl Decoder {
         Ok((tensor(cos)?, tensor(sin)?))
     }
 
-    /// Adds what `branch` makes of `x` to it, normed before or after.
+    /// Adds what `branch` makes of `x` to it, normed before, unless `normed` is that already, or after.
     fn add(
         &self,
         x: &Tensor,
         norm: &RmsNorm,
+        normed: Option<Tensor>,
         branch: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let branch = |x: &Tensor| match &self.rank {
@@ -247,15 +248,36 @@ impl Decoder {
         let added = if self.config.architecture.norms_outputs() {
             norm.forward(&branch(x)?)?
         } else {
-            branch(&norm.forward(x)?)?
+            branch(&normed.map_or_else(|| norm.forward(x), Ok)?)?
         };
         Ok(x.f_add(&added)?)
     }
 
+    /// What attention reads of a context and its scores, where one launch makes both. Later tokens are scored in one way, be they
+    /// of one text or of several.
+    fn scored(
+        &self,
+        layer: usize,
+        pass: &Pass,
+        hooks: &Hooks,
+        window: usize,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        #[cfg(feature = "cuda")]
+        if pass.whose == Whose::Context
+            && let Some((pruning, _)) = hooks.judging(pass.hidden.size()[1], pass.whose, window)
+        {
+            return self.scored_on_card(layer, &pass.hidden, pruning.scorer.as_ref());
+        }
+        let _ = (layer, pass, hooks, window);
+        Ok(None)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what a layer is asked with, and its scores")]
     fn attention(
         &self,
         layer: usize,
         hidden: &Tensor,
+        scores: Option<Tensor>,
         pass: &Pass,
         hooks: &Hooks,
         window: usize,
@@ -292,7 +314,7 @@ impl Decoder {
         let (queries, keys, values) = (rotated(&parts[0])?, rotated(&parts[1])?, &parts[2]);
 
         let input = LayerInput { layer, hidden, queries: &queries, keys: &keys, values };
-        let drops = hooks.drops(input, pass.whose, window)?;
+        let drops = hooks.drops(input, scores, pass.whose, window)?;
         let mixed = attend(&queries, &keys, values, drops.as_ref())?;
         let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, tokens, -1])?;
         self.blocks[layer].output.forward(&mixed)
@@ -331,10 +353,11 @@ impl CausalLm for Decoder {
         attend: &mut Attend<'_>,
     ) -> Result<()> {
         let block = &self.blocks[layer];
-        let x = self.add(&pass.hidden, &block.attention_norm, |hidden| {
-            self.attention(layer, hidden, pass, hooks, window, attend)
+        let (normed, scores) = self.scored(layer, pass, hooks, window)?.unzip();
+        let x = self.add(&pass.hidden, &block.attention_norm, normed, |hidden| {
+            self.attention(layer, hidden, scores, pass, hooks, window, attend)
         })?;
-        pass.hidden = self.add(&x, &block.mlp_norm, |hidden| block.mlp.forward(hidden))?;
+        pass.hidden = self.add(&x, &block.mlp_norm, None, |hidden| block.mlp.forward(hidden))?;
         Ok(())
     }
 

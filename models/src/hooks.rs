@@ -45,23 +45,33 @@ impl Hooks {
         Self { pruning: Some(pruning), ..Self::default() }
     }
 
-    /// The drop bits of a layer's new tokens, `[batch, kv_heads, tokens]` bool; `None` keeps them all.
-    pub(crate) fn drops(
+    /// What judges a pass of so many tokens, and how many of them, if any.
+    pub(crate) fn judging(
         &self,
-        input: LayerInput<'_, Tensor>,
+        tokens: i64,
         whose: Whose,
         window: usize,
-    ) -> Result<Option<Tensor>> {
-        let Some(pruning) = &self.pruning else { return Ok(None) };
-        let tokens = input.hidden.size()[1];
+    ) -> Option<(&Pruning, i64)> {
+        let pruning = self.pruning.as_ref()?;
         let judged = match whose {
             _ if pruning.while_decoding => tokens,
             Whose::Context => tokens - window as i64,
             Whose::Later | Whose::Several => 0,
         };
-        if judged <= 0 {
-            return Ok(None);
-        }
+        (judged > 0).then_some((pruning, judged))
+    }
+
+    /// The drop bits of a layer's new tokens, `[batch, kv_heads, tokens]` bool, by these `scores` or by those that the scorer is
+    /// asked for; `None` keeps them all.
+    pub(crate) fn drops(
+        &self,
+        input: LayerInput<'_, Tensor>,
+        scores: Option<Tensor>,
+        whose: Whose,
+        window: usize,
+    ) -> Result<Option<Tensor>> {
+        let tokens = input.hidden.size()[1];
+        let Some((pruning, judged)) = self.judging(tokens, whose, window) else { return Ok(None) };
         if whose == Whose::Several {
             // Each by itself: a scorer may compare the tokens of a pass, and sum them in another order.
             let LayerInput { layer, hidden, queries, keys, values } = input;
@@ -69,11 +79,11 @@ impl Hooks {
                 let hidden = &hidden.f_narrow(1, token, 1)?;
                 let own = |x: &Tensor| x.f_narrow(2, token, 1);
                 let (queries, keys, values) = (&own(queries)?, &own(keys)?, &own(values)?);
-                pruning.drops(LayerInput { layer, hidden, queries, keys, values })
+                pruning.drops(LayerInput { layer, hidden, queries, keys, values }, None)
             });
             return Ok(Some(Tensor::f_cat(&drops.collect::<Result<Vec<_>>>()?, 2)?));
         }
-        let drops = pruning.drops(input)?;
+        let drops = pruning.drops(input, scores)?;
         if judged < tokens {
             let _ = drops.f_narrow(2, judged, tokens - judged)?.f_zero_()?;
         }
@@ -85,8 +95,9 @@ impl Hooks {
 }
 
 impl Pruning {
-    fn drops(&self, input: LayerInput<'_, Tensor>) -> Result<Tensor> {
-        Ok(self.policy.drops(&self.scorer.score(input)?)?)
+    fn drops(&self, input: LayerInput<'_, Tensor>, scores: Option<Tensor>) -> Result<Tensor> {
+        let scores = scores.map_or_else(|| self.scorer.score(input), Ok)?;
+        Ok(self.policy.drops(&scores)?)
     }
 }
 

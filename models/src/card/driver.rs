@@ -4,9 +4,11 @@
 #![allow(unsafe_code)]
 
 mod norms;
+mod scored;
 mod turn;
 
 pub(super) use norms::{AddNormed, NormWhole};
+pub(crate) use scored::Scored;
 pub(crate) use turn::{Turn, Turner};
 
 use super::memory::{Element, address, after_torch, before_torch, device, layout, optional};
@@ -79,6 +81,10 @@ unsafe impl Send for Kernels {}
 unsafe impl Send for Turner {}
 // SAFETY: as above.
 unsafe impl Sync for Turner {}
+// SAFETY: as above.
+unsafe impl Send for Scored {}
+// SAFETY: as above.
+unsafe impl Sync for Scored {}
 
 impl Kernels {
     /// Loads them onto the card of `stream`, on which a cache works already.

@@ -1,19 +1,22 @@
-//! Turning a pass's queries and keys in one launch, where libtorch takes a dozen, and as many again for positions that are read.
+//! What a pass goes through in one launch each: queries and keys are turned, where libtorch takes a dozen, and as many again for
+//! positions that are read; and what projections read is normed and scored.
 
-use super::driver::{Turn, Turner};
+use super::driver::{Scored, Turn, Turner};
 use crate::causal_lm::Pass;
 use crate::decoder::Decoder;
 use crate::error::Result;
 use crate::hooks::Hooks;
 use crate::positions::LayerPositions;
+use kvzap::Scorer;
 use repo_pos::{Frequencies, Precision};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
-/// What turns the heads of a bf16 model on a card.
+/// What turns the heads of a bf16 model on a card, and scores its tokens.
 #[derive(Debug)]
 pub(crate) struct Turning {
     turner: Arc<Turner>,
+    scored: Arc<Scored>,
     inverse: Tensor, // f32 [head_dim / 2]
     turned: f32,
 }
@@ -27,6 +30,7 @@ impl Turning {
         }
         Ok(Some(Self {
             turner: Arc::new(Turner::load(embedding.device())?),
+            scored: Arc::new(Scored::load(embedding.device())?),
             inverse: Tensor::f_from_slice(frequencies.inverse())?
                 .f_to_device(embedding.device())?,
             turned: frequencies.scale(),
@@ -35,12 +39,32 @@ impl Turning {
 
     /// The same once more.
     pub fn shallow_clone(&self) -> Self {
-        let Self { turner, inverse, turned } = self;
-        Self { turner: turner.clone(), inverse: inverse.shallow_clone(), turned: *turned }
+        let Self { turner, scored, inverse, turned } = self;
+        let (turner, scored) = (turner.clone(), scored.clone());
+        Self { turner, scored, inverse: inverse.shallow_clone(), turned: *turned }
     }
 }
 
 impl Decoder {
+    /// What the projections of a layer read, and a linear surrogate's scores of it, bf16 `[batch, kv_heads, tokens]`, which so
+    /// cost no reading of their own; `None` where there is no kernel for it.
+    pub(crate) fn scored_on_card(
+        &self,
+        layer: usize,
+        residual: &Tensor,
+        scorer: &dyn Scorer<Tensor>,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        let (Some(Turning { scored, .. }), [map]) = (&self.turning, scorer.maps(layer)) else {
+            return Ok(None);
+        };
+        let plain = !self.config.architecture.norms_outputs() && !residual.requires_grad();
+        if !plain || !Scored::takes(residual, map) {
+            return Ok(None);
+        }
+        let norm = &self.blocks[layer].attention_norm;
+        scored.linear(residual, norm, map, self.config.kv_heads).map(Some)
+    }
+
     /// Turns the queries and keys in `projected` where they lie, and says whether it could.
     pub(crate) fn turn_on_card(
         &self,
@@ -50,7 +74,9 @@ impl Decoder {
         pass: &Pass,
         hooks: &Hooks,
     ) -> Result<bool> {
-        let Some(Turning { turner, inverse, turned }) = &self.turning else { return Ok(false) };
+        let Some(Turning { turner, inverse, turned, .. }) = &self.turning else {
+            return Ok(false);
+        };
         let config = &self.config;
         let seen = hooks.repositioner.is_some()
             || hooks.on_positions.is_some()

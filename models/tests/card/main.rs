@@ -11,6 +11,7 @@ mod cuda {
     mod kvpress;
     mod oracle;
     mod ranks;
+    mod scores;
     mod soak;
     mod step;
     mod text;
