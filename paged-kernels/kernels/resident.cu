@@ -9,10 +9,11 @@
 namespace resident {
 
 constexpr int PLANNERS = 512;   // threads of the block that plans a layer
-constexpr int FILLERS = 256;    // threads of the blocks that put a prompt's rows into pages
+constexpr int ADMITTERS = 1024;  // threads of the block that makes room for a prompt in a head
+constexpr int STRETCH = 32;     // words of drop bits whose kept tokens are counted together
 constexpr int COPIES = 8;       // rows on their way in a warp
-constexpr int NARROWERS = 8;    // lanes of a row that becomes eight-bit floats
-constexpr int CHUNKS = 4;       // eight elements, that a lane holds of such a row at most
+constexpr int NARROWED = 4;     // the same, of rows that become eight-bit floats
+constexpr int QUADS = 2;        // four elements, that a lane holds of such a row at most
 constexpr uint32_t LEAST = 12;       // as in src/cuda/plan.rs
 constexpr uint32_t SECOND_HEAD = 8;  // as in src/cuda/plan.rs
 constexpr uint32_t NO_SEAT = 0xffffffffu;
@@ -21,76 +22,66 @@ constexpr uint32_t NO_SEAT = 0xffffffffu;
 
 using namespace resident;
 
-// Some of a head's tokens, a bit each, into the rows of their lanes, by a warp: bf16 that becomes eight-bit floats. Eight
-// lanes have a row, of a multiple of eight and up to 256 elements: the code is met once a fill, so it is to be short.
+// Some of a head's tokens, a bit each, into the rows of their lanes, by a warp: bf16 that becomes eight-bit floats. Rows
+// are multiples of four, up to 256 elements.
 __device__ void narrow_rows(const Pool &pool, const View &view, bool value, int64_t head, int64_t first, uint32_t keep,
                             uint32_t row) {
-    const uint32_t lane = threadIdx.x % LANES, part = lane % NARROWERS, chunks = pool.dim / 8;
+    const uint32_t lane = threadIdx.x % LANES, quads = pool.dim / 4;
     for (uint32_t left = keep; left;) {
-        uint32_t mine = left;
+        uint2 x[NARROWED][QUADS];
+        int tokens[NARROWED];
 #pragma unroll
-        for (uint32_t k = 0; k < LANES / NARROWERS; k++) {
-            if (k < lane / NARROWERS) mine &= mine - 1;
+        for (int k = 0; k < NARROWED; k++) {
+            tokens[k] = left ? __ffs(left) - 1 : -1;
             left &= left - 1;
-        }
-        const uint32_t token = mine ? __ffs(mine) - 1 : 0;
-        const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(head, first + token);
-        int4 x[CHUNKS];
+            const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(head, first + max(tokens[k], 0));
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            const uint32_t chunk = part + i * NARROWERS;
-            x[i] = mine && chunk < chunks ? __ldcs(reinterpret_cast<const int4 *>(from) + chunk) : int4{};
-        }
-        float most = 0.0f, odd = 0.0f;
-#pragma unroll
-        for (int i = 0; i < CHUNKS * 4; i++) {
-            const float2 two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 *>(x)[i]);
-            most = fmaxf(most, fmaxf(fabsf(two.x), fabsf(two.y)));
-            odd += (two.x - two.x) + (two.y - two.y);
-        }
-        const float scale = row_scale<NARROWERS>(most, odd), inverse = 1.0f / scale;
-        const uint32_t to = __shfl_sync(~0u, row, token);
-        if (!mine || to == NO_ROW) continue;
-        if (part == 0) *pool.scale(to, value) = scale;
-        auto *at = reinterpret_cast<uint2 *>(static_cast<uint8_t *>(pool.data) + pool.key_or_value(to, value));
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            uint32_t words[2];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 *>(x)[4 * i + j]);
-                two.x *= inverse, two.y *= inverse;
-                const uint32_t bytes = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
-                words[j / 2] = j % 2 ? words[j / 2] | bytes << 16 : bytes;
+            for (int i = 0; i < QUADS; i++) {
+                const uint32_t quad = lane + i * LANES;
+                x[k][i] = quad < quads && tokens[k] >= 0 ? __ldcs(reinterpret_cast<const uint2 *>(from) + quad) : uint2{};
             }
-            const bool number = scale == scale;  // as `save` has it
-            const uint32_t chunk = part + i * NARROWERS;
-            if (chunk < chunks) at[chunk] = number ? uint2{words[0], words[1]} : uint2{};
+        }
+#pragma unroll
+        for (int k = 0; k < NARROWED; k++) {
+            const uint32_t to = tokens[k] >= 0 ? __shfl_sync(~0u, row, tokens[k]) : NO_ROW;
+            if (to == NO_ROW) continue;
+            float wide[QUADS][4], most = 0.0f, odd = 0.0f;
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                const float2 low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 &>(x[k][i].x));
+                const float2 high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 &>(x[k][i].y));
+                wide[i][0] = low.x, wide[i][1] = low.y, wide[i][2] = high.x, wide[i][3] = high.y;
+#pragma unroll
+                for (float y : wide[i]) most = fmaxf(most, fabsf(y)), odd += y - y;
+            }
+            const float scale = row_scale(most, odd), inverse = 1.0f / scale;
+            if (lane == 0) *pool.scale(to, value) = scale;
+            auto *at = reinterpret_cast<uchar4 *>(static_cast<uint8_t *>(pool.data) + pool.key_or_value(to, value));
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                uchar4 quad;
+                auto *bytes = reinterpret_cast<uint8_t *>(&quad);
+#pragma unroll
+                for (int j = 0; j < 4; j++) save(bytes, F8, j, wide[i][j] * inverse);
+                if (lane + i * LANES < quads) at[lane + i * LANES] = quad;
+            }
         }
     }
 }
 
-// Where the blocks of a head meet: the first to come takes the pages for all. Zero between launches.
-struct Meeting {
-    unsigned long long pages;  // what `take` has given, below a 1 that says it is there
-    uint32_t steps;            // of blocks that came, or left
-    uint32_t unused;
-};
-
-struct Fill {
+struct Admit {
     State state;
     View keys;    // [kv heads][tokens][dim]
     View values;
     const uint32_t *drops;  // [kv heads][words]: the bit of token t is t % 32 of word t / 32
-    Meeting *meetings;      // [kv heads]
+    uint32_t *starts;       // [kv heads][stretches]: kept tokens before each
     uint32_t layer;
     uint32_t seat;
     uint32_t tokens;
-    uint32_t wide;  // rows may be copied 16 bytes at a time, or are bf16 that may be read so
-    uint32_t each;  // words of a warp
-    uint32_t unused;
+    uint32_t wide;  // rows may be copied 16 bytes at a time, or are bf16 that may be read 8 bytes at a time
 
     __device__ uint32_t words() const { return (tokens + LANES - 1) / LANES; }
+    __device__ uint32_t stretches() const { return (words() + STRETCH - 1) / STRETCH; }
     // Bits of the tokens of a word that stay: the newest, and those not dropped.
     __device__ uint32_t kept(uint32_t kv_head, uint32_t word) const {
         const uint32_t first = word * LANES, old = tokens - min(tokens, state.window);
@@ -101,34 +92,35 @@ struct Fill {
     }
 };
 
-// Pages of a head of `kept` rows: what `take` gives, to each thread of each block, of which one block a head enters them.
-__device__ int32_t take_together(const Fill &call, uint32_t kv_head, uint32_t kept, uint32_t blocks, bool leads) {
+// Room for a prompt in one layer of a text: a block a kv head counts what stays, takes its pages and begins its ring.
+extern "C" __global__ void __launch_bounds__(ADMITTERS) resident_admit(Admit call) {
+    __shared__ uint32_t sums[ADMITTERS / LANES];
     __shared__ int32_t had;
+    start_next();
     const State &state = call.state;
-    Meeting &meeting = call.meetings[kv_head];
+    const uint32_t kv_head = blockIdx.x;
+    uint32_t kept = 0;
+    for (uint32_t base = 0; base < call.words(); base += ADMITTERS) {
+        uint32_t all, word = base + threadIdx.x;
+        const uint32_t before = kept + sum_before<ADMITTERS>(__popc(call.kept(kv_head, word)), sums, all);
+        if (word % STRETCH == 0 && word < call.words()) {
+            call.starts[uint64_t(kv_head) * call.stretches() + word / STRETCH] = before;
+        }
+        kept += all;
+    }
     const uint32_t len = min(kept, state.most_pages * state.pool.page_size), pages = state.pages(len);
     const uint64_t row = state.row(call.layer, kv_head, call.seat);
     if (threadIdx.x == 0) {
-        unsigned long long seen;
-        if (leads) {
-            seen = 1ull << 32 | uint32_t(take(state, pages));
-            atomicExch(&meeting.pages, seen);
-            if (len < kept) atomicAdd(state.counters + 1, int32_t(kept - len));
-            state.lens[row] = len;
-            if (kv_head == 0) state.ages[call.layer * state.seats + call.seat] = call.tokens;
-        } else {
-            do seen = *static_cast<volatile unsigned long long *>(&meeting.pages);
-            while (!(seen >> 32));
-        }
-        had = int32_t(uint32_t(seen));
-        if (atomicAdd(&meeting.steps, 1) == 2 * blocks - 1) meeting.pages = 0, meeting.steps = 0;
+        had = take(state, pages);
+        if (len < kept) atomicAdd(state.counters + 1, int32_t(kept - len));
+        state.lens[row] = len;
+        if (kv_head == 0) state.ages[call.layer * state.seats + call.seat] = call.tokens;
     }
     __syncthreads();
-    if (!leads) return had;
     uint32_t *table = state.tables + row * state.most_pages;
-    for (uint32_t i = threadIdx.x; i < pages; i += FILLERS) table[i] = taken(state, had, i);
+    for (uint32_t i = threadIdx.x; i < pages; i += ADMITTERS) table[i] = taken(state, had, i);
     const uint32_t places = state.places, recent = min(call.tokens, state.window);
-    for (uint32_t i = threadIdx.x; i < places; i += FILLERS) {
+    for (uint32_t i = threadIdx.x; i < places; i += ADMITTERS) {
         // The newest tokens; what is left of the ring is of tokens to come.
         const uint32_t token = call.tokens - recent + i, slot = kept - recent + i;
         uint32_t entry = 0;
@@ -138,102 +130,73 @@ __device__ int32_t take_together(const Fill &call, uint32_t kv_head, uint32_t ke
         }
         state.rings[row * places + token % places] = entry;
     }
-    return had;
 }
 
-// A prompt in one layer of a text: what stays, into pages that are taken for it. A warp has `each` times 32 tokens of a
-// head. Each block counts what stays in all of the head, which is less to wait for than another kernel.
-template <bool NARROWS>
-__device__ __forceinline__ void fill(const Fill &call) {
-    constexpr uint32_t FILLING = FILLERS / LANES;
-    __shared__ uint32_t sums[3][FILLING];
-    __shared__ bool first_to_come;
-    start_next();  // a step begins with a kernel that waits, so none reads these rows early
-    settle();
+// The rows of a prompt into the pages that resident_admit has taken. A warp has 32 tokens of a head.
+extern "C" __global__ void resident_fill(Admit call) {
     const State &state = call.state;
     const Pool &pool = state.pool;
-    const uint32_t lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, words = call.words();
-    const uint32_t blocks = (words + FILLING * call.each - 1) / (FILLING * call.each);
-    const uint32_t kv_head = blockIdx.x / blocks, begin = blockIdx.x % blocks * FILLING * call.each;
-    const uint32_t mine = begin + warp * call.each;
-    if (threadIdx.x == 0) first_to_come = atomicAdd(&call.meetings[kv_head].steps, 1) == 0;
-
-    const uint32_t chunks = pool.dim * 2 / 16;  // of a key, or of a value
-    int4 x[COPIES];
-    // Asks for some of the tokens `left` of a word, and says which are left then.
-    auto fetch = [&](uint32_t word, uint32_t base, uint32_t left) {
-        const bool value = base + lane >= chunks;
-        const View &view = value ? call.values : call.keys;
-        const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(kv_head, int64_t(word) * LANES);
-        const auto *chunk = reinterpret_cast<const int4 *>(from) + (base + lane - (value ? chunks : 0));
-#pragma unroll
-        for (int k = 0; k < COPIES; k++) {
-            if (left && base + lane < 2 * chunks) x[k] = __ldcs(chunk + (__ffs(left) - 1) * view.token_stride / 8);
-            left &= left - 1;
-        }
-        return left;
+    const uint32_t blocks = (call.words() + WARPS - 1) / WARPS, kv_head = blockIdx.x / blocks;
+    const uint32_t lane = threadIdx.x % LANES;
+    const uint32_t word = blockIdx.x % blocks * WARPS + threadIdx.x / LANES, stretch = word / STRETCH;
+    if (word >= call.words()) return;
+    const uint32_t keep = call.kept(kv_head, word);
+    const uint32_t earlier = lane < word % STRETCH ? __popc(call.kept(kv_head, stretch * STRETCH + lane)) : 0;
+    const uint32_t in_stretch = __reduce_add_sync(~0u, earlier) + __popc(keep & ((1u << lane) - 1));
+    // The row of the lane's token, once resident_admit has made room.
+    auto find = [&]() -> uint32_t {
+        settle();
+        const uint32_t slot = call.starts[uint64_t(kv_head) * call.stretches() + stretch] + in_stretch;
+        const uint64_t row = state.row(call.layer, kv_head, call.seat);
+        if (!(keep >> lane & 1) || slot >= state.lens[row]) return NO_ROW;
+        return state.tables[row * state.most_pages + slot / pool.page_size] * pool.page_size + slot % pool.page_size;
     };
-    uint32_t keep = call.kept(kv_head, mine), left_over = keep;
-    if (call.wide && !NARROWS) left_over = fetch(mine, 0, keep);
-
-    uint32_t before = 0, all = 0, own = __popc(keep);
-    for (uint32_t k = 1; k < call.each; k++) own += __popc(call.kept(kv_head, mine + k));
-    for (uint32_t word = threadIdx.x; word < words; word += FILLERS) {
-        const uint32_t count = __popc(call.kept(kv_head, word));
-        all += count;
-        if (word < begin) before += count;
-    }
-    before = __reduce_add_sync(~0u, before);
-    all = __reduce_add_sync(~0u, all);
-    if (lane == 0) sums[0][warp] = before, sums[1][warp] = all, sums[2][warp] = own;
-    __syncthreads();
-    uint32_t slots = 0, kept = 0;
-    for (uint32_t w = 0; w < FILLING; w++) {
-        slots += sums[0][w] + (w < warp ? sums[2][w] : 0);
-        kept += sums[1][w];
-    }
-    const int32_t had = take_together(call, kv_head, kept, blocks, first_to_come);
-
-    for (uint32_t word = mine; word < min(mine + call.each, words); word++) {
-        if (word != mine) keep = call.kept(kv_head, word);
-        const uint32_t slot = slots + __popc(keep & ((1u << lane) - 1)), page = slot / pool.page_size;
-        slots += __popc(keep);
-        const bool stays = keep >> lane & 1 && page < state.most_pages;
-        const uint32_t row = stays ? taken(state, had, page) * pool.page_size + slot % pool.page_size : NO_ROW;
-        const int64_t first = int64_t(word) * LANES;
-        if (!call.wide) {
-            for (uint32_t left = keep; left; left &= left - 1) {
-                const int token = __ffs(left) - 1;
-                const uint32_t to = __shfl_sync(~0u, row, token);
-                if (to != NO_ROW) store_row(pool, call.keys, call.values, kv_head, first + token, to);
-            }
-        } else if (NARROWS) {
-#pragma unroll 1
-            for (int half = 0; half < 2; half++) {
-                narrow_rows(pool, half ? call.values : call.keys, half, kv_head, first, keep, row);
-            }
+    const int64_t first = int64_t(word) * LANES;
+    if (!call.wide || !keep) {
+        const uint32_t row = find();
+        for (uint32_t left = keep; left; left &= left - 1) {
+            const int token = __ffs(left) - 1;
+            const uint32_t to = __shfl_sync(~0u, row, token);
+            if (to != NO_ROW) store_row(pool, call.keys, call.values, kv_head, first + token, to);
         }
-        for (uint32_t base = 0; call.wide && !NARROWS && base < 2 * chunks; base += LANES) {
-            const bool value = base + lane >= chunks;
-            auto *data = static_cast<int4 *>(pool.data) + (base + lane - (value ? chunks : 0)) +
-                         (value ? int64_t(pool.page_size) * chunks : 0);
-            for (uint32_t left = keep; left;) {
-                if (word != mine || base > 0 || left != keep) left_over = fetch(word, base, left);
+        return;
+    }
+    if (pool.type == F8) {
+        const uint32_t row = find();
+        narrow_rows(pool, call.keys, false, kv_head, first, keep, row);
+        return narrow_rows(pool, call.values, true, kv_head, first, keep, row);
+    }
+    const uint32_t chunks = pool.dim * 2 / 16;  // of a key, or of a value
+    auto *data = static_cast<int4 *>(pool.data);
+    uint32_t row = 0;
+    bool found = false;
+    for (uint32_t base = 0; base < 2 * chunks; base += LANES) {
+        const bool value = base + lane >= chunks, mine = base + lane < 2 * chunks;
+        const uint32_t chunk = base + lane - (value ? chunks : 0);
+        const View &view = value ? call.values : call.keys;
+        const int64_t beyond = value ? int64_t(pool.page_size) * chunks : 0;
+        for (uint32_t left = keep; left;) {
+            int4 x[COPIES];
+            int tokens[COPIES];
 #pragma unroll
-                for (int k = 0; k < COPIES; k++) {
-                    const uint32_t to = left ? __shfl_sync(~0u, row, __ffs(left) - 1) : NO_ROW;
-                    if (to != NO_ROW && base + lane < 2 * chunks) data[pool.key(to) / 8] = x[k];
-                    left &= left - 1;
+            for (int k = 0; k < COPIES; k++) {
+                tokens[k] = left ? __ffs(left) - 1 : -1;
+                left &= left - 1;
+                if (mine && tokens[k] >= 0) {
+                    const int64_t at = view.at(kv_head, first + tokens[k]);
+                    const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + at;
+                    x[k] = __ldcs(reinterpret_cast<const int4 *>(from) + chunk);
                 }
-                left = left_over;
+            }
+            if (!found) row = find(), found = true;  // while the first rows are on their way
+#pragma unroll
+            for (int k = 0; k < COPIES; k++) {
+                const uint32_t to = tokens[k] >= 0 ? __shfl_sync(~0u, row, tokens[k]) : NO_ROW;
+                if (mine && to != NO_ROW) data[pool.key(to) / 8 + beyond + chunk] = x[k];
             }
         }
     }
 }
-
-// Two kernels: the registers that narrowing takes would leave the copies half as many warps.
-extern "C" __global__ void __launch_bounds__(FILLERS, 3) resident_fill(Fill call) { fill<false>(call); }
-extern "C" __global__ void __launch_bounds__(FILLERS, 3) resident_fill_narrow(Fill call) { fill<true>(call); }
 
 // The head that a slab is of: the last that begins at or before it.
 __device__ uint32_t owner_of(const Head *heads, uint32_t count, uint32_t slab) {
@@ -540,7 +503,7 @@ extern "C" __global__ void resident_swap(Swap call) {
 // Sizes of the structs above, in their order: the host's mirror must agree.
 extern "C" __global__ void resident_sizes(uint32_t *sizes) {
     sizes[0] = sizeof(State);
-    sizes[1] = sizeof(Fill);
+    sizes[1] = sizeof(Admit);
     sizes[2] = sizeof(Begin);
     sizes[3] = sizeof(Append);
     sizes[4] = sizeof(Release);

@@ -283,26 +283,6 @@ mod cuda {
         }
     }
 
-    /// Prompts that many blocks fill together, the longer ones with several words a warp.
-    #[test]
-    #[ignore = "needs a CUDA device"]
-    fn long_prompts_are_as_in_the_reference() {
-        for (tokens, drop) in [(2300, 0.0), (2300, 0.7), (70_001, 0.7)] {
-            for dtype in [Dtype::Bf16, Dtype::F8] {
-                let shape =
-                    CacheShape { kv_heads: 2, query_heads: 8, pages: 7000, dtype, ..wide() };
-                let seats = Seats { texts: 1, tokens: tokens + 10, ..SEATS };
-                let mut twins = Twins::new(shape, seats, drop);
-                let text = twins.prompt(tokens);
-                twins.resident.batch(&[Some(text.0)]).unwrap();
-                let mut tensors = twins.tensors(1);
-                twins.step(&[Some(text)], &mut tensors, |twins, tensors| {
-                    twins.queue_all(tensors, 1);
-                });
-            }
-        }
-    }
-
     /// A text that leaves for host memory and comes back, into another seat and other pages, in the middle of its window.
     #[test]
     #[ignore = "needs a CUDA device"]

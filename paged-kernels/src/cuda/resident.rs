@@ -208,7 +208,7 @@ impl Resident {
         text.filled.check(layer, tokens)?;
         text.filled.fill(layer, tokens);
         let at = [layer, sequence.index()];
-        self.device.fill(&self.state, &self.step, at, keys, values, drops)
+        self.device.admit(&self.state, &mut self.step, at, keys, values, drops)
     }
 
     /// Says who takes the steps that follow, one token each, in the order of the steps' tensors. `None` is a place that

@@ -16,14 +16,12 @@ const FUSED: &str = concat!(include_str!("../../../kernels/fused.compute_80.ptx"
 const FUSED_HOPPER: &str = concat!(include_str!("../../../kernels/fused.compute_90.ptx"), "\0");
 /// Threads of the block that plans a layer.
 const PLANNERS: u32 = 512;
-/// Threads of the blocks that put a prompt's rows into pages.
-const FILLERS: usize = 256;
+/// Threads of the block that makes room for a prompt in a head.
+const ADMITTERS: u32 = 1024;
 /// Warps of the other kernels' blocks.
 pub(super) const WARPS: usize = 4;
-/// 32-bit words of `Meeting` in kernels/resident.cu.
-const MEETING_WORDS: usize = 4;
-/// Words of drop bits from which on a warp has several: each block counts them all.
-const WORDS: usize = 2048;
+/// Tokens whose kept ones are counted together.
+const STRETCH: usize = 1024;
 /// The seat of a place in the batch that nobody has.
 pub const NO_SEAT: u32 = u32::MAX;
 /// Pieces that a head has at most: `piece_of` in kernels/attend.cuh.
@@ -38,8 +36,8 @@ struct Kernels {
     modules: [sys::CUmodule; 2],
     fused: sys::CUfunction,
     fused_reading: sys::CUfunction,
+    admit: sys::CUfunction,
     fill: sys::CUfunction,
-    fill_narrow: sys::CUfunction,
     begin: sys::CUfunction,
     append: sys::CUfunction,
     release: sys::CUfunction,
@@ -60,8 +58,8 @@ impl Kernels {
             modules: [module, fused],
             fused: function(fused, c"fused_append")?,
             fused_reading: function(fused, c"fused_append_reading")?,
+            admit: function(module, c"resident_admit")?,
             fill: function(module, c"resident_fill")?,
-            fill_narrow: function(module, c"resident_fill_narrow")?,
             begin: function(module, c"resident_begin")?,
             append: function(module, c"resident_append")?,
             release: function(module, c"resident_release")?,
@@ -222,15 +220,15 @@ impl State {
             && token_stride % 8 == 0
     }
 
-    /// Whether rows of `view` become eight-bit floats, read 16 bytes at a time.
+    /// Whether rows of `view` become eight-bit floats, read 8 bytes at a time.
     fn narrows(&self, view: &DeviceView<'_>) -> bool {
         let RawView { data, head_stride, token_stride, dtype, .. } = view.raw();
         (self.pool.dtype, dtype) == (Dtype::F8.code(), Dtype::Bf16.code())
-            && self.pool.dim.is_multiple_of(8)
+            && self.pool.dim.is_multiple_of(4)
             && self.pool.dim <= 256
-            && data % 16 == 0
-            && head_stride % 8 == 0
-            && token_stride % 8 == 0
+            && data % 8 == 0
+            && head_stride % 4 == 0
+            && token_stride % 4 == 0
     }
 }
 
@@ -266,8 +264,8 @@ pub struct Step {
     pub cut: Cut,
     /// Attention leaves room for the kernel that follows.
     pub slim: bool,
-    /// Where the blocks of a head that is filled meet; zero between launches.
-    meetings: Room,
+    /// Kept tokens before each stretch of a prompt.
+    starts: Room,
 }
 
 impl Step {
@@ -282,8 +280,6 @@ impl Step {
         device.upload(&(0..state.seats as u32).collect::<Vec<_>>(), &mut owners)?;
         let mut arrivals = device.room(heads * 4)?;
         device.zero(&mut arrivals)?;
-        let mut meetings = device.room(state.kv_heads * MEETING_WORDS * 4)?;
-        device.zero(&mut meetings)?;
         Ok(Self {
             batch: device.room(state.seats * 4)?,
             heads: device.room(rows * HEAD_WORDS * 4)?,
@@ -295,7 +291,7 @@ impl Step {
             arrivals,
             cut,
             slim: false,
-            meetings,
+            starts: device.room(0)?,
         })
     }
 
@@ -358,10 +354,10 @@ impl Device {
     }
 
     /// A prompt's rows in one layer of a seat. `keys`, `values` and `drops` are of as many tokens.
-    pub fn fill(
+    pub fn admit(
         &self,
         state: &State,
-        step: &Step,
+        step: &mut Step,
         [layer, seat]: [usize; 2],
         keys: DeviceView<'_>,
         values: DeviceView<'_>,
@@ -374,28 +370,28 @@ impl Device {
         );
         assert_eq!(drops.shape(), [heads, tokens]);
         assert!(layer < state.layers && seat < state.seats);
-        let words = tokens.div_ceil(32);
-        let each = words.div_ceil(WORDS);
-        let narrows = state.narrows(&keys) && state.narrows(&values);
-        let call = FillCall {
+        self.reserve(heads * tokens.div_ceil(STRETCH) * 4, &mut step.starts)?;
+        let call = AdmitCall {
             state: state.raw(),
             keys: keys.raw(),
             values: values.raw(),
             drops: drops.address(),
-            meetings: step.meetings.address,
+            starts: step.starts.address,
             layer: layer as u32,
             seat: seat as u32,
             tokens: tokens as u32,
-            wide: (narrows || state.wide(&keys) && state.wide(&values)).into(),
-            each: each as u32,
-            unused: 0,
+            wide: ([&keys, &values].into_iter().all(|rows| state.wide(rows))
+                || [&keys, &values].into_iter().all(|rows| state.narrows(rows)))
+            .into(),
         };
-        let blocks = heads * words.div_ceil((FILLERS / 32 * each).max(1));
-        let (threads, overlaps) = (FILLERS as u32, self.overlaps);
-        let kernel = if narrows { state.kernels.fill_narrow } else { state.kernels.fill };
+        let blocks = Grid { blocks: heads, threads: ADMITTERS, shared: 0, overlaps: false };
         // SAFETY: the state's rooms are of its sizes, the views and bits hold what their shapes say, layer and seat
-        // exist, and heads meet where nobody else does. It may overlap: it waits before it reads anything.
-        unsafe { self.launch(kernel, Grid { blocks, threads, shared: 0, overlaps }, &call) }
+        // exist, and `starts` has a word for each stretch of each head.
+        unsafe { self.launch(state.kernels.admit, blocks, &call) }?;
+        let words = tokens.div_ceil(32);
+        let blocks = Grid { overlaps: self.overlaps, ..grid(words.div_ceil(WARPS) * heads, 0) };
+        // SAFETY: as above. It may overlap: it waits before it reads what `admit` writes.
+        unsafe { self.launch(state.kernels.fill, blocks, &call) }
     }
 
     /// Plans a step of the first `texts` places of the batch, one token each.
@@ -498,18 +494,16 @@ pub(super) struct RawState {
 }
 
 #[repr(C)]
-struct FillCall {
+struct AdmitCall {
     state: RawState,
     keys: RawView,
     values: RawView,
     drops: u64,
-    meetings: u64,
+    starts: u64,
     layer: u32,
     seat: u32,
     tokens: u32,
     wide: u32,
-    each: u32,
-    unused: u32,
 }
 
 #[repr(C)]
@@ -555,7 +549,7 @@ struct ForkCall {
 /// Sizes of the structs, in the order in which the kernels give theirs.
 const MIRRORED: [u32; 8] = [
     size_of::<RawState>() as u32,
-    size_of::<FillCall>() as u32,
+    size_of::<AdmitCall>() as u32,
     size_of::<BeginCall>() as u32,
     size_of::<AppendCall>() as u32,
     size_of::<ReleaseCall>() as u32,
