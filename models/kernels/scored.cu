@@ -3,8 +3,8 @@
 // writes them out and multiplies them by the first map. Rounded is what torch's bf16 modules round: hidden states, units
 // before and after GELU, scores. Mirrored in src/card/driver/scored.rs.
 //
-// An MLP's weights lie in shared memory, in the order in which tensor cores take them: read through the first-level cache again and
-// again, they made a prompt a sixth longer. So its blocks stay, one a multiprocessor, and take tokens in turn.
+// An MLP comes out right (`scored_9`, 72 units), but its weights, read again and again through the first-level cache, made a prompt a
+// sixth longer: they want shared memory. Until then there is a kernel for linear ones alone, of rows that registers hold.
 
 #include <cuda_bf16.h>
 
@@ -15,11 +15,9 @@
 namespace scored {
 
 constexpr int LANES = 32;
-constexpr int THREADS = 64;       // of a linear one's block
-constexpr int MLP_THREADS = 256;  // of an MLP's
+constexpr int THREADS = 64;
 constexpr int ROWS = 16;   // tokens of a warp
 constexpr int CHUNK = 32;  // columns of a row that four lanes read at once, eight each
-constexpr int HELD = 18;  // chunks that registers have room for
 constexpr int HEADS = 8;
 
 using bf16 = __nv_bfloat16;
@@ -47,7 +45,7 @@ __device__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.7071067811
 
 // Sums of rows g and g + 8 of the tile, columns 2 q and 2 q + 1, where g and q are the lane's quotient and rest by four.
 __device__ void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm(
+    asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -94,20 +92,22 @@ struct Scored {
     uint32_t unused;
 };
 
-// For at most 8 TILES rows of the first map, read from `weights`, [chunk][tile][lane], or, where there is none, as they lie. A row is
-// held in registers.
-template <int TILES>
-__device__ void score(const Scored &call, const uint4 *weights, uint32_t first_token) {
+// For at most 8 TILES rows of the first map. HELD chunks of a row stay in registers, what is beyond is read twice.
+template <int TILES, int HELD>
+__device__ void score(const Scored &call) {
     const uint32_t lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, chunks = call.dim / CHUNK;
+    const uint32_t first_token = (blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES) * ROWS;
+    if (first_token >= call.all) return;
     const uint32_t last = call.all - 1, tokens[2] = {first_token + g, first_token + g + 8};
+    const bf16 *rows[2];
     Eight held[2][HELD];
     float sums[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const bf16 *row = call.residual + uint64_t(min(tokens[r], last)) * call.dim + 8 * q;
+        rows[r] = call.residual + uint64_t(min(tokens[r], last)) * call.dim + 8 * q;
 #pragma unroll
         for (uint32_t c = 0; c < HELD; c++) {
-            if (c < chunks) held[r][c] = read(row + c * CHUNK);
+            if (c < chunks) held[r][c] = read(rows[r] + c * CHUNK);
         }
     }
 #pragma unroll
@@ -116,17 +116,15 @@ __device__ void score(const Scored &call, const uint4 *weights, uint32_t first_t
         for (uint32_t c = 0; c < HELD; c++) {
             if (c < chunks) sums[r] += squares(held[r][c]);
         }
+        for (uint32_t c = HELD; c < chunks; c++) sums[r] += squares(read(rows[r] + c * CHUNK));
         sums[r] += __shfl_xor_sync(~0u, sums[r], 1);
         sums[r] += __shfl_xor_sync(~0u, sums[r], 2);
         sums[r] = rsqrtf(sums[r] / float(call.dim) + call.epsilon);
     }
 
     float units[TILES][4] = {};
-#pragma unroll
-    for (uint32_t c = 0; c < HELD; c++) {
-        if (c >= chunks) break;
+    auto take = [&](uint32_t c, Eight (&x)[2]) {
         const Eight by = read(call.norm + c * CHUNK + 8 * q);
-        Eight x[2] = {held[0][c], held[1][c]};
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             norm(x[r], by, sums[r]);
@@ -138,19 +136,23 @@ __device__ void score(const Scored &call, const uint4 *weights, uint32_t first_t
         for (uint32_t t = 0; t < TILES; t++) {
             if (t >= call.tiles) break;
             // Columns go to tensor cores in another order, which is that of both.
-            Eight w;
-            if constexpr (TILES == 1) {
-                w = read(call.first + uint64_t(g) * call.dim + c * CHUNK + 8 * q);
-            } else {
-                const uint4 four = weights[(c * call.tiles + t) * LANES + lane];
-                w = {{four.x, four.y, four.z, four.w}};
-            }
+            const Eight w = read(call.first + uint64_t(t * 8 + g) * call.dim + c * CHUNK + 8 * q);
 #pragma unroll
             for (int half = 0; half < 4; half += 2) {
                 const uint32_t a[4] = {x[0].pairs[half], x[1].pairs[half], x[0].pairs[half + 1], x[1].pairs[half + 1]};
                 multiply(units[t], a, w.pairs[half], w.pairs[half + 1]);
             }
         }
+    };
+#pragma unroll
+    for (uint32_t c = 0; c < HELD; c++) {
+        if (c >= chunks) break;
+        Eight x[2] = {held[0][c], held[1][c]};
+        take(c, x);
+    }
+    for (uint32_t c = HELD; c < chunks; c++) {
+        Eight x[2] = {read(rows[0] + c * CHUNK), read(rows[1] + c * CHUNK)};
+        take(c, x);
     }
 
     auto store = [&](uint32_t head, int r, float score) {
@@ -158,7 +160,7 @@ __device__ void score(const Scored &call, const uint4 *weights, uint32_t first_t
         const uint64_t text = tokens[r] / call.tokens;
         call.scores[(text * call.heads + head) * call.tokens + tokens[r] % call.tokens] = __float2bfloat16(score);
     };
-    [[maybe_unused]] float scores[HEADS][2] = {};
+    float scores[HEADS][2] = {};
 #pragma unroll
     for (uint32_t t = 0; t < TILES; t++) {
         if (t >= call.tiles) break;
@@ -167,54 +169,37 @@ __device__ void score(const Scored &call, const uint4 *weights, uint32_t first_t
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float a = units[t][2 * r] + bias.x, b = units[t][2 * r + 1] + bias.y;
-            if constexpr (TILES == 1) {
+            if (!call.second) {
                 store(unit, r, a);
                 store(unit + 1, r, b);
-            } else {
-                if (unit >= call.units) continue;
-                const float x = rounded(gelu(rounded(a))), y = rounded(gelu(rounded(b)));
+                continue;
+            }
+            if (unit >= call.units) continue;
+            const float x = rounded(gelu(rounded(a))), y = rounded(gelu(rounded(b)));
 #pragma unroll
-                for (uint32_t head = 0; head < HEADS; head++) {
-                    if (head >= call.heads) break;
-                    const bf16 *weights = call.second + uint64_t(head) * call.units + unit;
-                    const float2 by = wide(__ldg(reinterpret_cast<const uint32_t *>(weights)));
-                    scores[head][r] += x * by.x + y * by.y;
-                }
+            for (uint32_t head = 0; head < HEADS; head++) {
+                if (head >= call.heads) break;
+                const bf16 *weights = call.second + uint64_t(head) * call.units + unit;
+                const float2 by = wide(__ldg(reinterpret_cast<const uint32_t *>(weights)));
+                scores[head][r] += x * by.x + y * by.y;
             }
         }
     }
-    if constexpr (TILES > 1) {
+    if (!call.second) return;
 #pragma unroll
-        for (uint32_t head = 0; head < HEADS; head++) {
-            if (head >= call.heads) break;
-            const float bias = __bfloat162float(call.second_bias[head]);
+    for (uint32_t head = 0; head < HEADS; head++) {
+        if (head >= call.heads) break;
+        const float bias = __bfloat162float(call.second_bias[head]);
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float sum = scores[head][r] + __shfl_xor_sync(~0u, scores[head][r], 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
-                if (q == 0) store(head, r, sum + bias);
-            }
+        for (int r = 0; r < 2; r++) {
+            float sum = scores[head][r] + __shfl_xor_sync(~0u, scores[head][r], 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            if (q == 0) store(head, r, sum + bias);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) scored_linear(Scored call) {
-    const uint32_t first_token = (blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES) * ROWS;
-    if (first_token < call.all) score<1>(call, nullptr, first_token);
-}
-
-extern "C" __global__ void __launch_bounds__(MLP_THREADS, 1) scored_mlp(Scored call) {
-    extern __shared__ uint4 weights[];
-    const uint32_t all = call.dim / CHUNK * call.tiles * LANES;
-    for (uint32_t i = threadIdx.x; i < all; i += MLP_THREADS) {
-        const uint32_t lane = i % LANES, tile = i / LANES % call.tiles, chunk = i / LANES / call.tiles;
-        const bf16 *from = call.first + uint64_t(tile * 8 + lane / 4) * call.dim + chunk * CHUNK + 8 * (lane % 4);
-        weights[i] = __ldg(reinterpret_cast<const uint4 *>(from));
-    }
-    __syncthreads();
-    const uint32_t warps = MLP_THREADS / LANES, stride = gridDim.x * warps * ROWS;
-    for (uint32_t token = (blockIdx.x * warps + threadIdx.x / LANES) * ROWS; token < call.all; token += stride) score<9>(call, weights, token);
-}
+extern "C" __global__ void __launch_bounds__(THREADS) scored_1(Scored call) { score<1, 18>(call); }
 
 // Size of the struct above: the host's mirror must agree.
 extern "C" __global__ void scored_sizes(uint32_t *sizes) { sizes[0] = sizeof(Scored); }

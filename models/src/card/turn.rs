@@ -46,7 +46,7 @@ impl Turning {
 }
 
 impl Decoder {
-    /// What the projections of a layer read, and a surrogate's scores of it, bf16 `[batch, kv_heads, tokens]`, which so
+    /// What the projections of a layer read, and a linear surrogate's scores of it, bf16 `[batch, kv_heads, tokens]`, which so
     /// cost no reading of their own; `None` where there is no kernel for it.
     pub(crate) fn scored_on_card(
         &self,
@@ -54,13 +54,15 @@ impl Decoder {
         residual: &Tensor,
         scorer: &dyn Scorer<Tensor>,
     ) -> Result<Option<(Tensor, Tensor)>> {
-        let Some(Turning { scored, .. }) = &self.turning else { return Ok(None) };
-        let (maps, heads) = (scorer.maps(layer), self.config.kv_heads);
+        let (Some(Turning { scored, .. }), [map]) = (&self.turning, scorer.maps(layer)) else {
+            return Ok(None);
+        };
         let plain = !self.config.architecture.norms_outputs() && !residual.requires_grad();
-        if !plain || !Scored::takes(residual, maps, heads) {
+        if !plain || !Scored::takes(residual, map) {
             return Ok(None);
         }
-        scored.run(residual, &self.blocks[layer].attention_norm, maps, heads).map(Some)
+        let norm = &self.blocks[layer].attention_norm;
+        scored.linear(residual, norm, map, self.config.kv_heads).map(Some)
     }
 
     /// Turns the queries and keys in `projected` where they lie, and says whether it could.
