@@ -494,7 +494,9 @@ pub enum Error {
     },
 
     /// A position is NaN or infinite.
-    #[error("layer {layer}: a position is NaN or infinite; the weights that positions are learned with are broken: fetch the model or overlay again, or train with a lower --map-rate")]
+    #[error(
+        "layer {layer}: a position is NaN or infinite; the weights that positions are learned with are broken: fetch the model or overlay again, or train with a lower --map-rate"
+    )]
     PositionNotFinite {
         /// The layer.
         layer: usize,
