@@ -127,13 +127,13 @@ fn log_sums(
     Ok(before.f_logaddexp(&among)?)
 }
 
+/// A program of one call, which tch doesn't have; `oracle/flash.py` writes it.
+static FLASH: LazyLock<Option<CModule>> =
+    LazyLock::new(|| CModule::load_data(&mut include_bytes!("oracle/flash.pt").as_slice()).ok());
+
 /// `[batch, query_heads, rows]`: the logarithms that flash attention divides by on a card, for the last rows of what `keys`
 /// `[batch, kv_heads, tokens, head_dim]` are of; `None` where it does not run.
 fn flash_sums(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Option<Tensor> {
-    /// A program of one call, which tch doesn't have; `flash.py` writes it.
-    static FLASH: LazyLock<Option<CModule>> = LazyLock::new(|| {
-        CModule::load_data(&mut include_bytes!("oracle/flash.pt").as_slice()).ok()
-    });
     let arguments = [queries, keys, values].map(|x| IValue::Tensor(x.shallow_clone()));
     match FLASH.as_ref()?.forward_is(&arguments) {
         Ok(IValue::Tensor(sums)) => Some(sums),
@@ -201,6 +201,11 @@ mod tests {
             let found = attention.most(&some, &scales, blocks).unwrap();
             assert!(found.allclose(&expected, 1e-5, 1e-6, false), "{block} rows at a time");
         }
+    }
+
+    #[test]
+    fn libtorch_takes_the_program_of_flash_attention() {
+        assert!(FLASH.is_some(), "without it a card falls back to what is slower");
     }
 
     #[test]
