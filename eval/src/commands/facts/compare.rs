@@ -214,3 +214,19 @@ fn print<'a>(arms: &[&'a str], against: &[String], of: &dyn Fn(&str) -> Vec<&'a 
     }
     println!("{ahead}");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_arm_is_compared_with_each_control_and_none_with_itself() {
+        let against = ["rope".to_owned(), "yarn".to_owned()];
+        let pairs = pairs(&["rope", "slowed", "yarn"], &against);
+        let inside = pairs.iter().filter(|(.., inside)| *inside == Some(true));
+        let inside: Vec<_> = inside.map(|&(arm, against, ..)| (arm, against)).collect();
+        let expected = [("slowed", "rope"), ("yarn", "rope"), ("rope", "yarn"), ("slowed", "yarn")];
+        assert_eq!(inside, expected);
+        assert_eq!(pairs.len(), expected.len() * SPANS.len());
+    }
+}
