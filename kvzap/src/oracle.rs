@@ -37,17 +37,17 @@ pub fn kvzip_plus(
     output_projection: &Tensor,
     spans: &Spans,
 ) -> Result<Tensor> {
-    let all = |original: Tensor| Ok(original);
-    kvzip_plus_of(input, output_projection, spans, &all)
+    Ok(kvzip_plus_of(input, output_projection, spans, &|original| Ok(original))?.0)
 }
 
-/// [`kvzip_plus`] of those tokens alone that `some` picks from `[batch, kv_heads, original, head_dim]` along that dimension.
+/// [`kvzip_plus`] of those tokens alone that `some` picks from `[batch, kv_heads, original, head_dim]` along that dimension;
+/// and attention over all tokens where it was made on the way, see [`attended`].
 pub(crate) fn kvzip_plus_of(
     input: LayerInput<'_, Tensor>,
     output_projection: &Tensor,
     spans: &Spans,
     some: &dyn Fn(Tensor) -> Result<Tensor>,
-) -> Result<Tensor> {
+) -> Result<(Tensor, Option<Tensor>)> {
     let [batch, query_heads, tokens, dim] =
         dims(input.queries, "queries", "[batch, query_heads, tokens, head_dim]")?;
     let [_, heads, ..]: [i64; 4] = dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
@@ -67,11 +67,13 @@ pub(crate) fn kvzip_plus_of(
         return Err(Error::Spans { original, repeat, tokens: tokens as usize });
     }
     let (past, rows) = (repeat.start as i64, repeat.len() as i64);
-    let seen = |x: &Tensor| x.f_narrow(2, 0, past + rows);
     let queries = input.queries.f_narrow(2, past, rows)?;
-    let keys = seen(input.keys)?;
-    let attention = Attention::new(&queries, &keys)?;
-    let sums = log_sums(&attention, &queries, &keys, &seen(input.values)?)?;
+    let attention = Attention::new(&queries, &input.keys.f_narrow(2, 0, past + rows)?)?;
+    let (mixed, sums) = match attended(input.queries, input.keys, input.values)? {
+        Some((mixed, sums)) => (Some(mixed), sums.f_narrow(2, past, rows)?),
+        None => (None, log_sums(&attention)?),
+    };
+    let sums = sums.f_reshape([batch * heads, group, rows])?;
     let norms = input.hidden.f_narrow(1, past, rows)?;
     let norms = norms.f_norm_scalaropt_dim_dtype(2, [-1].as_slice(), false, Kind::Float)?;
     let norms = norms.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_log()?; // [batch, rows]
@@ -83,78 +85,45 @@ pub(crate) fn kvzip_plus_of(
     let blocks = attention.blocks_of(0..rows, keys.size()[1]);
     let weights = attention.most(&keys, &scales, blocks)?;
     let norms = projected_norms(&of_original(input.values)?, output_projection, group)?;
-    Ok(weights.f_view_as(&norms)?.f_add(&norms)?.f_amax([2], false)?)
+    Ok((weights.f_view_as(&norms)?.f_add(&norms)?.f_amax([2], false)?, mixed))
 }
 
-/// `[batch * kv_heads, group, rows]` f32: the logarithm of what softmax divides a row by, for rows that come after others.
+/// Causal attention over whole texts, `[batch, query_heads, tokens, head_dim]`, and the logarithms of what its softmax divides by,
+/// `[batch, query_heads, tokens]` f32.
 ///
-/// Fused attention finds it on the way, without writing the logits down, which is most of what the target costs. Its sums are
-/// f32; on a card it is taken for 16-bit queries alone, since its products of f32 are not.
-///
-/// Where there is no [`flash_sums`], it reads these rows in two parts: what stands before all of them a group's query heads read
-/// as one, and only among themselves, where keys are repeated for each query head, are they causal.
-fn log_sums(
-    attention: &Attention,
-    queries: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
-) -> Result<Tensor> {
+/// Fused attention finds them on the way, without writing the logits down: a model that reads a text to learn from it needs
+/// no other attention. `None` where no such kernel gives them: in f32 on a card, and on cards without flash attention.
+fn attended(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
     let (kind, device) = (queries.kind(), queries.device());
+    if device == Device::Cpu && kind == Kind::Float {
+        let group = queries.size()[1] / keys.size()[1].max(1);
+        let own = |x: &Tensor| x.f_repeat_interleave_self_int(group, 1, None);
+        let (keys, values, none) = (own(keys)?, own(values)?, None::<&Tensor>);
+        return Ok(Some(Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
+            queries, &keys, &values, 0.0, true, none, None,
+        )?));
+    }
     let half = matches!(kind, Kind::Half | Kind::BFloat16);
-    if !(device == Device::Cpu && kind == Kind::Float || device.is_cuda() && half) {
-        let sums =
-            attention.blocks().map(|rows| Ok(attention.logits(rows)?.f_logsumexp([3], false)?));
-        return Ok(Tensor::f_cat(&sums.collect::<Result<Vec<_>>>()?, 2)?);
-    }
-    let [_, heads, tokens, dim] = dims(keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
-    let (group, count) = (queries.size()[1] / heads.max(1), queries.size()[2]);
-    let past = tokens - count;
-    let sums = |queries: &Tensor, keys: &Tensor, values: &Tensor, causal| -> Result<Tensor> {
-        let sums = fused_sums(queries, keys, values, causal)?;
-        let sums = sums.f_narrow(2, 0, queries.size()[2])?; // a card gives whole tiles
-        Ok(sums.f_to_kind(Kind::Float)?.f_reshape([-1, group, count])?)
+    let program = FLASH.as_ref().filter(|_| device.is_cuda() && half);
+    let arguments = [queries, keys, values].map(|x| IValue::Tensor(x.shallow_clone()));
+    let Some(Ok(IValue::Tuple(both))) = program.map(|flash| flash.forward_is(&arguments)) else {
+        return Ok(None);
     };
-    if device.is_cuda()
-        && let Some(sums) = flash_sums(queries, keys, values)
-    {
-        return Ok(sums.f_reshape([-1, group, count])?);
-    }
-    let folded = queries.f_reshape([-1, 1, group * count, dim])?;
-    let earlier = |x: &Tensor| x.f_narrow(2, 0, past)?.f_reshape([-1, 1, past, dim]);
-    let before = sums(&folded, &earlier(keys)?, &earlier(values)?, false)?;
-    let own = |x: &Tensor| x.f_narrow(2, past, count)?.f_repeat_interleave_self_int(group, 1, None);
-    let among = sums(queries, &own(keys)?, &own(values)?, true)?;
-    Ok(before.f_logaddexp(&among)?)
+    Ok(match <[IValue; 2]>::try_from(both) {
+        Ok([IValue::Tensor(mixed), IValue::Tensor(sums)]) => Some((mixed, sums)),
+        _ => None,
+    })
 }
 
-/// A program of one call, which tch doesn't have; `oracle/flash.py` writes it.
+/// A program of one call, which tch has no name for; `oracle/flash.py` writes it.
 static FLASH: LazyLock<Option<CModule>> =
     LazyLock::new(|| CModule::load_data(&mut include_bytes!("oracle/flash.pt").as_slice()).ok());
 
-/// `[batch, query_heads, rows]`: the logarithms that flash attention divides by on a card, for the last rows of what `keys`
-/// `[batch, kv_heads, tokens, head_dim]` are of; `None` where it does not run.
-fn flash_sums(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Option<Tensor> {
-    let arguments = [queries, keys, values].map(|x| IValue::Tensor(x.shallow_clone()));
-    match FLASH.as_ref()?.forward_is(&arguments) {
-        Ok(IValue::Tensor(sums)) => Some(sums),
-        _ => None,
-    }
-}
-
-/// `[batch, heads, rows or more]`: the logarithms that libtorch's streaming kernel of this device divides by.
-fn fused_sums(queries: &Tensor, keys: &Tensor, values: &Tensor, causal: bool) -> Result<Tensor> {
-    let none = None::<&Tensor>;
-    Ok(if queries.device() == Device::Cpu {
-        Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, causal, none, None,
-        )?
-        .1
-    } else {
-        Tensor::f_internal_scaled_dot_product_efficient_attention(
-            queries, keys, values, none, true, 0.0, causal, None,
-        )?
-        .1
-    })
+/// `[batch * kv_heads, group, rows]` f32: the logarithm of what softmax divides each row by.
+fn log_sums(attention: &Attention) -> Result<Tensor> {
+    let sums =
+        attention.blocks().map(|rows| Ok(attention.logits(rows)?.f_logsumexp([3], false)?));
+    Ok(Tensor::f_cat(&sums.collect::<Result<Vec<_>>>()?, 2)?)
 }
 
 /// `[…, kv_heads, group, tokens]` f32: `log |W_O^(g) v_i|`, for `values` `[…, kv_heads, tokens,
@@ -209,18 +178,21 @@ mod tests {
     }
 
     #[test]
-    fn fused_attention_gives_the_sums_that_blocks_give() {
+    fn fused_attention_gives_what_blocks_give() {
         tch::manual_seed(2);
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3;
         let (queries, keys) = (random(&[2, 6, 70, 8]), random(&[2, 2, 70, 8]));
         let values = random(&[2, 2, 70, 8]);
-        let expected = Attention::new(&queries, &keys).unwrap().logits(0..70).unwrap();
-        let expected = expected.logsumexp([3], false);
-        for past in [1, 40, 69] {
-            let queries = queries.narrow(2, past, 70 - past);
-            let attention = Attention::new(&queries, &keys).unwrap();
-            let found = log_sums(&attention, &queries, &keys, &values).unwrap();
-            assert!(found.allclose(&expected.narrow(2, past, 70 - past), 1e-6, 1e-6, false));
+        let (mixed, sums) = attended(&queries, &keys, &values).unwrap().unwrap();
+        for past in [0, 1, 40, 69] {
+            let attention = Attention::new(&queries.narrow(2, past, 70 - past), &keys).unwrap();
+            let expected = log_sums(&attention).unwrap().view([2, 6, 70 - past]);
+            let found = sums.narrow(2, past, 70 - past);
+            assert!(found.allclose(&expected, 1e-6, 1e-6, false), "after {past}");
+            let expected =
+                attention.weights(0..70 - past).unwrap().matmul(&values.view([4, 1, 70, 8]));
+            let found = mixed.narrow(2, past, 70 - past);
+            assert!(found.allclose(&expected.view([2, 6, 70 - past, 8]), 1e-5, 1e-5, false));
         }
     }
 }

@@ -213,8 +213,8 @@ fn same(layers: &[Option<Rows>]) -> Vec<Option<Rows>> {
     layers.iter().map(|rows| rows.as_ref().map(Rows::same)).collect()
 }
 
-/// Attention of a first pass: every token sees itself and all before it.
-pub(crate) fn causal(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+/// Attention of a first pass, `[batch, query_heads, tokens, head_dim]`: every token sees itself and all before it.
+pub fn causal(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
     let tokens = queries.size()[2];
     causal_among(
         queries,

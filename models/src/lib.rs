@@ -34,7 +34,7 @@ mod training;
 mod weights;
 
 pub use branches::{Branches, Turn};
-pub use cache::{Dense, KvCache, Usage};
+pub use cache::{Dense, KvCache, Usage, causal};
 #[cfg(feature = "cuda")]
 pub use card::{
     Bench, Capacity, CardCache, CardExecutor, CardRoom, CardText, Decoded, Gates, Mode, Place,

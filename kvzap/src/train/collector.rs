@@ -20,6 +20,7 @@ struct Inner {
     rows: usize,
     text: Option<(Spans, Tensor)>, // and which tokens of the original to learn from
     gathered: Vec<(Vec<Tensor>, Vec<Tensor>)>, // of each layer, text by text
+    attended: Option<Tensor>,
 }
 
 impl Collector {
@@ -27,7 +28,8 @@ impl Collector {
     /// layer. Of each text it learns from `rows` tokens, or from all if there are fewer.
     pub fn new(output_projections: Vec<Tensor>, rows: usize) -> Self {
         let gathered = output_projections.iter().map(|_| Default::default()).collect();
-        Self(Arc::new(Mutex::new(Inner { output_projections, rows, text: None, gathered })))
+        let (text, attended) = (None, None);
+        Self(Arc::new(Mutex::new(Inner { output_projections, rows, text, gathered, attended })))
     }
 
     /// Announces the next forward pass: sequences of one length, whole, with their texts at `spans`. `seed`
@@ -39,6 +41,12 @@ impl Collector {
         let tokens = Tensor::f_from_slice(&tokens)?.f_to_device(device)?;
         inner.text = Some((spans, tokens));
         Ok(())
+    }
+
+    /// Causal attention over the tokens of the layer that was just scored, `[batch, query_heads, tokens, head_dim]`, where it was
+    /// made for the scores: the model need not make it again.
+    pub fn attended(&self) -> Option<Tensor> {
+        self.inner().attended.take()
     }
 
     /// What was gathered since the last call, on the model's device.
@@ -71,13 +79,14 @@ impl Scorer<Tensor> for Collector {
         let projection =
             inner.output_projections.get(layer).ok_or(Error::Layer { layer, layers })?;
         let some = |original: Tensor| Ok(original.f_index_select(2, tokens)?);
-        let scores = kvzip_plus_of(input, projection, spans, &some)?; // [batch, kv_heads, some]
+        let (scores, attended) = kvzip_plus_of(input, projection, spans, &some)?; // [batch, kv_heads, some]
         let targets = scores.f_transpose(1, 2)?.f_flatten(0, 1)?;
         let rows = tokens.f_add_scalar(spans.original.start as i64)?;
         let hidden = input.hidden.f_index_select(1, &rows)?.f_flatten(0, 1)?;
         let (all_hidden, all_scores) = &mut inner.gathered[layer];
         all_hidden.push(hidden);
         all_scores.push(targets);
+        inner.attended = attended;
         let [batch, heads, total, _] =
             dims(input.keys, "keys", "[batch, kv_heads, tokens, head_dim]")?;
         Ok(Tensor::f_full([batch, heads, total], f64::INFINITY, (Kind::Float, scores.device()))?)

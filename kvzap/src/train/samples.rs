@@ -69,16 +69,15 @@ impl Samples {
         let (mut tensors, failed) = (Vec::new(), OnceCell::new());
         let hosts = on_host([(&hidden, half), (&scores, Kind::Float)])?;
         for ((name, layers), host) in
-            [("hidden", hidden), ("scores", scores)].into_iter().zip(hosts)
+            [("hidden", hidden), ("scores", scores)].into_iter().zip(&hosts)
         {
             let mut start = 0;
             for (layer, tensor) in layers.into_iter().enumerate() {
                 let [rows, size] = dims(tensor, name, "[rows, size]")?;
-                let (tensor, shape) =
-                    (host.f_narrow(0, start, rows * size)?, [rows as usize, size as usize]);
+                let shape = [rows as usize, size as usize];
+                let stored = Stored { host, start, shape, failed: &failed };
                 start += rows * size;
-                tensors
-                    .push((format!("{name}.{layer}"), Stored { tensor, shape, failed: &failed }));
+                tensors.push((format!("{name}.{layer}"), stored));
             }
         }
         let path = self.path(shard);
@@ -200,18 +199,56 @@ impl Shard {
     }
 }
 
+/// Numbers of one kind in host memory, in parts of [`PART`] bytes and a last one.
+struct Host {
+    parts: Vec<Tensor>,
+    kind: Kind,
+}
+
+/// Pinned memory comes in powers of two, takes a card's driver 0.3 ms a megabyte to make, and is used again by what fits in.
+const PART: i64 = 1 << 26;
+
+impl Host {
+    /// Begins to copy `numbers`, all in a row.
+    fn copy(numbers: &Tensor) -> Result<Self> {
+        let kind = numbers.kind();
+        let parts = numbers.f_split(PART / kind.elt_size_in_bytes() as i64, 0)?;
+        let host = |part: Tensor| Ok(part.f_to_device_(Device::Cpu, kind, true, false)?);
+        Ok(Self { parts: parts.into_iter().map(host).collect::<Result<_>>()?, kind })
+    }
+
+    /// The bytes of those numbers that begin at `start`, as many as fit.
+    fn bytes(&self, start: i64, bytes: &mut [u8]) -> std::result::Result<(), TchError> {
+        let size = self.kind.elt_size_in_bytes();
+        let (mut skipped, mut rest) = (start, bytes);
+        for part in &self.parts {
+            let length = part.numel() as i64;
+            if skipped >= length {
+                skipped -= length;
+                continue;
+            }
+            let count = (length - skipped).min((rest.len() / size) as i64);
+            let (here, later) = rest.split_at_mut(count as usize * size);
+            part.f_narrow(0, skipped, count)?.f_copy_data_u8(here, count as usize)?;
+            (skipped, rest) = (0, later);
+        }
+        Ok(())
+    }
+}
+
 /// A tensor in host memory on its way to a file, a copy at a time: all of a shard's would be its size once more.
 ///
 /// [`View`] knows no failure, so one is left where the writer looks before it keeps the file.
 struct Stored<'a> {
-    tensor: Tensor,
+    host: &'a Host,
+    start: i64,
     shape: [usize; 2],
     failed: &'a OnceCell<TchError>,
 }
 
 impl View for Stored<'_> {
     fn dtype(&self) -> safetensors::Dtype {
-        dtype(self.tensor.kind())
+        dtype(self.host.kind)
     }
 
     fn shape(&self) -> &[usize] {
@@ -220,14 +257,14 @@ impl View for Stored<'_> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let mut bytes = vec![0; self.data_len()];
-        if let Err(error) = self.tensor.f_copy_data_u8(&mut bytes, self.tensor.numel()) {
+        if let Err(error) = self.host.bytes(self.start, &mut bytes) {
             let _ = self.failed.set(error);
         }
         bytes.into()
     }
 
     fn data_len(&self) -> usize {
-        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
+        self.shape.iter().product::<usize>() * self.host.kind.elt_size_in_bytes()
     }
 }
 
@@ -235,7 +272,7 @@ impl View for Stored<'_> {
 ///
 /// A card copies them in the order of its work, into pinned memory, and is waited for once: a thread that waited for each
 /// tensor would each time stand behind all that the others have queued.
-fn on_host(kinds: [(&[&Tensor], Kind); 2]) -> Result<[Tensor; 2]> {
+fn on_host(kinds: [(&[&Tensor], Kind); 2]) -> Result<[Host; 2]> {
     let row = |tensors: &[&Tensor], kind: Kind| -> Result<Tensor> {
         let flat = tensors.iter().map(|tensor| tensor.f_to_kind(kind)?.f_flatten(0, -1));
         Ok(Tensor::f_cat(&flat.collect::<std::result::Result<Vec<_>, _>>()?, 0)?)
@@ -244,8 +281,7 @@ fn on_host(kinds: [(&[&Tensor], Kind); 2]) -> Result<[Tensor; 2]> {
     let [hidden, scores] = kinds;
     let rows = [row(hidden.0, hidden.1)?, row(scores.0, scores.1)?];
     let all = finite(&rows[0])?.f_logical_and(&finite(&rows[1])?)?;
-    let host = |row: &Tensor| row.f_to_device_(Device::Cpu, row.kind(), true, false);
-    let hosts = [host(&rows[0])?, host(&rows[1])?];
+    let hosts = [Host::copy(&rows[0])?, Host::copy(&rows[1])?];
     if bool::try_from(all)? {
         return Ok(hosts);
     }

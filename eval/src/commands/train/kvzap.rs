@@ -9,7 +9,7 @@ use kvzap::{
     Affine, Collector, Dtype, MlpFit, MlpSettings, Ridge, Rows, Samples, Surrogate, Threshold,
     TorchSurrogate, r2,
 };
-use models::{Dense, Hooks, Model, Pruning, WINDOW};
+use models::{Dense, Hooks, Model, Pruning, WINDOW, Whose, causal};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
@@ -258,7 +258,7 @@ fn collect(
                     let (ids, spans) = pieces.repeated(texts);
                     took.tokens += ids.iter().map(Vec::len).sum::<usize>();
                     collector.begin(spans, args.seed ^ (shard << 8 | index) as u64)?;
-                    let _ = forward(model, &ids, Some(&collector))?;
+                    collect_from(model, &ids, &collector)?;
                     bar.inc(texts.len() as u64);
                 }
                 let (rows, start) = (collector.take()?, Instant::now());
@@ -295,21 +295,38 @@ fn fingerprint(projections: &[Tensor]) -> Result<u64> {
     Ok(hash.0)
 }
 
-/// Reads `ids`, for a collector or for nothing but the time it takes.
-fn forward(model: &Model, ids: &[Vec<u32>], collector: Option<&Collector>) -> Result<Tensor> {
+/// Reads `ids`, all of one length, for the time that it takes.
+fn read(model: &Model, ids: &[Vec<u32>]) -> Result<Tensor> {
+    let mut cache = Dense::new(model.lm.config().layers, WINDOW);
+    let tokens = side_by_side(model, ids)?;
+    Ok(tch::no_grad(|| model.lm.forward(&tokens, &mut cache, &Hooks::default()))?)
+}
+
+/// Reads `ids`, all of one length, for a collector, whose attention serves the model as well.
+fn collect_from(model: &Model, ids: &[Vec<u32>], collector: &Collector) -> Result<()> {
+    let hooks = Hooks::pruning(Pruning {
+        scorer: Box::new(collector.clone()),
+        policy: Box::new(Threshold::new(f32::NEG_INFINITY)?),
+        while_decoding: true,
+    });
+    let tokens = side_by_side(model, ids)?;
+    let indices: Vec<_> = (0..tokens.size()[1] as usize).collect();
+    tch::no_grad(|| {
+        let mut pass = model.lm.enter(&tokens, &indices, Whose::Context)?;
+        for layer in 0..model.lm.config().layers {
+            model.lm.layer(layer, &mut pass, &hooks, WINDOW, &mut |queries, keys, values, _| {
+                collector.attended().map_or_else(|| causal(queries, keys, values), Ok)
+            })?;
+        }
+        Ok(())
+    })
+}
+
+/// `[texts, tokens]` int64.
+fn side_by_side(model: &Model, ids: &[Vec<u32>]) -> Result<Tensor> {
     let texts = ids.len() as i64;
     let ids: Vec<i64> = ids.iter().flatten().map(|&id| i64::from(id)).collect();
-    let pruning = |collector: &Collector| -> Result<Pruning> {
-        Ok(Pruning {
-            scorer: Box::new(collector.clone()),
-            policy: Box::new(Threshold::new(f32::NEG_INFINITY)?),
-            while_decoding: true,
-        })
-    };
-    let hooks = Hooks { pruning: collector.map(pruning).transpose()?, ..Hooks::default() };
-    let tokens = Tensor::f_from_slice(&ids)?.f_view([texts, -1])?.f_to_device(model.device)?;
-    let mut cache = Dense::new(model.lm.config().layers, WINDOW);
-    Ok(tch::no_grad(|| model.lm.forward(&tokens, &mut cache, &hooks))?)
+    Ok(Tensor::f_from_slice(&ids)?.f_view([texts, -1])?.f_to_device(model.device)?)
 }
 
 /// Tokens a second that the model reads without collecting, in pieces of the same lengths.
@@ -317,15 +334,15 @@ fn prefill_speed(model: &Model, pieces: &Pieces) -> Result<f64> {
     let (all, size) = (pieces.len(), shard(model.device));
     let shards = (0..all).step_by(size).take(3);
     let batches: Vec<_> = shards.flat_map(|at| pieces.alike(at..all.min(at + size))).collect();
-    let read = |texts: &&[Vec<u32>]| -> Result<usize> {
+    let timed = |texts: &&[Vec<u32>]| -> Result<usize> {
         let ids = pieces.repeated(texts).0;
-        let hidden = forward(model, &ids, None)?;
+        let hidden = read(model, &ids)?;
         let _ = hidden.f_double_value(&[0, 0, 0])?; // waits for the card
         Ok(ids.iter().map(Vec::len).sum())
     };
-    batches.iter().map(read).sum::<Result<usize>>()?; // a first time is slower
+    batches.iter().map(timed).sum::<Result<usize>>()?; // a first time is slower
     let start = Instant::now();
-    let tokens = batches.iter().map(read).sum::<Result<usize>>()?;
+    let tokens = batches.iter().map(timed).sum::<Result<usize>>()?;
     Ok(tokens as f64 / start.elapsed().as_secs_f64())
 }
 
