@@ -340,6 +340,13 @@ fn a_collector_learns_the_oracle_from_forward_passes_and_forgets_nothing() {
     for (index, layer) in layers.iter().enumerate() {
         let scores = scorer.score(layer.input(index)).unwrap();
         assert_eq!(scores.size(), [1, 2, 60]);
+        let LayerInput { queries, keys, values, .. } = layer.input(index);
+        let none = None::<&Tensor>;
+        let mixed = Tensor::scaled_dot_product_attention(
+            queries, keys, values, none, 0.0, true, None, true,
+        );
+        assert!(collector.attended().unwrap().allclose(&mixed, 1e-5, 1e-6, false));
+        assert!(collector.attended().is_none(), "taken");
         assert!(
             bools(&Threshold::new(f32::MAX).unwrap().drops(&scores).unwrap())
                 .iter()

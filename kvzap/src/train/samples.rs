@@ -302,3 +302,20 @@ fn dtype(kind: Kind) -> safetensors::Dtype {
         _ => safetensors::Dtype::F32,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_read_across_parts() {
+        let all = Tensor::arange(12, (Kind::Float, Device::Cpu));
+        let host = Host { parts: all.split_with_sizes([5, 4, 3], 0), kind: Kind::Float };
+        for (start, count) in [(0, 12), (0, 5), (2, 2), (3, 6), (4, 8), (9, 3), (11, 1)] {
+            let mut bytes = vec![0; 4 * count];
+            host.bytes(start as i64, &mut bytes).unwrap();
+            let numbers = bytes.chunks(4).map(|four| f32::from_le_bytes(four.try_into().unwrap()));
+            assert!(numbers.eq((start..start + count).map(|n| n as f32)), "{count} from {start}");
+        }
+    }
+}
