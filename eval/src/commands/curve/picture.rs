@@ -62,7 +62,11 @@ fn one(task: &str, context: usize, rows: &[&Row]) -> Result<String> {
         let root = SVGBackend::with_string(&mut svg, (900, 480)).into_drawing_area();
         root.fill(&WHITE)?;
         let (left, legend) = root.split_horizontally(680);
-        let n = rows.first().map_or(0, |row| row.n);
+        let n = rows.iter().map(|row| row.n);
+        let n = match (n.clone().min(), n.max()) {
+            (Some(least), Some(most)) if least < most => format!("{least} to {most}"),
+            (least, _) => least.unwrap_or(0).to_string(),
+        };
         let mut chart = ChartBuilder::on(&left)
             .caption(format!("{task}, {context} tokens, {n} samples"), ("sans-serif", 18))
             .margin(12)
