@@ -14,6 +14,12 @@ const WORDS: [&str; 12] = [
     "writes",
 ];
 
+fn longctx(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+    command.args(arguments);
+    command
+}
+
 /// Documents of sentences whose words do not repeat in the same order.
 fn write_text(path: &Path) {
     let mut state = 1u64;
@@ -167,6 +173,8 @@ fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured
     assert_eq!(rows[1]["arm"], "repo", "those of this one are made anew");
     let row = |row: &&Value| row["against"] == "rope" && row["context"] == "outside";
     assert!(rows.as_array().unwrap().iter().any(|r| row(&r)), "{rows}");
+    let wrong = refused(longctx(&["facts", "compare", &place.path("rows.json")]));
+    assert!(wrong.contains("facts measure writes; give the file that its --output"), "{wrong}");
 }
 
 #[test]
@@ -204,12 +212,6 @@ fn a_twin_is_timed_beside_its_index_and_asked_when_much_is_forgotten() {
     ok(place.train("slowed", &[&scratch[..], &["--arm", "slowed"]].concat()));
     ok(place.train("rope", &[&scratch[..], &["--arm", "rope"]].concat()));
     let [slowed, rope] = ["slowed", "rope"].map(|name| place.path(name));
-    let longctx = |arguments: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        command.args(arguments);
-        command
-    };
-
     let cost = place.path("cost.json");
     let bench = ["bench", "--positions", "--context", "64", "--decode", "2", "--threads", "1"];
     let timed = ["--model", &slowed, "--repeat", "3", "--results", &cost];
@@ -262,7 +264,7 @@ fn a_twin_is_timed_beside_its_index_and_asked_when_much_is_forgotten() {
     assert_eq!(said, [json!("slowed"), json!(1), json!(0.5), json!(9)]);
     assert_eq!(row("full")["removed"], 0.0);
     let wrong = refused(longctx(&["facts", "forgetting", &place.path("slowed/training.json")]));
-    assert!(wrong.contains("is not what longctx curve --json writes"), "{wrong}");
+    assert!(wrong.contains("is not what longctx curve --json writes; give"), "{wrong}");
 }
 
 /// The bytes of an overlay's tensors, without the header, whose metadata have no order.
@@ -308,4 +310,7 @@ fn arms_side_by_side_learn_what_each_learns_alone() {
     assert!(text.contains("would stay as they begin"), "{text}");
     let twice = refused(place.train("twice", &[&some[..], &["--arm", "rope", "rope"]].concat()));
     assert!(twice.contains("give each once"), "{twice}");
+    let own = ["--arm", "r2n1", "--layers", "1"];
+    let own = refused(place.train("own", &[&["--model", &base][..], &own].concat()));
+    assert!(own.contains("arm r2n1 has layers of its own"), "{own}");
 }

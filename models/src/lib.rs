@@ -60,7 +60,7 @@ pub use random::Random;
 pub use sampling::{Sampler, Sampling};
 pub use session::{Generated, Session, Steps, Stop};
 pub use tokenizer::{GgufVocabulary, Specials, Tokenizer};
-pub use training::{AdamW, Rates, Rows, Trainable, Trained, Way};
+pub use training::{AdamW, Extent, Rates, Rows, Trainable, Trained, Way};
 pub use weights::{Source, Weights, open};
 
 pub use kvzap::WINDOW;

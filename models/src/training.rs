@@ -39,6 +39,22 @@ pub enum Trained {
     Everything,
 }
 
+/// How much of a model is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// What of each layer.
+    pub trained: Trained,
+    /// The first layer of which anything is; the embedding is only from 0 on.
+    pub from: usize,
+}
+
+impl Extent {
+    /// Of the whole model.
+    pub const fn whole(trained: Trained) -> Self {
+        Self { trained, from: 0 }
+    }
+}
+
 /// How a part is updated; in this order they lie in the vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Role {
@@ -89,32 +105,31 @@ impl Trainable {
     /// Goes on with a model: `config` is its own with other positions, if any; `weights` are f32 on the CPU. Maps that
     /// these lack begin as the published ones did, from a normal distribution of 0.02, cut at three deviations.
     ///
-    /// Nothing is trained of the layers below `first`, nor of the embedding unless that is 0. The network computes in `kind`,
-    /// [`Kind::Float`] or [`Kind::BFloat16`], on `device`.
+    /// The network computes in `kind`, [`Kind::Float`] or [`Kind::BFloat16`], on `device`.
     ///
     /// # Errors
     /// Nothing would be trained, as with [`Trained::Maps`] in a model without maps.
     pub fn continued(
         weights: &Weights,
         config: Config,
-        (trained, first): (Trained, usize),
+        extent: Extent,
         kind: Kind,
         device: Device,
         seed: u64,
     ) -> Result<Self> {
-        Self::new(&Start::new(config, Some(weights), seed), trained, first, kind, device)
+        Self::new(&Start::new(config, Some(weights), seed), extent, kind, device)
     }
 
     /// A new model: matrices from a normal distribution of 0.02, cut at three deviations, norms 1, biases 0. A tensor's
     /// numbers depend on `seed` and its name alone, so twins share what they both have.
     pub fn from_scratch(config: Config, kind: Kind, device: Device, seed: u64) -> Result<Self> {
-        Self::new(&Start::new(config, None, seed), Trained::Everything, 0, kind, device)
+        let everything = Extent::whole(Trained::Everything);
+        Self::new(&Start::new(config, None, seed), everything, kind, device)
     }
 
     fn new(
         start: &Start,
-        trained: Trained,
-        first: usize,
+        Extent { trained, from }: Extent,
         kind: Kind,
         device: Device,
     ) -> Result<Self> {
@@ -125,7 +140,7 @@ impl Trainable {
         let mut chosen: Vec<(Role, String, Tensor)> = Vec::new();
         for (name, tensor) in start.tensors()? {
             let layers = start.config().layers;
-            let below = layer_of(&name, layers).is_some_and(|layer| layer < first);
+            let below = layer_of(&name, layers).is_some_and(|layer| layer < from);
             let role = if below { None } else { role(&name, &tensor, trained, layers) };
             match role {
                 Some(Role::Factor) => {

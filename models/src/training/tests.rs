@@ -28,8 +28,9 @@ fn repo(start: usize) -> Value {
 fn with_maps(name: &str, trained: Trained) -> Trainable {
     let weights = weights(name);
     let config = weights.config().clone().with_positions(&repo(1)).unwrap();
+    let extent = Extent::whole(trained);
     let model =
-        Trainable::continued(&weights, config, (trained, 0), Kind::Float, Device::Cpu, 3).unwrap();
+        Trainable::continued(&weights, config, extent, Kind::Float, Device::Cpu, 3).unwrap();
     let maps = model.span(Role::Map);
     let _ = model.master.narrow(0, maps.start, maps.end - maps.start).g_mul_scalar_(12.0);
     model
@@ -69,7 +70,7 @@ fn the_forward_pass_is_the_decoders() {
         let model = Trainable::continued(
             &weights,
             weights.config().clone(),
-            (Trained::Everything, 0),
+            Extent::whole(Trained::Everything),
             Kind::Float,
             Device::Cpu,
             0,
@@ -146,10 +147,10 @@ fn layers_below_the_first_are_left_alone() {
     let (ids, weights) = batch(2, 19, 2);
     let name = "kvzap/model";
     let read = self::weights(name);
-    let above = |trained, first, plan: &Value| {
+    let above = |trained, from, plan: &Value| {
         let config = read.config().clone().with_positions(plan).unwrap();
-        let start = (trained, first);
-        Trainable::continued(&read, config, start, Kind::Float, Device::Cpu, 3).unwrap()
+        let extent = Extent { trained, from };
+        Trainable::continued(&read, config, extent, Kind::Float, Device::Cpu, 3).unwrap()
     };
     let mut whole = above(Trained::Everything, 0, &repo(1));
     let wanted = learn(&mut whole, &ids, &weights, false);
@@ -295,7 +296,7 @@ fn a_model_from_scratch_is_a_folder_that_loads_and_twins_begin_alike() {
 fn a_training_of_nothing_is_refused() {
     let weights = weights("kvzap/model");
     let config = weights.config().clone();
-    let model =
-        Trainable::continued(&weights, config, (Trained::Maps, 0), Kind::Float, Device::Cpu, 0);
+    let extent = Extent::whole(Trained::Maps);
+    let model = Trainable::continued(&weights, config, extent, Kind::Float, Device::Cpu, 0);
     assert!(matches!(model, Err(Error::NothingToTrain)));
 }

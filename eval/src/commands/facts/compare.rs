@@ -58,7 +58,7 @@ fn pairs<'a>(
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let what = "what longctx facts measure writes";
+    let what = "what longctx facts measure writes; give the file that its --output names";
     let all: Vec<Measured> =
         args.files.iter().map(|path| read_json(path, what)).collect::<Result<_>>()?;
     for path in args.output.iter().chain(&args.picture).chain(&args.course) {
@@ -94,7 +94,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     if let Some(path) = &args.course {
         let courses = all.iter().zip(&args.files).map(|(measured, file)| {
-            let points = read_json::<Vec<Point>>(&file.with_file_name("loss.json"), "a loss.json")?;
+            let what = "what longctx train repo writes; leave --course out, or copy it from there";
+            let points = read_json::<Vec<Point>>(&file.with_file_name("loss.json"), what)?;
             Ok((measured.arm.clone(), points))
         });
         let courses: Vec<_> = courses.collect::<Result<_>>()?;

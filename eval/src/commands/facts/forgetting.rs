@@ -57,7 +57,8 @@ const DRAWN: [(&str, &str, i32); 3] = [
 pub fn run(args: &Args) -> Result<()> {
     let mut all = Vec::new();
     for path in &args.files {
-        let Curve { settings, mut curve } = read_json(path, "what longctx curve --json writes")?;
+        let what = "what longctx curve --json writes; give the file that its --json names";
+        let Curve { settings, mut curve } = read_json(path, what)?;
         let said = |name: &str| settings.iter().map(|s| s[name].clone()).find(|v| !v.is_null());
         let arm = said("arm").and_then(|arm| arm.as_str().map(str::to_owned));
         curve.retain(|row| row.task == "facts" && row.asked >= 0.0);

@@ -8,9 +8,9 @@ use super::rows::{Mix, Rows};
 use crate::commands::{Machine, beside, progress, spinner, write, write_json};
 use crate::documents;
 use crate::files;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use models::{
-    AdamW, Config, Model, Rates, Source, Tokenizer, Trainable, Trained, Way, Weights, open,
+    AdamW, Config, Extent, Model, Rates, Source, Tokenizer, Trainable, Trained, Way, Weights, open,
 };
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -50,6 +50,9 @@ pub struct Args {
     /// The first layer that does not turn by the index; a third of the layers if left out
     #[arg(long)]
     first_layer: Option<usize>,
+    /// The layers that do not turn by the index, where some above the first of them do
+    #[arg(long, num_args = 1.., conflicts_with = "first_layer", value_name = "LAYER")]
+    layers: Vec<usize>,
     /// What of a model is trained
     #[arg(long, value_enum, default_value = "everything", conflicts_with = "from_scratch")]
     train: What,
@@ -154,20 +157,20 @@ const AHEAD: usize = 4;
 
 impl Arm {
     /// What config.json says of the layers, as the published checkpoints have it.
-    fn pe_config(self, layers: usize, first: usize, offset_tokens: u32) -> Value {
-        let ids = |of: &dyn Fn(usize) -> bool| -> String {
-            let ids: Vec<String> = (0..layers).filter(|&l| of(l)).map(|l| l.to_string()).collect();
-            ids.join(",")
+    fn pe_config(self, layers: usize, first: usize, own: &[usize], offset_tokens: u32) -> Value {
+        let listed = |ids: &mut dyn Iterator<Item = usize>| -> String {
+            ids.map(|id| id.to_string()).collect::<Vec<_>>().join(",")
         };
+        let ids = |of: &dyn Fn(usize) -> bool| listed(&mut (0..layers).filter(|&l| of(l)));
+        let (first, own) =
+            (if own.is_empty() { first } else { 0 }, listed(&mut own.iter().copied()));
         let (mode, first, ids) = match self {
             Self::Rope => ("none", 0, String::new()),
-            Self::Nope => ("nope", first, String::new()),
+            Self::Nope => ("nope", first, own),
             Self::R2n1 => ("nope", 0, ids(&|layer| layer % 3 == 2)),
             Self::N2r1 => ("nope", 0, ids(&|layer| layer % 3 != 2)),
             Self::R2p1 => ("swigluex_multihead", 0, ids(&|layer| layer % 3 == 2)),
-            Self::Repo | Self::Offset | Self::Slowed => {
-                ("swigluex_multihead", first, String::new())
-            }
+            Self::Repo | Self::Offset | Self::Slowed => ("swigluex_multihead", first, own),
         };
         // Published readers know the misspelt keys, people the others.
         let mut config = json!({
@@ -181,6 +184,11 @@ impl Arm {
             _ => {}
         }
         config
+    }
+
+    /// Whether the arm says itself which layers do not turn by the index.
+    fn chooses(self) -> bool {
+        matches!(self, Self::R2n1 | Self::N2r1 | Self::R2p1)
     }
 
     fn name(self) -> String {
@@ -213,6 +221,9 @@ pub fn run(args: &Args) -> Result<()> {
         [("facts", args.facts), ("growing", args.growing), ("settling", args.settling)]
     {
         ensure!((0.0..=1.0).contains(&share), "--{name} {share}: give a share from 0 to 1");
+    }
+    if let Some(arm) = args.arm.iter().find(|arm| arm.chooses() && !args.layers.is_empty()) {
+        bail!("--layers: arm {} has layers of its own; leave one of them out", arm.name());
     }
     let due = due(args)?;
     let (kind, device) = args.machine.prepare()?;
@@ -327,7 +338,7 @@ impl Twin {
 /// All that a training's course depends on, for its state.
 fn settings(args: &Args, arm: Arm, numbers: usize) -> Value {
     json!({
-        "arm": arm.name(), "first_layer": args.first_layer, "numbers": numbers,
+        "arm": arm.name(), "first_layer": args.first_layer, "layers": args.layers, "numbers": numbers,
         "train": format!("{:?} {}", args.train, args.rank), "train_from": args.train_from,
         "kilotokens": args.kilotokens, "length": args.length,
         "rows": args.rows, "accumulate": args.accumulate, "facts": args.facts, "growing": args.growing, "answer_weight": args.answer_weight,
@@ -346,7 +357,8 @@ fn begin(
     device: Device,
 ) -> Result<(Twin, Tokenizer)> {
     let plan = |layers: usize| {
-        arm.pe_config(layers, args.first_layer.unwrap_or(layers / 3), args.offset_tokens)
+        let first = args.first_layer.unwrap_or(layers / 3);
+        arm.pe_config(layers, first, &args.layers, args.offset_tokens)
     };
     let (model, tokenizer, base, pe_config);
     if let Some(path) = &args.from_scratch {
@@ -379,12 +391,12 @@ fn begin(
         let mut below = config.positions.iter().take(args.train_from);
         ensure!(
             !below.any(|positions| positions.learned()),
-            "--train-from {}: arm {} has maps below, which would stay as they begin; give a smaller one, or a larger --first-layer",
+            "--train-from {}: arm {} has maps below, which would stay as they begin; give a smaller one, or a larger --first-layer or --layers",
             args.train_from,
             arm.name()
         );
-        let trained = (trained, args.train_from);
-        model = Trainable::continued(&weights, config, trained, kind, device, args.seed)?;
+        let extent = Extent { trained, from: args.train_from };
+        model = Trainable::continued(&weights, config, extent, kind, device, args.seed)?;
         tokenizer = Model::tokenizer_of(weights.source())?;
         base = Some(open(path)?);
     }
@@ -543,7 +555,7 @@ mod tests {
 
     #[test]
     fn each_arm_says_which_layers_turn() {
-        let config = |arm: Arm| arm.pe_config(6, 2, 32);
+        let config = |arm: Arm| arm.pe_config(6, 2, &[], 32);
         assert_eq!(config(Arm::R2n1)["dynmaic_pe_layer_ids"], "2,5");
         assert_eq!(config(Arm::N2r1)["dynmaic_pe_layer_ids"], "0,1,3,4");
         assert_eq!(config(Arm::Repo)["dynmaic_pe_start_layer"], 2);
@@ -553,5 +565,11 @@ mod tests {
         assert_eq!(config(Arm::Slowed)["dynamic_pe_slowed_index"], 32);
         assert_eq!(config(Arm::Slowed)["dynamic_pe_offset_tokens"], Value::Null);
         assert_eq!(config(Arm::Rope)["dynamic_pe_mode"], "none");
+        let some = |arm: Arm| arm.pe_config(6, 2, &[3, 5], 32);
+        for arm in [Arm::Nope, Arm::Slowed] {
+            assert_eq!(some(arm)["dynmaic_pe_layer_ids"], "3,5");
+            assert_eq!(some(arm)["dynmaic_pe_start_layer"], 0);
+        }
+        assert_eq!(some(Arm::Rope), config(Arm::Rope));
     }
 }
