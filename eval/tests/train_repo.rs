@@ -313,4 +313,7 @@ fn arms_side_by_side_learn_what_each_learns_alone() {
     let own = ["--arm", "r2n1", "--layers", "1"];
     let own = refused(place.train("own", &[&["--model", &base][..], &own].concat()));
     assert!(own.contains("arm r2n1 has layers of its own"), "{own}");
+    let above = ["--model", &base, "--arm", "slowed", "--layers", "1", "9"];
+    let above = refused(place.train("above", &above));
+    assert!(above.contains("--layers 9: the model has"), "{above}");
 }

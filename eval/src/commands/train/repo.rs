@@ -356,15 +356,18 @@ fn begin(
     kind: Kind,
     device: Device,
 ) -> Result<(Twin, Tokenizer)> {
-    let plan = |layers: usize| {
+    let plan = |layers: usize| -> Result<Value> {
+        if let Some(layer) = args.layers.iter().find(|&&layer| layer >= layers) {
+            bail!("--layers {layer}: the model has {layers}, from 0 on; give some of these");
+        }
         let first = args.first_layer.unwrap_or(layers / 3);
-        arm.pe_config(layers, first, &args.layers, args.offset_tokens)
+        Ok(arm.pe_config(layers, first, &args.layers, args.offset_tokens))
     };
     let (model, tokenizer, base, pe_config);
     if let Some(path) = &args.from_scratch {
         let mut json: Value = serde_json::from_slice(&files::bytes(path)?)
             .with_context(|| format!("{} is not JSON; give a config.json", path.display()))?;
-        pe_config = plan(json["num_hidden_layers"].as_u64().unwrap_or(0) as usize);
+        pe_config = plan(json["num_hidden_layers"].as_u64().unwrap_or(0) as usize)?;
         json["pe_config"] = pe_config.clone();
         write_json(&out.join("config.json"), &json)?;
         let config = Config::of_folder(&out)?;
@@ -380,7 +383,7 @@ fn begin(
             What::Everything => Trained::Everything,
         };
         let weights = Weights::new(open(path)?, Kind::Float, Device::Cpu)?;
-        pe_config = plan(weights.config().layers);
+        pe_config = plan(weights.config().layers)?;
         let config = weights.config().clone().with_positions(&pe_config)?;
         ensure!(
             args.length < config.max_positions,
