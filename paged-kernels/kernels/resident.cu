@@ -14,7 +14,7 @@ constexpr int STRETCH = 32;     // words of drop bits whose kept tokens are coun
 constexpr int COPIES = 8;       // rows on their way in a warp
 constexpr int NARROWED = 4;     // the same, of rows that become eight-bit floats
 constexpr int QUADS = 2;        // four elements, that a lane holds of such a row at most
-constexpr uint32_t LEAST = 12;       // as in src/cuda/plan.rs
+constexpr uint32_t LEAST = 16;       // as in src/cuda/plan.rs
 constexpr uint32_t SECOND_HEAD = 8;  // as in src/cuda/plan.rs
 constexpr uint32_t NO_SEAT = 0xffffffffu;
 

@@ -4,6 +4,8 @@
 
 #include "hopper.cuh"
 
+#include <type_traits>
+
 namespace scores {
 
 using namespace hopper;
@@ -147,9 +149,9 @@ __device__ void few(const Scores &call) {
 // An MLP for more tokens: a block has ROWS of them, a multiple of 64, and N * BOXES units. The copy engine fills a pipeline of
 // tiles of 64 columns; four warps multiply 64 tokens, a ninth fetches. `COLUMNS` blocks of a cluster have the same tokens and
 // fetch a part of them for each other, since what the L2 can deliver is what bounds this; `SHARERS` have the same tokens and
-// units and share the columns, where there would be too few blocks. Then each sharer goes on with its part of the tokens, a
-// warp a token: sums meet in the order of the sharers, products of the second layer in the order of the units, within the
-// cluster and then, where it has not all units, through memory.
+// units and share the columns, where there would be too few blocks. Then each sharer goes on with its part of the tokens: sums
+// meet in the order of the sharers, products of the second layer in the order of the units, within the cluster and then,
+// where it has not all units, through memory.
 //
 // The grid is [tiles of tokens, a cluster each][clusters of all units].
 
@@ -159,30 +161,27 @@ __device__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32
 template <uint32_t COUNT>
 __device__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
-// Among the warps that multiply.
-__device__ void team_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-
-// A block's own addresses are the cluster's, too.
 __device__ float2 read_pair(uint32_t there) {
     float2 x;
-    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(there));
     return x;
 }
 
-// Sums over all lanes of eight numbers each has: lane i gets that of x[i / 4].
-__device__ float sum_each(float (&x)[GROUP]) {
-    const uint32_t lane = threadIdx.x % LANES;
+// Sums over all lanes of as many numbers as each has, of which COUNT are left: lane i gets that of x[i * COUNT / 32].
+template <int COUNT, int MASK = LANES / 2>
+__device__ float sum_each(float *x) {
+    if constexpr (COUNT > 1) {
+        const bool upper = threadIdx.x & MASK;
 #pragma unroll
-    for (int half = GROUP / 2; half > 0; half /= 2) {
-        const bool upper = lane & half * 4;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float mine = upper ? x[i + half] : x[i], other = upper ? x[i] : x[i + half];
-            x[i] = mine + __shfl_xor_sync(~0u, other, half * 4);
+        for (int i = 0; i < COUNT / 2; i++) {
+            const float mine = upper ? x[i + COUNT / 2] : x[i], other = upper ? x[i] : x[i + COUNT / 2];
+            x[i] = mine + __shfl_xor_sync(~0u, other, MASK);
         }
+    } else {
+        x[0] += __shfl_xor_sync(~0u, x[0], MASK);
     }
-    x[0] += __shfl_xor_sync(~0u, x[0], 2);
-    return x[0] + __shfl_xor_sync(~0u, x[0], 1);
+    if constexpr (MASK > 1) return sum_each<COUNT / 2 + COUNT % 2, MASK / 2>(x);
+    return x[0];
 }
 
 template <int N, int BOXES, int COLUMNS, int SHARERS, int ROWS>
@@ -237,10 +236,18 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             }
         }
         __syncwarp();
-        for (int i = 0; i < 2; i++) {  // as often as the others below
-            cluster_arrive();
-            cluster_wait();
+        // As the others meet below.
+        __syncthreads();
+        if (SHARERS == 1) __syncthreads();
+        cluster_arrive();
+        cluster_wait();
+        if (SHARERS > 1) __syncthreads();
+        if (gridDim.y > 1) {
+            __syncthreads();
+            __syncthreads();
         }
+        cluster_arrive();
+        cluster_wait();
         return;
     }
     if constexpr (BOXES > 1) take_registers<240>();
@@ -269,7 +276,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         wgmma_wait<0>();
 #pragma unroll
         for (int box = 0; box < BOXES; box++) wgmma_end(sums[box]);
-        asm volatile("bar.sync 2, %0;" ::"n"(WARPS * LANES) : "memory");  // all tiles have come and been read
+        __syncthreads();  // all tiles have come and been read
         float *to = reinterpret_cast<float *>(shared) + (warp * 16 + lane / 4) * PITCH + lane % 4 * 2;
 #pragma unroll
         for (int box = 0; box < BOXES; box++) {
@@ -281,6 +288,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             }
         }
     }
+    if (warp >= WARPS) __syncthreads();
     // A lane's units are a pair in every 64. What the second layer wants is fetched while the others come.
     constexpr uint32_t PAIRS = (UNITS + 63) / 64;
     float2 bias[PAIRS], weights[PAIRS][GROUP];
@@ -306,31 +314,54 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         cluster_wait();
     } else {
         load_second(0);
-        team_sync();
+        __syncthreads();
     }
     const uint32_t own_token = first_token + sharer * TOKENS;
+    // A warp has several tokens at once, since what it waits for is longer than what it computes.
+    constexpr uint32_t TOGETHER = TOKENS / TEAM < 4 ? TOKENS / TEAM : 4;
+    auto second_layer = [&](uint32_t group, auto torch) {
+#pragma unroll 1
+        for (uint32_t t = warp * TOGETHER; t < TOKENS; t += TEAM * TOGETHER) {
+            float product[TOGETHER * GROUP] = {};
+            const uint32_t at = (sharer * TOKENS + t) * PITCH + lane * 2;
+#pragma unroll
+            for (uint32_t i = 0; i < PAIRS; i++) {
+                if (!is(i)) continue;
+                float2 x[TOGETHER] = {};
+#pragma unroll
+                for (uint32_t j = 0; j < TOGETHER; j++) {
+                    const uint32_t here = at + j * PITCH + i * 64;
+                    if constexpr (SHARERS == 1) {
+                        x[j] = *reinterpret_cast<const float2 *>(reinterpret_cast<const float *>(shared) + here);
+                    } else {
+#pragma unroll
+                        for (uint32_t other = 0; other < SHARERS; other++) {
+                            const float2 theirs = read_pair(in_block(base + here * 4, other));
+                            x[j].x += theirs.x, x[j].y += theirs.y;
+                        }
+                    }
+                }
+#pragma unroll
+                for (uint32_t j = 0; j < TOGETHER; j++) {
+                    const float a = activate<decltype(torch)::value>(x[j].x, bias[i].x);
+                    const float b = activate<decltype(torch)::value>(x[j].y, bias[i].y);
+#pragma unroll
+                    for (int head = 0; head < GROUP; head++) {
+                        product[j * GROUP + head] += a * weights[i][head].x + b * weights[i][head].y;
+                    }
+                }
+            }
+            const float sum = sum_each<TOGETHER * GROUP>(product);
+            const uint32_t which = lane * TOGETHER * GROUP / LANES, head = group + which % GROUP;
+            if (lane % (LANES / TOGETHER / GROUP) == 0 && head < call.heads) products[(t + which / GROUP) * call.heads + head] = sum;
+        }
+    };
     for (uint32_t group = 0; group < call.heads; group += GROUP) {
         if (group > 0) load_second(group);
-#pragma unroll 2
-        for (uint32_t t = warp; t < TOKENS; t += TEAM) {
-            float product[GROUP] = {};
-            const uint32_t at = base + ((sharer * TOKENS + t) * PITCH + lane * 2) * 4;
-#pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                if (!is(i)) continue;
-                float2 x = {};
-#pragma unroll
-                for (uint32_t s = 0; s < SHARERS; s++) {
-                    const uint32_t here = at + i * 64 * 4;
-                    const float2 theirs = read_pair(SHARERS > 1 ? in_block(here, s * COLUMNS + column) : here);
-                    x.x += theirs.x, x.y += theirs.y;
-                }
-                x.x = activate(call, x.x, bias[i].x), x.y = activate(call, x.y, bias[i].y);
-#pragma unroll
-                for (int head = 0; head < GROUP; head++) product[head] += x.x * weights[i][head].x + x.y * weights[i][head].y;
-            }
-            const float sum = sum_each(product);
-            if (lane % 4 == 0 && group + lane / 4 < call.heads) products[t * call.heads + group + lane / 4] = sum;
+        if (call.torch) {
+            second_layer(group, std::true_type());
+        } else {
+            second_layer(group, std::false_type());
         }
     }
     // Now of each head and token; a block of a column decides on its part of the tokens.
@@ -339,7 +370,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         cluster_wait();
     } else {
         static_assert(COLUMNS == 1, "a third meeting");
-        team_sync();
+        __syncthreads();
     }
     const uint32_t all = (call.heads * DECIDED + LANES - 1) / LANES * LANES, decided_from = column * DECIDED;
     float *parts = call.parts + uint64_t(blockIdx.x) * gridDim.y * all;
@@ -359,9 +390,9 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         }
         __shared__ uint32_t arrived;
         __threadfence();
-        team_sync();
+        __syncthreads();
         if (threadIdx.x == 0) arrived = atomicAdd(call.arrivals + blockIdx.x, 1u);
-        team_sync();
+        __syncthreads();
         decides = arrived == gridDim.y - 1;
         if (decides && threadIdx.x == 0) call.arrivals[blockIdx.x] = 0;
         __threadfence();

@@ -20,19 +20,21 @@ using namespace tile;
 
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
 
-// A part of a head: [group][D] sums, and for each row its best score and the sum of its weights.
-template <int D>
+// A part of a head: [group][D] sums, and for each row its best score and the sum of its weights. It begins where a lane can
+// read four sums at once, as it does anyway where rows are `EVEN`.
+template <int D, bool EVEN>
 __device__ float *part_at(const Stream &call, uint32_t i) {
-    return call.parts + uint64_t(i) * call.attend.group * (D + 2);
+    if constexpr (EVEN) return call.parts + uint64_t(i) * call.attend.group * (D + 2);
+    else return call.parts + uint64_t(i) * ((call.attend.group * (D + 2) + 3) / 4 * 4);
 }
 
 // Folds a head's parts in their order, a warp a row. With few rows several warps share one,
 // each taking every n-th part, and meet in shared memory: the more loads are on their way at once the better.
-template <int D, int TEAM>
+template <int D, int TEAM, bool EVEN>
 __device__ void fold(const Stream &call, const Head &head, float *merged, float2 *totals) {
     const uint32_t warp = threadIdx.x / LANES, group = call.attend.group;
     const uint32_t teams = group < TEAM ? TEAM / group : 1, team = group < TEAM ? warp / group : 0;
-    const float *first = part_at<D>(call, head.opening);
+    const float *first = part_at<D, EVEN>(call, head.opening);
     const uint32_t stride = call.cut == FAST ? 2 : 1, later = head.opening & ~(stride - 1);
     if (team < teams) {
         for (uint32_t row = warp - team * group; row < group; row += TEAM) {
@@ -45,7 +47,7 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
 #pragma unroll
                 for (int k = 0; k < FOLDED; k++) {
                     const uint32_t at = j + k * teams;
-                    const float *part = at == 0 ? first : part_at<D>(call, later + at * stride);
+                    const float *part = at == 0 ? first : part_at<D, EVEN>(call, later + at * stride);
                     their[k] = make_float2(-INFINITY, 0.0f);
                     if (at < head.parts) {
                         read_row<D, true>(theirs[k], part + row * D);
@@ -95,12 +97,15 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
     }
 }
 
+constexpr uint32_t UNKNOWN = 0xffffffffu;  // no page
+
 // The slab after a head's last, in the order of the layer's.
 __device__ uint32_t past(const Head &head) { return head.slabs + (head.len + SLAB - 1) / SLAB; }
 
 // A block's share. `WIDE` is for more than 8 query heads a kv head: the lower half of the tensor cores' rows.
-// `TEAM` warps have `STAGES` slabs each on their way.
-template <class T, int D, int TEAM, int STAGES, bool WIDE>
+// `TEAM` warps have `STAGES` slabs each on their way. With `AHEAD` a block asks early for what it needs next; the slim one, between
+// the other kernels of a model's step, is slower by it (BENCHMARKS.md), and has an even number of query heads a kv head.
+template <class T, int D, int TEAM, int STAGES, bool WIDE, bool AHEAD>
 __device__ void attend_share(const Stream &call) {
     constexpr bool SCALED = T::BYTES == 1;
     constexpr int CHUNKS = D * T::BYTES / 16;
@@ -130,26 +135,63 @@ __device__ void attend_share(const Stream &call) {
         return at + min(min(last, end) - at, piece_of(last - head.slabs) | whole);
     };
     // The warp's slabs of a part are its first + warp, and every eighth. `ahead` is the next to be fetched, of the part
-    // that ends at `source_stop`; its page's number is known early.
+    // that ends at `source_stop`. While memory is busy a load takes as long as several slabs, so its page's number is known
+    // early, and so are the head that follows, `upcoming`, and the number of the warp's first page there: where there are
+    // registers for it.
+    constexpr bool LOOKS = AHEAD && D <= 128;
     uint32_t index = share.head;
     Head head = attend.heads[index];
     uint32_t ahead = begin + warp, filled = 0, used = 0;
     uint32_t source_index = index, source_stop = part_end(head, begin);
-    Head source = head;
+    Head source = head, upcoming = head;
+    uint32_t upcoming_id = UNKNOWN;
+    auto look_ahead = [&]() {
+        if (LOOKS && past(source) < end) upcoming = attend.heads[source_index + 1];
+        upcoming_id = UNKNOWN;
+    };
+    look_ahead();
     const uint32_t shift = slabs_log2(attend.pool);
     const int64_t to_values = int64_t(attend.pool.page_size) * D * T::BYTES;  // bytes from a key to its value
     auto next_page = [&]() -> uint32_t {
+        uint32_t known = UNKNOWN;
+        const bool stays = ahead < source_stop;
         while (ahead >= source_stop) {
             if (source_stop == end) return 0;
-            while (source_stop == past(source) || source.tokens == 0) source = attend.heads[++source_index];
+            known = UNKNOWN;
+            while (source_stop == past(source) || source.tokens == 0) {
+                known = upcoming_id;
+                source_index++;
+                if constexpr (LOOKS) source = upcoming;
+                else source = attend.heads[source_index];
+                look_ahead();
+            }
             ahead = source_stop + warp;
             source_stop = part_end(source, source_stop);
         }
-        return attend.tables[(ahead - source.slabs >> shift) + source.table];
+        if (known == UNKNOWN) known = attend.tables[(ahead - source.slabs >> shift) + source.table];
+        if (LOOKS && stays && upcoming_id == UNKNOWN && warp < past(upcoming) - upcoming.slabs) {
+            upcoming_id = attend.tables[(warp >> shift) + upcoming.table];
+        }
+        return known;
     };
     uint32_t id = next_page();
+    // Until the kernel before has ended a long share is fetched half a slab after the other: what that kernel's last blocks
+    // load would come after all that was asked for before.
+    bool paced = AHEAD && call.early && end - begin > STAGES * TEAM;
+    auto land = [&]() {
+        commit();
+        wait<0>();
+    };
     auto fetch = [&]() {
         if (ahead < end) {
+            const uint64_t policy = AHEAD ? read_once() : 0;
+            auto copy = [&](uint32_t to, const unsigned char *from) {
+                if constexpr (AHEAD) copy16(to, from, policy);
+                else copy16(to, from);
+            };
+            // Where lines lie in the slab is counted anew each time: rows of 256 bytes leave no registers to keep it in.
+            uint32_t lane = threadIdx.x % LANES;
+            if constexpr (SCALED && D == 256) asm volatile("" : "+r"(lane));
             const uint32_t inside = ahead - source.slabs & (1u << shift) - 1;  // the page, in slabs
             const uint64_t page_of_16 = uint64_t(id) << shift;
             const unsigned char *page = pool + page_of_16 * (2 * SLAB * (D * T::BYTES + (SCALED ? sizeof(float) : 0)));
@@ -157,13 +199,14 @@ __device__ void attend_share(const Stream &call) {
             const uint32_t to = stage0 + filled * STAGE;
             if (SCALED && lane < 8) {
                 const unsigned char *scales = page + 2 * to_values + (lane < 4 ? 0 : attend.pool.page_size * sizeof(float));
-                copy16(to + 2 * HALF + lane * 16, scales + inside * SLAB * sizeof(float) + lane % 4 * 16);
+                copy(to + 2 * HALF + lane * 16, scales + inside * SLAB * sizeof(float) + lane % 4 * 16);
             }
 #pragma unroll
             for (int i = 0; i < 2 * CHUNKS * SLAB / LANES; i++) {
                 constexpr int KEYS = CHUNKS * SLAB / LANES;
                 const uint32_t chunk = i * LANES + lane, row = chunk / CHUNKS;  // keys, then values: 32 rows
-                copy16(to + swizzled<D, T::BYTES>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16);
+                if (i == KEYS && paced) land();
+                copy(to + swizzled<D, T::BYTES>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16);
             }
         }
         commit();
@@ -177,39 +220,59 @@ __device__ void attend_share(const Stream &call) {
         // Since the step was planned nothing has changed in the pages but the rows of its own tokens.
         if (call.early && ahead < end) {
             const uint64_t slab = (uint64_t(id) << shift) + (ahead - source.slabs & (1u << shift) - 1);
-            if (slab == attend.slots[source_index] / SLAB) settle();
+            if (slab == attend.slots[source_index] / SLAB) settle(), paced = false;
         }
         fetch();
+        if (paced) land();
     }
     settle();
+    paced = false;
 
     const float scale = attend.scale * LOG2E;
     constexpr int QUERIES = SCALED ? 4 : 2;  // of a row of 16, that lie together in a lane
     uint32_t done = 0, number = share.part;  // parts of the head, and the one under way
-    for (uint32_t at = begin;;) {
-        const uint32_t first = head.slabs, stop = part_end(head, at);
-        uint32_t query[STEPS][4];
-        float out[D / 8][4], best[HALVES], sum[HALVES];
+    uint32_t query[STEPS][4];
+    auto load_queries = [&](uint32_t kv_head, uint32_t token) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint32_t row = lane / 4 + 8 * half;
             const auto *from = static_cast<const __nv_bfloat16 *>(attend.queries.data) +
-                               attend.queries.at(head.kv_head * group + row, head.first) + lane % 4 * QUERIES;
+                               attend.queries.at(kv_head * group + row, token) + lane % 4 * QUERIES;
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
                 query[k][half] = query[k][half + 2] = 0;
                 if (half < HALVES && row < group) {
                     query[k][half] = *reinterpret_cast<const uint32_t *>(from + k * 16);
                     query[k][half + 2] = *reinterpret_cast<const uint32_t *>(from + k * 16 + (SCALED ? 2 : 8));
-                    if constexpr (SCALED) {
-                        for (uint32_t *pair : {&query[k][half], &query[k][half + 2]}) {
-                            const float2 x = T::unpack(*pair);
-                            *pair = T::pack(x.x * T::UP, x.y * T::UP);
-                        }
-                    }
                 }
             }
         }
+    };
+    auto raise_queries = [&]() {
+#pragma unroll
+        for (int k = 0; k < STEPS; k++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 x = T::unpack(query[k][i]);
+                if constexpr (SCALED) query[k][i] = T::pack(x.x * T::UP, x.y * T::UP);
+            }
+        }
+    };
+    if constexpr (AHEAD) load_queries(head.kv_head, head.first);
+    bool fresh = true;
+    for (uint32_t at = begin;;) {
+        if constexpr (SCALED) {
+            if (fresh) raise_queries();
+            fresh = false;
+        }
+        const uint32_t first = head.slabs, stop = part_end(head, at);
+        auto head_ends = [&]() { return stop == past(head) && stop < end; };
+        bool leaves = AHEAD && head_ends();
+        const Head *next = attend.heads + index + leaves;
+        uint32_t next_kv_head = 0, next_token = 0;
+        if constexpr (AHEAD) next_kv_head = next->kv_head, next_token = next->first;
+        else load_queries(head.kv_head, head.first);
+        float out[D / 8][4], best[HALVES], sum[HALVES];
 #pragma unroll
         for (int half = 0; half < HALVES; half++) best[half] = -INFINITY, sum[half] = 0.0f;
 #pragma unroll
@@ -317,6 +380,8 @@ __device__ void attend_share(const Stream &call) {
             }
         }
 
+        if (AHEAD && leaves) load_queries(next_kv_head, next_token), fresh = true;  // they come while the warps meet
+
         // The warps' parts into one.
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
@@ -337,10 +402,13 @@ __device__ void attend_share(const Stream &call) {
                 if (lane % 4 == 0) totals[warp * group + row] = make_float2(best[half], total);
             }
         }
-        const bool leaves = stop == past(head) && stop < end;
-        const Head next = leaves ? attend.heads[index + 1] : head;
+        Head late = head;
+        if constexpr (!AHEAD) {
+            leaves = head_ends();
+            late = leaves ? attend.heads[index + 1] : head;
+        }
         __syncthreads();
-        float *part = part_at<D>(call, number);
+        float *part = part_at<D, !AHEAD>(call, number);
 #pragma unroll 1
         for (uint32_t row = warp; row < group; row += TEAM) {
             float2 their[TEAM];
@@ -375,7 +443,7 @@ __device__ void attend_share(const Stream &call) {
             __syncthreads();
             if (arrived == head.parts) {
                 __threadfence();
-                fold<D, TEAM>(call, head, merged, totals);
+                fold<D, TEAM, !AHEAD>(call, head, merged, totals);
                 if (threadIdx.x == 0) call.arrivals[index] = 0;
             }
         }
@@ -386,8 +454,11 @@ __device__ void attend_share(const Stream &call) {
         if (!leaves) continue;
         done = 0;
         index++;
-        head = next;
-        while (head.tokens == 0) head = attend.heads[++index];
+        head = AHEAD ? *next : late;
+        if (head.tokens == 0) {
+            while (head.tokens == 0) head = attend.heads[++index];
+            if constexpr (AHEAD) load_queries(head.kv_head, head.first), fresh = true;
+        }
         number = head.opening;
     }
 }
@@ -395,10 +466,12 @@ __device__ void attend_share(const Stream &call) {
 }  // namespace stream
 
 // Kernels of a type, one a head dim and one more for over 8 query heads a kv head. Slabs on their way get what the warps'
-// sums leave, which is less the more query heads there are. Mirrored in src/cuda/driver/attend.rs.
-#define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE)                                                       \
+// sums leave, which is less the more query heads there are. With many heads fewer are better, and room for a block of the
+// next attention. Mirrored in src/cuda/driver/attend.rs.
+#define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE) STREAM_KERNEL(NAME, T, D, TEAM, STAGES, WIDE, true)
+#define STREAM_KERNEL(NAME, T, D, TEAM, STAGES, WIDE, AHEAD)                                                \
     extern "C" __global__ void __launch_bounds__(TEAM *LANES, 1) stream_attend_##NAME(Stream call) {        \
-        stream::attend_share<stream::T, D, TEAM, STAGES, WIDE>(call);                                       \
+        stream::attend_share<stream::T, D, TEAM, STAGES, WIDE, AHEAD>(call);                                \
     }
 #define STREAM_KERNELS(T)                          \
     STREAM_ATTEND(d64, T, 64, 8, 4, false)         \
@@ -406,13 +479,14 @@ __device__ void attend_share(const Stream &call) {
     STREAM_ATTEND(d96, T, 96, 8, 3, false)         \
     STREAM_ATTEND(wide_d96, T, 96, 8, 2, true)     \
     STREAM_ATTEND(d128, T, 128, 8, 3, false)       \
-    STREAM_ATTEND(slim_d128, T, 128, 4, 2, false)  \
+    STREAM_KERNEL(slim_d128, T, 128, 4, 2, false, false) \
+    STREAM_ATTEND(many_d128, T, 128, 6, 2, false)  \
     STREAM_ATTEND(wide_d128, T, 128, 8, 2, true)   \
     STREAM_ATTEND(d256, T, 256, 4, 3, false)       \
     STREAM_ATTEND(wide_d256, T, 256, 4, 2, true)   \
     STREAM_SIZES
 
-// Twice the slabs, of half the bytes. Rows of 256 would want more registers than there are.
+// Twice the slabs, of half the bytes. Rows of 256 for more query heads would want more registers than there are.
 #define STREAM_SCALED_KERNELS(T)                   \
     STREAM_ATTEND(d64, T, 64, 8, 6, false)         \
     STREAM_ATTEND(wide_d64, T, 64, 8, 5, true)     \
@@ -420,6 +494,7 @@ __device__ void attend_share(const Stream &call) {
     STREAM_ATTEND(wide_d96, T, 96, 8, 4, true)     \
     STREAM_ATTEND(d128, T, 128, 8, 5, false)       \
     STREAM_ATTEND(wide_d128, T, 128, 8, 4, true)   \
+    STREAM_ATTEND(d256, T, 256, 4, 5, false)       \
     STREAM_SIZES
 
 #define STREAM_SIZES                                           \

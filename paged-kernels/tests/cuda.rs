@@ -194,6 +194,12 @@ mod cuda {
             compare(fast_shape(128, 8, 4), lengths, 0.3);
             compare(fast_shape(128, 1, 4), lengths, 0.0);
         }
+        // More heads than blocks, so that two share a head that is the second of one of them: its part has an odd number, and of an
+        // odd number of rows.
+        let lengths = (0..50).map(|i| 100 + i * 37 % 600).collect::<Vec<_>>();
+        for (head_dim, group) in [(128, 1), (128, 5), (128, 7), (256, 3)] {
+            compare(fast_shape(head_dim, 3, group), &lengths, 0.3);
+        }
         for page_size in [32, 64, 128] {
             let shape = CacheShape { page_size, pages: 1 << 11, ..fast_shape(128, 8, 4) };
             compare(shape.clone(), &[4000, 1, 64, 65, 900, 2], 0.3);

@@ -283,6 +283,24 @@ mod cuda {
         }
     }
 
+    /// So many heads that they have a kernel of their own, some of them longer than what is on its way at once.
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn texts_among_many_are_as_in_the_reference() {
+        let seats = Seats { texts: 24, ..SEATS };
+        let mut twins = Twins::new(CacheShape { pages: 4096, ..wide() }, seats, 0.4);
+        let lengths = (0..24).map(|text| if text == 7 { 650 } else { text * 5 });
+        let texts = lengths.map(|tokens| twins.prompt(tokens)).collect::<Vec<_>>();
+        let batch = texts.into_iter().enumerate();
+        let batch = batch.map(|(i, text)| (i % 9 != 5).then_some(text)).collect::<Vec<_>>();
+        let seats = batch.iter().map(|pair| pair.map(|pair| pair.0)).collect::<Vec<_>>();
+        twins.resident.batch(&seats).unwrap();
+        let mut tensors = twins.tensors(batch.len());
+        for _ in 0..40 {
+            twins.step(&batch, &mut tensors, |twins, tensors| twins.queue_all(tensors, 24));
+        }
+    }
+
     /// A text that leaves for host memory and comes back, into another seat and other pages, in the middle of its window.
     #[test]
     #[ignore = "needs a CUDA device"]

@@ -23,8 +23,8 @@ pub struct Plan {
 
 /// Rows of a page that the fast kernels take at once: `SLAB` of kernels/attend.cuh.
 pub const SLAB: usize = 16;
-/// Slabs that are worth a block of their own: one and a half for each of its warps.
-const LEAST: usize = 12;
+/// Slabs that are worth a block of their own: two for each of its warps.
+const LEAST: usize = 16;
 /// Slabs that a block could attend in the time that it loses with a second head.
 const SECOND_HEAD: u32 = 8;
 
@@ -74,7 +74,9 @@ impl Plan {
                     slabs += len.div_ceil(SLAB);
                 }
                 let (first, kv_head) = (head.tokens.start as u32, head.head as u32);
-                let (len, tokens) = (len as u32, tokens as u32);
+                // Nor is there anything of it between one slab and the next.
+                let len = if tokens > 0 { len as u32 } else { 0 };
+                let tokens = tokens as u32;
                 records.push([at, len, first, tokens, kv_head, 0, 0, table]);
                 slots.extend(head.slots.iter().map(|slot| slot.index() as u32));
                 rows.extend(
@@ -190,7 +192,43 @@ pub fn prompt(tables: &[PageTable], drops: &[bool], window: usize, page_size: us
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shape::CacheShape;
     use proptest::prelude::*;
+
+    /// The kernels find the next head where the slabs of the one before end, by its length.
+    #[test]
+    fn a_text_that_rests_lies_between_no_slabs() -> Result<()> {
+        let (layers, kv_heads, head_dim, page_size) = (1, 2, 16, 16);
+        let (query_heads, window, pages) = (2, 8, 100);
+        let dtype = crate::Dtype::Bf16;
+        let mut book = Book::new(CacheShape {
+            layers,
+            kv_heads,
+            query_heads,
+            head_dim,
+            page_size,
+            window,
+            pages,
+            dtype,
+        })?;
+        let mut step = Vec::new();
+        for (text, tokens) in [(0, 40), (1, 300), (2, 20), (3, 200)] {
+            let sequence = book.allocate();
+            let shape = [kv_heads, tokens, head_dim];
+            book.fill(sequence, 0, shape, shape, &vec![false; kv_heads * tokens])?;
+            step.push((sequence, 1 - text % 2));
+        }
+        book.begin_step(&step)?;
+        let plan = Plan::of(&book, 4)?;
+        let Range { first, words } = plan.layers[0].heads;
+        let heads = plan.words[first..][..words].as_chunks::<HEAD_WORDS>().0;
+        for pair in heads.windows(2) {
+            let [slabs, len, ..] = pair[0];
+            assert_eq!(pair[1][0], slabs + len.div_ceil(SLAB as u32));
+        }
+        assert_eq!(heads.len(), kv_heads * step.len());
+        Ok(())
+    }
 
     /// Pages of each head, and whether it has a token in the step; without, it has no pages in the list.
     fn heads() -> impl Strategy<Value = Vec<(u32, bool)>> {

@@ -27,10 +27,11 @@ pub(super) fn in_slabs(page_size: u32) -> bool {
     page_size.is_power_of_two() && page_size >= SLAB as u32
 }
 
-/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each, but for the slim ones. The first that fits is
-/// taken.
-const STREAM_KERNELS: [Stream<&CStr>; 9] = [
+/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each, but for the slim ones and those for many
+/// heads. The first that fits is taken.
+const STREAM_KERNELS: [Stream<&CStr>; 10] = [
     Stream { slim: true, ..kernel(c"stream_attend_slim_d128", 128, 8, 4, 2) },
+    Stream { heads: MANY_HEADS, ..kernel(c"stream_attend_many_d128", 128, 8, 6, 2) },
     kernel(c"stream_attend_d64", 64, 8, 8, 4),
     kernel(c"stream_attend_wide_d64", 64, 16, 8, 4),
     kernel(c"stream_attend_d96", 96, 8, 8, 3),
@@ -40,14 +41,18 @@ const STREAM_KERNELS: [Stream<&CStr>; 9] = [
     kernel(c"stream_attend_d256", 256, 8, 4, 3),
     kernel(c"stream_attend_wide_d256", 256, 16, 4, 2),
 ];
-const STREAM_F8_KERNELS: [Stream<&CStr>; 6] = [
+const STREAM_F8_KERNELS: [Stream<&CStr>; 7] = [
     kernel(c"stream_attend_d64", 64, 8, 8, 6),
     kernel(c"stream_attend_wide_d64", 64, 16, 8, 5),
     kernel(c"stream_attend_d96", 96, 8, 8, 5),
     kernel(c"stream_attend_wide_d96", 96, 16, 8, 4),
     kernel(c"stream_attend_d128", 128, 8, 8, 5),
     kernel(c"stream_attend_wide_d128", 128, 16, 8, 4),
+    kernel(c"stream_attend_d256", 256, 8, 4, 5),
 ];
+
+/// Heads of a batch's texts from which fewer slabs on their way are better.
+const MANY_HEADS: usize = 64;
 
 const fn kernel(
     kernel: &CStr,
@@ -56,7 +61,7 @@ const fn kernel(
     team: usize,
     stages: usize,
 ) -> Stream<&CStr> {
-    Stream { kernel, dim, group, team, stages, slim: false }
+    Stream { kernel, dim, group, team, stages, slim: false, heads: 0 }
 }
 
 /// 32-bit words of a head's record.
@@ -74,6 +79,8 @@ pub(super) struct Stream<K> {
     /// Slabs that each of them has on their way.
     stages: usize,
     slim: bool,
+    /// The fewest heads of the batch's texts, and then only where a text's bits may depend on its neighbours.
+    heads: usize,
 }
 
 impl<K> Stream<K> {
@@ -83,13 +90,6 @@ impl<K> Stream<K> {
         let slab = 2 * SLAB * (pitch + if dtype == Dtype::F8 { 4 } else { 0 });
         self.team * (self.stages * slab + group * (self.dim + 2) * 4)
     }
-}
-
-/// Whether every part of a head begins where the fast kernels can read its sums, a lane's in one load. If not, heads that two
-/// blocks share may fault: so an odd number of query heads a kv head takes the plain kernel where rows have 128 or 256 elements.
-fn parts_align(dim: usize, group: usize) -> bool {
-    let load = if dim.is_multiple_of(128) { 16 } else { 8 };
-    (group * (dim + 2) * 4).is_multiple_of(load)
 }
 
 /// How heads are cut for the blocks of a fast attention, as the kernels number it.
@@ -143,8 +143,8 @@ impl Device {
             // SAFETY: the function is of a module that is loaded.
             unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
                 .map_err(failed("cuFuncSetAttribute"))?;
-            let &Stream { dim, group, team, stages, slim, .. } = stream;
-            self.streams.push(Stream { kernel, dim, group, team, stages, slim });
+            let &Stream { dim, group, team, stages, slim, heads, .. } = stream;
+            self.streams.push(Stream { kernel, dim, group, team, stages, slim, heads });
         }
         self.sizes(function(module, c"stream_sizes")?, 2)
     }
@@ -224,18 +224,19 @@ impl Device {
         let queries = if self.dtype == Dtype::F8 { Dtype::Bf16 } else { self.dtype };
         let made_for =
             (pool.dtype, dtype) == (self.dtype.code(), queries.code()) && in_slabs(pool.page_size);
+        let heads = step.heads.words / HEAD_WORDS;
         let fits = |stream: &&Stream<_>| {
             stream.dim == pool.dim as usize
                 && step.group <= stream.group
-                && (step.slim || !stream.slim)
+                && (!stream.slim || step.slim && step.group % 2 == 0)
+                && (stream.heads == 0 || step.cut == Cut::Fast && heads >= stream.heads)
         };
-        let even = even && parts_align(pool.dim as usize, step.group);
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
     }
 
     /// Room for what the blocks of a fast attention hand to each other: `count` parts of heads.
     pub fn parts(&self, pool: &Pool, group: usize, count: usize) -> Result<Room> {
-        self.room(count * group * (pool.dim as usize + 2) * 4)
+        self.room(count * (group * (pool.dim as usize + 2)).next_multiple_of(4) * 4)
     }
 }
 
@@ -266,16 +267,4 @@ pub(super) struct StreamCall {
     arrivals: u64,
     cut: u32,
     early: u32,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_that_a_kernel_could_not_read_are_not_given_to_it() {
-        let takes = |dim: usize| (1..=8).filter(move |&group| parts_align(dim, group));
-        assert!(takes(64).chain(takes(96)).eq((1..=8).chain(1..=8)));
-        assert!(takes(128).chain(takes(256)).eq([2, 4, 6, 8, 2, 4, 6, 8]));
-    }
 }
