@@ -313,7 +313,9 @@ fn arms_side_by_side_learn_what_each_learns_alone() {
     let own = ["--arm", "r2n1", "--layers", "1"];
     let own = refused(place.train("own", &[&["--model", &base][..], &own].concat()));
     assert!(own.contains("arm r2n1 has layers of its own"), "{own}");
-    let above = ["--model", &base, "--arm", "slowed", "--layers", "1", "9"];
-    let above = refused(place.train("above", &above));
-    assert!(above.contains("--layers 9: the model has"), "{above}");
+    for (flag, layers) in [("--layers", &["1", "9"][..]), ("--first-layer", &["9"])] {
+        let above = ["--model", &base, "--arm", "slowed", flag];
+        let above = refused(place.train("above", &[&above[..], layers].concat()));
+        assert!(above.contains(&format!("{flag} 9: the model has")), "{above}");
+    }
 }

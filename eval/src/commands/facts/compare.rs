@@ -3,7 +3,7 @@
 use super::difference::{self, Difference};
 use super::{Cell, Measured, Text, picture};
 use crate::commands::train::curve::Point;
-use crate::commands::{beside, table, write, write_json};
+use crate::commands::{beside, table, write};
 use crate::files;
 use crate::intervals::{Interval, wilson};
 use anyhow::{Context, Result, ensure};
@@ -86,7 +86,7 @@ pub fn run(args: &Args) -> Result<()> {
         }));
     }
     if let Some(path) = &args.output {
-        write_json(path, &json!([others(path, &args.experiment)?, rows.clone()].concat()))?;
+        write_rows(path, &args.experiment, &rows)?;
     }
     if let Some(path) = &args.picture {
         let of_arms: Vec<(&str, Vec<&Measured>)> = arms.iter().map(|arm| (*arm, of(arm))).collect();
@@ -114,14 +114,15 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> Result<
     serde_json::from_slice(&text).with_context(|| format!("{} is not {what}", path.display()))
 }
 
-/// The rows of other experiments in a file, if it is there.
-pub(super) fn others(path: &Path, experiment: &str) -> Result<Vec<Value>> {
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let mut rows: Vec<Value> = read_json(path, "a list of rows; choose another --output")?;
-    rows.retain(|row| row["experiment"] != experiment);
-    Ok(rows)
+/// Writes an experiment's rows, a line each, after those of other experiments that the file has, if it is there.
+pub(super) fn write_rows(path: &Path, experiment: &str, rows: &[Value]) -> Result<()> {
+    let mut kept: Vec<Value> = match path.exists() {
+        true => read_json(path, "a list of rows; choose another --output")?,
+        false => Vec::new(),
+    };
+    kept.retain(|row| row["experiment"] != experiment);
+    let lines: Vec<String> = kept.iter().chain(rows).map(|row| format!("  {row}")).collect();
+    write(path, format!("[\n{}\n]\n", lines.join(",\n")).as_bytes())
 }
 
 fn is_inside(measured: &Measured, cell: &Cell) -> bool {

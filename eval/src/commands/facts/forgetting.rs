@@ -1,9 +1,9 @@
 //! What models still know when more and more of a text is forgotten: each by its own surrogate, and by rules that look at nothing.
 
-use super::compare::{others, read_json};
+use super::compare::{read_json, write_rows};
 use super::picture::{COLORS, chart, legend};
 use crate::commands::curve::Row;
-use crate::commands::{beside, table, write, write_json};
+use crate::commands::{beside, table, write};
 use crate::intervals::wilson;
 use anyhow::{Result, ensure};
 use plotters::prelude::*;
@@ -76,7 +76,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let rows: Vec<Value> = all.iter().flat_map(|known| rows_of(&args.experiment, known)).collect();
     if let Some(path) = &args.output {
-        write_json(path, &json!([others(path, &args.experiment)?, rows.clone()].concat()))?;
+        write_rows(path, &args.experiment, &rows)?;
     }
     let mut arms: Vec<&str> = Vec::new();
     for known in &all {

@@ -360,6 +360,9 @@ fn begin(
         if let Some(layer) = args.layers.iter().find(|&&layer| layer >= layers) {
             bail!("--layers {layer}: the model has {layers}, from 0 on; give some of these");
         }
+        if let Some(first) = args.first_layer.filter(|&first| first >= layers) {
+            bail!("--first-layer {first}: the model has {layers}, from 0 on; give a smaller one");
+        }
         let first = args.first_layer.unwrap_or(layers / 3);
         Ok(arm.pe_config(layers, first, &args.layers, args.offset_tokens))
     };
