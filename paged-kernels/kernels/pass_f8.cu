@@ -1,3 +1,0 @@
-#include "pass.cuh"
-
-PASS_KERNELS(F8)
