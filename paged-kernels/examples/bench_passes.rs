@@ -37,26 +37,30 @@ fn main() -> Result<()> {
     let stream = context.new_stream()?;
     let (card, copy) = (context.name()?, copy_bandwidth(&stream)?);
     println!("{card}: copies {copy:.0} GB/s, a matrix product {tflops:.0} TFLOP/s");
-    println!("tokens   kept       µs    floor  ratio  TFLOP/s  begin µs    error");
+    println!("type  tokens   kept       µs    floor  ratio  TFLOP/s  begin µs    error");
     let mut json = Vec::new();
-    for kept in [2048, 8192, 32_768] {
-        for tokens in [1, 4, 16, 40, 128, 512, 2048] {
-            let row = run(&stream, kept, tokens)?;
-            let bytes =
-                ((kept + tokens) * HEADS * DIM * 4 + 2 * tokens * HEADS * GROUP * DIM * 2) as f64;
+    // Bytes of a key or a value.
+    for (dtype, width) in [(Dtype::Bf16, 2 * DIM), (Dtype::F8, DIM + 4)] {
+        for (kept, tokens) in [2048, 8192, 32_768]
+            .into_iter()
+            .flat_map(|kept| [1, 4, 16, 40, 128, 512, 2048].map(|tokens| (kept, tokens)))
+        {
+            let row = run(&stream, dtype, kept, tokens)?;
+            let queries = tokens * HEADS * GROUP * DIM * 2;
+            let bytes = ((kept + tokens) * HEADS * width * 2 + 2 * queries) as f64;
             let seen = (kept * tokens + tokens * (tokens + 1) / 2) as f64;
             let flops = seen * (HEADS * GROUP * DIM * 4) as f64;
             let floor = (bytes / copy / 1e3).max(flops / tflops / 1e6);
             let rate = flops / row.us / 1e6;
             println!(
-                "{tokens:>6} {kept:>6} {:>8.1} {floor:>8.1} {:>6.2} {rate:>8.0} {:>9.0}  {:.1e}",
+                "{dtype:<5?} {tokens:>6} {kept:>6} {:>8.1} {floor:>8.1} {:>6.2} {rate:>8.0} {:>9.0}  {:.1e}",
                 row.us,
                 row.us / floor,
                 row.begin,
                 row.error
             );
             json.push(serde_json::json!({
-                "op": "attend, pass", "tokens": tokens, "kept": kept, "us": round(row.us),
+                "op": if dtype == Dtype::F8 { "attend, pass, fp8" } else { "attend, pass" }, "tokens": tokens, "kept": kept, "us": round(row.us),
                 "floor_us": round(floor), "tflops": round(rate), "begin_us": round(row.begin),
                 "card": card, "date": date,
             }));
@@ -87,7 +91,7 @@ fn noise(n: usize, seed: u32) -> Vec<bf16> {
 }
 
 /// A text of whose tokens half are kept, unequally over the heads.
-fn run(stream: &Arc<CudaStream>, kept: usize, tokens: usize) -> Result<Row> {
+fn run(stream: &Arc<CudaStream>, dtype: Dtype, kept: usize, tokens: usize) -> Result<Row> {
     let layers = READ.div_ceil(kept * HEADS * DIM * 4);
     let text_tokens = 2 * kept;
     let pages = layers * HEADS * (2 * kept + tokens + 200).div_ceil(16);
@@ -99,7 +103,7 @@ fn run(stream: &Arc<CudaStream>, kept: usize, tokens: usize) -> Result<Row> {
         page_size: 16,
         window: 128,
         pages,
-        dtype: Dtype::Bf16,
+        dtype,
     };
     let most = text_tokens + tokens;
     let seats = Seats { texts: 1, tokens: most, pass: tokens, mode: Mode::Fast };

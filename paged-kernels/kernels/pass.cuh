@@ -1,5 +1,5 @@
-// Attention of a pass of several tokens over their caches and themselves: bf16 or fp16, pages as in stream.cuh. A pass is
-// appended, so the token that comes i-th of n sees all slots of its head but the last n - 1 - i, and nothing else is masked.
+// Attention of a pass of several tokens over their caches and themselves: bf16, fp16, or eight bits that become bf16 in shared
+// memory, and whose scales meet scores and weights; pages as in stream.cuh. A pass is appended, so the token that comes i-th of n sees all slots of its head but the last n - 1 - i, and nothing else is masked.
 //
 // A tile is some tokens times the query heads of a kv head, as rows of the tensor cores; a unit is some keys and values
 // that a tile takes at once. The units of all tiles of a layer lie in one order, of which each block takes an equal share
@@ -63,6 +63,10 @@ __device__ void set_shared_word(uint32_t to, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
 
+__device__ void set_shared_chunk(uint32_t to, const uint32_t (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // Two elements of a row of results.
 __device__ void save_two(const View &out, int64_t at, float x, float y) {
     if (out.type == F32) {
@@ -96,22 +100,47 @@ struct Place {
     __device__ uint32_t query_head(uint32_t row) const { return kv_head * group + (first_row + row) % group; }
 };
 
+// A unit of eight bits, keys and values, to rows of bf16, which hold the same numbers. The scales of all rows go behind them.
+template <class T, int D, int KEYS>
+__device__ void widen_unit(uint32_t to, uint32_t from) {
+    constexpr int CHUNKS = D / 8, COUNT = 2 * KEYS * CHUNKS;
+    for (uint32_t row = threadIdx.x; row < 2 * KEYS; row += TEAM * LANES) {
+        set_shared_word(to + 2 * KEYS * PITCH<D> + row * 4, shared_word(from + 2 * KEYS * D + row * 4));
+    }
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < COUNT; i += TEAM * LANES) {
+        const uint32_t row = i / CHUNKS, chunk = i - row * CHUNKS, half = row / KEYS;  // keys, then values
+        uint32_t wide[4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const uint32_t bytes = shared_word(from + row * D + chunk * 8 + j * 4);
+            const float2 even = T::unpack(T::widen(bytes << 8)), odd = T::unpack(T::widen(bytes));
+            wide[2 * j] = T::pack(even.x * T::UP * T::UP, odd.x * T::UP * T::UP);
+            wide[2 * j + 1] = T::pack(even.y * T::UP * T::UP, odd.y * T::UP * T::UP);
+        }
+        set_shared_chunk(to + half * KEYS * PITCH<D> + swizzled<D>(row % KEYS, chunk), wide);
+    }
+}
+
 // A block's share. A warp has `ROWS` times 16 rows of a tile; a unit has `KEYS` keys.
 template <class T, int D, int ROWS, int KEYS>
 __device__ void attend_share(const Pass &call) {
     constexpr int CHUNKS = D / 8, THREADS = TEAM * LANES, HEIGHT = TEAM * ROWS * 16;
+    constexpr bool NARROW = T::BYTES == 1;
     constexpr int HALF = KEYS * PITCH<D>;  // bytes of a unit's keys in shared memory
     constexpr int SLABS = KEYS / SLAB;     // of a unit
+    constexpr int SCALES = 2 * KEYS * D;   // where they lie in a unit of eight bits, beyond keys and values
     extern __shared__ __align__(128) unsigned char shared[];
     const Attend &attend = call.attend;
     const Share share = call.shares[blockIdx.x];
     if (share.begin == share.end) return;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const uint32_t queries = shared_address(shared), stages = queries + HEIGHT * PITCH<D>;
+    const uint32_t arriving = stages + 2 * HALF + 2 * KEYS * sizeof(float);  // a unit of eight bits
     const auto *pool = static_cast<const unsigned char *>(attend.pool.data);
     const float scale = attend.scale * LOG2E;
     const uint32_t shift = slabs_log2(attend.pool);
-    const int64_t to_values = int64_t(attend.pool.page_size) * D * 2;  // bytes from a key to its value
+    const int64_t to_values = int64_t(attend.pool.page_size) * D * T::BYTES;  // bytes from a key to its value
 
     uint32_t index = share.head, number = share.part;
     for (uint32_t at = share.begin; at < share.end; index++, number = 2 * blockIdx.x + 1) {
@@ -140,10 +169,27 @@ __device__ void attend_share(const Pass &call) {
             }
         };
         auto fetch = [&](uint32_t unit) {
-            const uint32_t to = stages + (unit & 1) * 2 * HALF;
+            const uint32_t to = NARROW ? arriving : stages + (unit & 1) * 2 * HALF;
 #pragma unroll
             for (int s = 0; s < SLABS; s++) {
-                const uint64_t slab = (uint64_t(ids[s]) << shift + 1) + (unit * SLABS + s & (1u << shift) - 1);
+                const uint32_t inside = unit * SLABS + s & (1u << shift) - 1;  // the page, in slabs
+                if constexpr (NARROW) {
+                    const unsigned char *page = pool + (uint64_t(ids[s]) << shift) * (2 * SLAB * (D + sizeof(float)));
+#pragma unroll 1
+                    for (int i = 0; i < (2 * D + 8 + THREADS - 1) / THREADS; i++) {
+                        // 16 bytes of the slab's keys, its values, the keys' scales or the values'.
+                        const uint32_t chunk = i * THREADS + threadIdx.x;
+                        const bool scales = chunk >= 2 * D;
+                        const uint32_t length = scales ? SLAB * sizeof(float) : SLAB * D;
+                        const uint32_t in_both = scales ? chunk - 2 * D : chunk, half = in_both >= length / 16;
+                        const uint32_t in_half = in_both * 16 - half * length;
+                        if (chunk >= 2 * D + 8) continue;
+                        copy16(to + (scales ? SCALES : 0) + half * (length * SLABS) + s * length + in_half,
+                               page + (scales ? 2 * to_values : 0) + (half << shift) * length + inside * length + in_half);
+                    }
+                    continue;
+                }
+                const uint64_t slab = (uint64_t(ids[s]) << shift + 1) + inside;
                 const unsigned char *from = pool + slab * (SLAB * D * 2);
                 if constexpr (CHUNKS * SLAB % THREADS == 0) {
 #pragma unroll
@@ -191,11 +237,15 @@ __device__ void attend_share(const Pass &call) {
         for (uint32_t unit = unit0; unit < stop; unit++) {
             wait<0>();
             __syncthreads();
+            if constexpr (NARROW) {
+                widen_unit<T, D, KEYS>(stages, arriving);
+                __syncthreads();
+            }
             if (unit + 1 < stop) {
                 fetch(unit + 1);
                 look_up(unit + 2);
             }
-            const uint32_t keys = stages + (unit & 1) * 2 * HALF, values = keys + HALF;
+            const uint32_t keys = stages + (NARROW ? 0 : (unit & 1) * 2 * HALF), values = keys + HALF;
             float score[ROWS][KEYS / 8][4];
 #pragma unroll
             for (int m = 0; m < ROWS; m++) {
@@ -217,6 +267,21 @@ __device__ void attend_share(const Pass &call) {
                     for (int m = 0; m < ROWS; m++) {
                         T::template multiply<true>(score[m][2 * i], a[m], b[0], b[1]);
                         T::template multiply<true>(score[m][2 * i + 1], a[m], b[2], b[3]);
+                    }
+                }
+            }
+            // Of rows `i * 8 + lane % 4 * 2` and the next, of the unit's keys or values.
+            auto scales = [&](int i, bool value) {
+                return load_pair(values + HALF + (value * KEYS + i * 8 + lane % 4 * 2) * sizeof(float));
+            };
+            if constexpr (NARROW) {
+#pragma unroll
+                for (int i = 0; i < KEYS / 8; i++) {
+                    const float2 by = scales(i, false);
+#pragma unroll
+                    for (int m = 0; m < ROWS; m++) {
+#pragma unroll
+                        for (int j = 0; j < 4; j++) score[m][i][j] *= j & 1 ? by.y : by.x;
                     }
                 }
             }
@@ -254,7 +319,14 @@ __device__ void attend_share(const Pass &call) {
                         const float p = exp2_of(score[m][i][2 * half] * scale - base);
                         const float q = exp2_of(score[m][i][2 * half + 1] * scale - base);
                         total += p + q;
-                        weights[m][i / 2][half + 2 * (i & 1)] = T::pack(p, q);
+                        float2 weight = make_float2(p, q);
+                        if constexpr (NARROW) {
+                            // A scale that is no number is heard only where its value is seen.
+                            const float2 by = scales(i, true);
+                            if (!masked || score[m][i][2 * half] != -INFINITY) weight.x *= by.x;
+                            if (!masked || score[m][i][2 * half + 1] != -INFINITY) weight.y *= by.y;
+                        }
+                        weights[m][i / 2][half + 2 * (i & 1)] = T::pack(weight.x, weight.y);
                     }
                     sum[m][half] = total;
                     // Where the best score stays, as it mostly does, so do the sums.

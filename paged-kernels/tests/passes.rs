@@ -220,6 +220,7 @@ mod cuda {
             CacheShape { head_dim: 64, window: 0, query_heads: 3, ..wide() },
             CacheShape { page_size: 64, pages: 512, ..wide() },
             CacheShape { page_size: 32, head_dim: 256, query_heads: 3, ..wide() },
+            CacheShape { dtype: Dtype::F8, page_size: 32, ..wide() },
         ];
         for (shape, drop) in
             shapes.iter().flat_map(|shape| [0.0, 0.6, 1.0].map(|drop| (shape, drop)))
@@ -304,7 +305,7 @@ mod cuda {
     fn every_head_dim_and_group_works() {
         for head_dim in [64, 96, 128, 256] {
             for group in [1, 2, 3, 4, 5, 7, 8, 16, 20] {
-                let dtype = if group % 2 == 0 { Dtype::Bf16 } else { Dtype::F16 };
+                let dtype = [Dtype::F16, Dtype::Bf16, Dtype::F8][group % 3];
                 let query_heads = 2 * group;
                 let shape =
                     CacheShape { head_dim, dtype, query_heads, kv_heads: 2, layers: 1, ..wide() };
@@ -320,9 +321,13 @@ mod cuda {
     #[test]
     #[ignore = "needs a CUDA device"]
     fn long_chunks_are_what_the_plain_kernel_gives() {
-        for (mode, head_dim) in [(Mode::Fast, 128), (Mode::BatchInvariant, 128), (Mode::Fast, 256)]
-        {
-            let shape = CacheShape { layers: 1, head_dim, pages: 1 << 14, ..wide() };
+        for (mode, head_dim, dtype) in [
+            (Mode::Fast, 128, Dtype::Bf16),
+            (Mode::BatchInvariant, 128, Dtype::Bf16),
+            (Mode::Fast, 256, Dtype::Bf16),
+            (Mode::Fast, 128, Dtype::F8),
+        ] {
+            let shape = CacheShape { layers: 1, head_dim, pages: 1 << 14, dtype, ..wide() };
             let seats = Seats { texts: 3, tokens: 12_000, pass: 2048, mode };
             let mut twins = Twins::new(shape, seats, 0.4);
             let texts = [twins.resident.allocate().unwrap(), twins.resident.allocate().unwrap()];
@@ -350,8 +355,15 @@ mod cuda {
     #[test]
     #[ignore = "needs a CUDA device"]
     fn a_nan_reaches_those_that_see_it() {
-        for (tokens, bad) in [(40, 17), (130, 129), (300, 0)] {
-            let shape = CacheShape { layers: 1, ..wide() };
+        for (tokens, bad, dtype) in [
+            (40, 17, Dtype::Bf16),
+            (130, 129, Dtype::Bf16),
+            (300, 0, Dtype::Bf16),
+            (130, 70, Dtype::F8),
+        ] {
+            let shape = CacheShape { layers: 1, dtype, ..wide() };
+            // Eight bits have one scale a row, which says it of all.
+            let spreads = if dtype == Dtype::F8 { 128 } else { 1 };
             let mut twins = Twins::new(shape, SEATS, 0.0);
             let stream = twins.stream.clone();
             // Pages full of NaN for others to find.
@@ -377,7 +389,7 @@ mod cuda {
                 let (head, token) = (i / tokens, i % tokens);
                 let sees = (4..8).contains(&head) && token >= bad;
                 let nans = row.iter().filter(|x| x.is_nan()).count();
-                assert_eq!(nans, usize::from(sees), "head {head}, token {token}");
+                assert_eq!(nans, if sees { spreads } else { 0 }, "head {head}, token {token}");
                 assert_eq!(row[77].is_nan(), sees);
             }
         }

@@ -406,6 +406,11 @@ impl Pool {
         let Self { dtype, page_size, dim, .. } = *self;
         RawPool { data: self.room.address, dtype, page_size, dim, unused: 0 }
     }
+
+    /// The type of the queries that fast attention has for it: eight-bit keys meet theirs in bf16.
+    fn queries(&self) -> u32 {
+        if self.dtype == Dtype::F8.code() { Dtype::Bf16.code() } else { self.dtype }
+    }
 }
 
 /// What may be copied to the card and back as it is.

@@ -220,10 +220,8 @@ impl Device {
         let RawView { data, head_stride, token_stride, dtype, .. } = queries.raw();
         // Queries are read two at a time.
         let even = data % 4 == 0 && head_stride % 2 == 0 && token_stride % 2 == 0;
-        // Eight-bit keys meet their queries in bf16.
-        let queries = if self.dtype == Dtype::F8 { Dtype::Bf16 } else { self.dtype };
         let made_for =
-            (pool.dtype, dtype) == (self.dtype.code(), queries.code()) && in_slabs(pool.page_size);
+            (pool.dtype, dtype) == (self.dtype.code(), pool.queries()) && in_slabs(pool.page_size);
         let heads = step.heads.words / HEAD_WORDS;
         let fits = |stream: &&Stream<_>| {
             stream.dim == pool.dim as usize

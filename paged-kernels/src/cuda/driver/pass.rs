@@ -15,6 +15,7 @@ use std::sync::Arc;
 const BOOKS: &str = concat!(include_str!("../../../kernels/pass.compute_80.ptx"), "\0");
 const ATTEND_BF16: &str = concat!(include_str!("../../../kernels/pass_bf16.compute_80.ptx"), "\0");
 const ATTEND_F16: &str = concat!(include_str!("../../../kernels/pass_f16.compute_80.ptx"), "\0");
+const ATTEND_F8: &str = concat!(include_str!("../../../kernels/pass_f8.compute_80.ptx"), "\0");
 const HOPPER: &str = concat!(include_str!("../../../kernels/pass_hopper.compute_90a.ptx"), "\0");
 /// Threads of the fast attention's blocks.
 const TEAM: u32 = 128;
@@ -36,7 +37,7 @@ const KERNELS: [Tall<&CStr>; 7] = {
         height: usize,
         keys: usize,
     ) -> Tall<&'a CStr> {
-        Tall { kernel, fold, dim, height, keys, stages: 2, map: None }
+        Tall { kernel, fold, dim, height, keys, stages: 2, narrow: 0, map: None }
     }
     [
         kernel(c"pass_attend_tall_d64", c"pass_fold_d64", 64, 128, 64),
@@ -70,8 +71,10 @@ struct Tall<K> {
     height: usize,
     /// Keys of a unit.
     keys: usize,
-    /// Units on their way in a block.
+    /// Units that a block has room for, on their way or, of eight bits, made wide.
     stages: usize,
+    /// Bytes of a unit of eight bits, which comes in a place of its own, and of the scales of the one before.
+    narrow: usize,
     /// The pool, for a kernel that fetches by the copy engine: a block of it fills a multiprocessor.
     map: Option<Map>,
 }
@@ -80,7 +83,13 @@ impl<K> Tall<K> {
     /// A block's shared memory: a tile's queries, and the units on their way.
     fn shared(&self) -> usize {
         let rows = self.height + 2 * self.stages * self.keys;
-        rows * self.dim.next_multiple_of(64) * 2 + if self.map.is_some() { ALIGNED } else { 0 }
+        let aligned = if self.map.is_some() { ALIGNED } else { 0 };
+        rows * self.dim.next_multiple_of(64) * 2 + self.narrow + aligned
+    }
+
+    /// For a cache of eight bits: each row comes with its scale, which stays when it is made wide.
+    fn of_eight_bits(self) -> Self {
+        Self { stages: 1, narrow: 2 * self.keys * (self.dim + 8), ..self }
     }
 
     fn threads(&self) -> u32 {
@@ -131,13 +140,16 @@ impl Kernels {
         let mut sizes = device.sizes(function(books, c"pass_sizes")?, 2)?;
         let (dim, page_size) = (state.pool.dim as usize, state.pool.page_size);
         let fits = |tall: &Tall<&CStr>| tall.dim == dim && in_slabs(page_size);
-        let images = [(Dtype::Bf16, ATTEND_BF16), (Dtype::F16, ATTEND_F16)];
+        let images = [(Dtype::Bf16, ATTEND_BF16), (Dtype::F16, ATTEND_F16), (Dtype::F8, ATTEND_F8)];
         let image = images.into_iter().find(|(dtype, _)| dtype.code() == state.pool.dtype);
         if let Some((dtype, image)) = image.filter(|_| KERNELS.iter().any(&fits)) {
             let module = load(image)?;
             kernels.modules.push(module);
             sizes.extend(device.sizes(function(module, c"pass_attend_sizes")?, 3)?);
-            let talls = KERNELS.into_iter().filter(fits).map(|tall| (module, tall));
+            let narrow = dtype == Dtype::F8;
+            let talls = KERNELS.into_iter().filter(fits);
+            let talls = talls.map(|tall| if narrow { tall.of_eight_bits() } else { tall });
+            let talls = talls.map(|tall| (module, tall));
             let mut talls = talls.collect::<Vec<_>>();
             let rows = state.pool.room.bytes() / dim / 2;
             let name =
@@ -162,8 +174,8 @@ impl Kernels {
                     result::function::set_function_attribute(kernel, which, tall.shared() as i32)
                 }
                 .map_err(failed("cuFuncSetAttribute"))?;
-                let Tall { dim, height, keys, stages, map, .. } = tall;
-                kernels.attend.push(Tall { kernel, fold, dim, height, keys, stages, map });
+                let Tall { dim, height, keys, stages, narrow, map, .. } = tall;
+                kernels.attend.push(Tall { kernel, fold, dim, height, keys, stages, narrow, map });
             }
         }
         assert_eq!(
@@ -439,7 +451,7 @@ fn fits(state: &State, queries: &DeviceView<'_>, out: &DeviceViewMut<'_>) -> boo
             && view.token_stride % elements == 0
     };
     let pair = if to.dtype == Dtype::F32.code() { 8 } else { 4 };
-    from.dtype == state.pool.dtype && even(&from, 16, 8) && even(&to, pair, 2)
+    from.dtype == state.pool.queries() && even(&from, 16, 8) && even(&to, pair, 2)
 }
 
 // Mirrors of the structs in kernels/pass.cuh and kernels/pass.cu.

@@ -1,0 +1,3 @@
+#include "pass.cuh"
+
+PASS_KERNELS(F8)
