@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::longctx;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::PathBuf;
@@ -24,8 +25,8 @@ impl Batch {
     }
 
     fn command(&self, more: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        command.args(["generate", "--threads", "1", "--window", "16", "--method", "recency"]);
+        let mut command =
+            longctx(&["generate", "--threads", "1", "--window", "16", "--method", "recency"]);
         command
             .args(["--budget", "0.5", "--protect", "9", "--model"])
             .arg(self.path("model"))
@@ -185,8 +186,7 @@ fn a_model_in_parts_answers_as_the_whole() {
     let lines = requests().iter().map(|line| format!("{line}\n")).collect::<String>();
     fs::write(&file, lines).unwrap();
     let run = |more: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        command.args(["generate", "--threads", "1", "--window", "16", "--model"]);
+        let mut command = longctx(&["generate", "--threads", "1", "--window", "16", "--model"]);
         command.arg(batch.path("model")).arg("--batch").arg(&file).args(more).output().unwrap()
     };
     let (whole, parts) = (run(&[]), run(&["--cards", "2"]));

@@ -3,16 +3,16 @@
 
 mod common;
 
-use common::{ok, refused};
+use common::{longctx, ok, refused};
 use serde_json::Value;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-fn longctx(arguments: &[&str]) -> Command {
+fn curve(arguments: &[&str]) -> Command {
     let model = std::env::var("LONGCTX_MODEL").expect("`cargo xtask ci` names the default model");
     let data = std::env::var("LONGCTX_DATA").expect("and the folder of texts");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-    command.args(["curve", "--model", &model, "--texts", &data]).args(arguments);
+    let mut command = longctx(&["curve", "--model", &model, "--texts", &data]);
+    command.args(arguments);
     command
 }
 
@@ -26,9 +26,9 @@ fn every_method_is_asked_at_every_share_of_one_prefill() {
     let sizes = ["--tokens", "500", "--samples", "1", "--remove", "0.25", "0.5"];
     let methods = ["--method", "smollm2-135m-instruct-mlp", "KVzip+", "StreamingLLM"];
     let common = [&["--surrogate", mlp, "--threshold", "-3"][..], &sizes, &methods].concat();
-    ok(longctx(&[&common[..], &["--task", "niah_single_1", "--json", &one]].concat()));
+    ok(curve(&[&common[..], &["--task", "niah_single_1", "--json", &one]].concat()));
     let more = ["--task", "answer-nll", "--merge", &one, "--json", &both, "--svg", &svg];
-    ok(longctx(&[&common[..], &more].concat()));
+    ok(curve(&[&common[..], &more].concat()));
 
     let report: Value = serde_json::from_slice(&std::fs::read(&both).unwrap()).unwrap();
     assert!(report["r2"]["smollm2-135m-instruct-mlp"].as_f64().is_some());
@@ -59,7 +59,7 @@ fn unknown_names_are_refused_with_the_known_ones() {
         (&["--task", "niah_single_1", "--remove", "1.5"], "from 0 to 1"),
         (&["--merge", "/no/such/file"], "cannot read"),
     ] {
-        let said = refused(longctx(arguments));
+        let said = refused(curve(arguments));
         assert!(said.contains(wanted), "{said}");
     }
 }
@@ -80,13 +80,9 @@ fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
         let report = serde_json::json!({"r2": {}, "settings": [], "curve": rows});
         std::fs::write(path(name), report.to_string()).unwrap();
     }
-    let longctx = |arguments: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        command.arg("curve").args(arguments);
-        command
-    };
+    let curve = |arguments: &[&str]| longctx(&[&["curve"], arguments].concat());
     let merge = ["--merge", &path("old"), &path("new")];
-    ok(longctx(&[&merge[..], &["--json", &path("both")]].concat()));
+    ok(curve(&[&merge[..], &["--json", &path("both")]].concat()));
     let both: Value = serde_json::from_slice(&std::fs::read(path("both")).unwrap()).unwrap();
     let scores: Vec<f64> = both["curve"]
         .as_array()
@@ -97,14 +93,14 @@ fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
     assert_eq!(scores, [0.5, 0.75]);
 
     let asked = ["--task", "niah_single_1", "--texts", &path("")];
-    let said = refused(longctx(&asked));
+    let said = refused(curve(&asked));
     assert!(said.contains("give --model"), "{said}");
 
     for (more, wanted) in [
         (["--json", "/dev/null"], "/dev/null is no plain file"),
         (["--tokens", "132"], "have nothing to forget"),
     ] {
-        let said = refused(longctx(&[&merge[..], &asked, &more].concat()));
+        let said = refused(curve(&[&merge[..], &asked, &more].concat()));
         assert!(said.contains(wanted), "{said}");
     }
 }
@@ -121,8 +117,8 @@ fn a_run_that_is_killed_goes_on_where_it_stopped_and_no_other_does() {
         .collect();
     std::fs::write(path("documents.jsonl"), documents.join("\n")).unwrap();
     let command = |out: &str, more: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        command.args(["curve", "--threads", "1", "--window", "8", "--remove", "0.25", "0.5"]);
+        let mut command =
+            longctx(&["curve", "--threads", "1", "--window", "8", "--remove", "0.25", "0.5"]);
         command.args(["--model", &path("model"), "--documents", &path("documents.jsonl")]);
         command.args(["--task", "perplexity", "--tokens", "30", "150"]);
         command.args(["--method", "KVzip", "KVzip+", "H2O", "--json", &path(out)]).args(more);

@@ -4,17 +4,14 @@
 mod common;
 
 use anyhow::{Context, Result};
+use common::longctx;
 use models::{Specials, Tokenizer};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 fn generate(model: &Path, arguments: &[&str]) -> Result<Value> {
-    let output = Command::new(env!("CARGO_BIN_EXE_longctx"))
-        .args(["generate", "--json", "--model"])
-        .arg(model)
-        .args(arguments)
-        .output()?;
+    let mut command = longctx(&["generate", "--json", "--model"]);
+    let output = command.arg(model).args(arguments).output()?;
     let said = String::from_utf8_lossy(&output.stderr);
     serde_json::from_slice(&output.stdout).with_context(|| said.into_owned())
 }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::longctx;
 use eval::results::{Journal, Row, read_predictions};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -42,10 +43,8 @@ impl Bench {
     }
 
     fn command(&self, out: &str, more: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        command
-            .args(["eval", "--threads", "1", "--window", "16", "--model"])
-            .arg(self.path("model"));
+        let mut command = longctx(&["eval", "--threads", "1", "--window", "16", "--model"]);
+        command.arg(self.path("model"));
         command.arg("--data").arg(self.path("samples.jsonl")).arg("--out").arg(self.path(out));
         if !more.contains(&"--method") {
             command.args(["--method", "full", "recency"]);

@@ -1,8 +1,11 @@
 //! `longctx train kvzap` and `calibrate` on the default model: interrupted, resumed, and asked for other things.
 #![cfg(feature = "models")]
 
+mod common;
+
+use common::longctx;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
 /// Some documents of words that do not repeat in the same order.
 fn write_text(path: &Path) {
@@ -22,10 +25,9 @@ fn write_text(path: &Path) {
     std::fs::write(path, documents.collect::<String>()).unwrap();
 }
 
-fn longctx(arguments: &[&str]) -> Output {
+fn asked(arguments: &[&str]) -> Output {
     let model = std::env::var("LONGCTX_MODEL").expect("`cargo xtask ci` names the default model");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-    command.args(arguments).args(["--model", &model]).output().unwrap()
+    longctx(arguments).args(["--model", &model]).output().unwrap()
 }
 
 #[test]
@@ -38,7 +40,7 @@ fn a_collection_goes_on_where_it_was_interrupted() {
     let train = |more: &[&str]| {
         let common = ["train", "kvzap", "--text", &text, "--samples", &samples, "--out", &out];
         let sizes = ["--pieces", "12", "--held-out", "4", "--tokens", "40", "--rows", "30"];
-        longctx(&[&common[..], &sizes, more].concat())
+        asked(&[&common[..], &sizes, more].concat())
     };
     let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
     let first = train(&[]);
@@ -64,7 +66,7 @@ fn a_collection_goes_on_where_it_was_interrupted() {
     let mlp = train(&["--form", "mlp", "--epochs", "2", "--batch", "64"]);
     assert!(mlp.status.success(), "{}", String::from_utf8_lossy(&mlp.stderr));
     let calibrate = |tokens: &str| {
-        longctx(&[
+        asked(&[
             "calibrate",
             "--surrogate",
             &out,
@@ -83,7 +85,7 @@ fn a_collection_goes_on_where_it_was_interrupted() {
     assert!(folder.path().join("out/calibration.json").exists());
     let long = ["river"; 300].join(" ");
     let generate = |remove: &str| {
-        longctx(&[
+        asked(&[
             "generate",
             "--surrogate",
             &out,
@@ -114,7 +116,7 @@ fn texts_that_are_too_short_or_too_long_are_refused_with_numbers() {
         let out = folder.path().join("out");
         let common =
             ["train", "kvzap", "--text", text.to_str().unwrap(), "--out", out.to_str().unwrap()];
-        let refused = longctx(&[&common[..], &arguments].concat());
+        let refused = asked(&[&common[..], &arguments].concat());
         let said = String::from_utf8(refused.stderr).unwrap();
         assert!(!refused.status.success() && said.contains(wanted), "{said}");
     }

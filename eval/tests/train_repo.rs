@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{ok, refused};
+use common::{longctx, ok, refused};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
@@ -13,12 +13,6 @@ const WORDS: [&str; 12] = [
     "river", "engine", "paper", "winter", "carries", "slowly", "the", "old", "a", "under", "seven",
     "writes",
 ];
-
-fn longctx(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-    command.args(arguments);
-    command
-}
 
 /// Documents of sentences whose words do not repeat in the same order.
 fn write_text(path: &Path) {
@@ -71,15 +65,8 @@ impl Place {
     }
 
     fn train(&self, out: &str, more: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        command.args([
-            "train",
-            "repo",
-            "--text",
-            &self.path("text.jsonl"),
-            "--out",
-            &self.path(out),
-        ]);
+        let (text, out) = (self.path("text.jsonl"), self.path(out));
+        let mut command = longctx(&["train", "repo", "--text", &text, "--out", &out]);
         let length = if more.contains(&"--length") { &[][..] } else { &["--length", "192"] };
         command.args(["--rows", "2", "--warmup", "5", "--threads", "1"]).args(length).args(more);
         command
@@ -133,9 +120,9 @@ fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured
     assert!((first("control/loss.json") - text(&points[0])).abs() < 0.02);
 
     let measure = |model: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
         let (model, facts) = (place.path(model), place.path(&format!("{model}/facts.json")));
-        command.args(["facts", "measure", "--model", &model, "--text", &place.path("text.jsonl")]);
+        let text = place.path("text.jsonl");
+        let mut command = longctx(&["facts", "measure", "--model", &model, "--text", &text]);
         command.args([
             "--contexts",
             "1024",
@@ -154,14 +141,9 @@ fn a_training_that_is_killed_goes_on_to_the_same_bytes_and_its_model_is_measured
     let measured = place.json("whole/facts.json");
     assert_eq!((&measured["arm"], &measured["seed"]), (&json!("repo"), &json!(1)));
     assert!(measured["cells"].as_array().unwrap().len() >= 3, "{measured}");
-    let mut compare = Command::new(env!("CARGO_BIN_EXE_longctx"));
+    let mut compare = longctx(&["facts", "compare"]);
     let (rows, picture) = (place.path("rows.json"), place.path("rows.svg"));
-    compare.args(["facts", "compare"]).args(&files).args([
-        "--output",
-        &rows,
-        "--picture",
-        &picture,
-    ]);
+    compare.args(&files).args(["--output", &rows, "--picture", &picture]);
     std::fs::write(&rows, r#"[{"experiment": "other"}, {"experiment": "facts"}]"#).unwrap();
     compare.args(["--course", &place.path("course.svg")]);
     let tables = ok(compare);
@@ -186,8 +168,8 @@ fn a_model_is_gone_on_with_and_its_overlay_is_read() {
             ["--model", &base, "--train", train, "--kilotokens", "2", "--rank", "2", "--recompute"];
         ok(place.train(train, &more));
         let overlay = place.path(&format!("{train}/repo.safetensors"));
-        let mut measure = Command::new(env!("CARGO_BIN_EXE_longctx"));
-        measure.args(["facts", "measure", "--model", &base, "--repo", &overlay, "--samples", "1"]);
+        let mut measure = longctx(&["facts", "measure", "--model", &base, "--repo", &overlay]);
+        measure.args(["--samples", "1"]);
         measure.args(["--text", &place.path("text.jsonl"), "--contexts", "1024", "--threads", "1"]);
         measure.args(["--output", &place.path("facts.json")]);
         ok(measure);

@@ -6,6 +6,12 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
+pub fn longctx(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+    command.args(arguments);
+    command
+}
+
 /// What a command says, which ends well.
 pub fn ok(mut command: Command) -> String {
     let Output { status, stdout, stderr } = command.output().unwrap();
