@@ -28,7 +28,7 @@ impl Scored {
         let stream = torch_stream(on)?;
         stream.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
         let module = load(PTX)?;
-        let scored = Self { stream, module, linear: function(module, "scored_1")? };
+        let scored = Self { stream, module, linear: function(module, "scored_linear")? };
         let size = Tensor::f_zeros([1], (Kind::Int, device(&scored.stream)))?;
         let start = address(&size, Kind::Int, 1)?;
         launch(&scored.stream, false, function(module, "scored_sizes")?, grid(1, 1), &start)?;
@@ -71,16 +71,12 @@ impl Scored {
             residual: place(residual)?,
             norm: address(&norm.weight, Kind::BFloat16, dim as usize)?,
             hidden: place(&hidden)?,
-            first: place(&map.0)?,
-            first_bias: address(&map.1, Kind::BFloat16, ROWS as usize)?,
-            second: 0,
-            second_bias: 0,
+            map: place(&map.0)?,
+            bias: address(&map.1, Kind::BFloat16, ROWS as usize)?,
             scores: place(&scores)?,
             all: (texts * tokens) as u32,
             tokens: tokens as u32,
             dim: dim as u32,
-            units: 0,
-            tiles: 1,
             heads: heads as u32,
             epsilon: norm.epsilon as f32,
             unused: 0,
@@ -108,16 +104,12 @@ struct ScoredCall {
     residual: u64,
     norm: u64,
     hidden: u64,
-    first: u64,
-    first_bias: u64,
-    second: u64,
-    second_bias: u64,
+    map: u64,
+    bias: u64,
     scores: u64,
     all: u32,
     tokens: u32,
     dim: u32,
-    units: u32,
-    tiles: u32,
     heads: u32,
     epsilon: f32,
     unused: u32,
