@@ -21,20 +21,19 @@ using namespace tile;
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
 
 // A part of a head: [group][D] sums, and for each row its best score and the sum of its weights. It begins where a lane can
-// read four sums at once, as it does anyway where rows are `EVEN`.
-template <int D, bool EVEN>
+// read four sums at once.
+template <int D>
 __device__ float *part_at(const Stream &call, uint32_t i) {
-    if constexpr (EVEN) return call.parts + uint64_t(i) * call.attend.group * (D + 2);
-    else return call.parts + uint64_t(i) * ((call.attend.group * (D + 2) + 3) / 4 * 4);
+    return call.parts + uint64_t(i) * ((call.attend.group * (D + 2) + 3) / 4 * 4);
 }
 
 // Folds a head's parts in their order, a warp a row. With few rows several warps share one,
 // each taking every n-th part, and meet in shared memory: the more loads are on their way at once the better.
-template <int D, int TEAM, bool EVEN>
+template <int D, int TEAM>
 __device__ void fold(const Stream &call, const Head &head, float *merged, float2 *totals) {
     const uint32_t warp = threadIdx.x / LANES, group = call.attend.group;
     const uint32_t teams = group < TEAM ? TEAM / group : 1, team = group < TEAM ? warp / group : 0;
-    const float *first = part_at<D, EVEN>(call, head.opening);
+    const float *first = part_at<D>(call, head.opening);
     const uint32_t stride = call.cut == FAST ? 2 : 1, later = head.opening & ~(stride - 1);
     if (team < teams) {
         for (uint32_t row = warp - team * group; row < group; row += TEAM) {
@@ -47,7 +46,7 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
 #pragma unroll
                 for (int k = 0; k < FOLDED; k++) {
                     const uint32_t at = j + k * teams;
-                    const float *part = at == 0 ? first : part_at<D, EVEN>(call, later + at * stride);
+                    const float *part = at == 0 ? first : part_at<D>(call, later + at * stride);
                     their[k] = make_float2(-INFINITY, 0.0f);
                     if (at < head.parts) {
                         read_row<D, true>(theirs[k], part + row * D);
@@ -103,9 +102,8 @@ constexpr uint32_t UNKNOWN = 0xffffffffu;  // no page
 __device__ uint32_t past(const Head &head) { return head.slabs + (head.len + SLAB - 1) / SLAB; }
 
 // A block's share. `WIDE` is for more than 8 query heads a kv head: the lower half of the tensor cores' rows.
-// `TEAM` warps have `STAGES` slabs each on their way. With `AHEAD` a block asks early for what it needs next; the slim one, between
-// the other kernels of a model's step, is slower by it (BENCHMARKS.md), and has an even number of query heads a kv head.
-template <class T, int D, int TEAM, int STAGES, bool WIDE, bool AHEAD>
+// `TEAM` warps have `STAGES` slabs each on their way.
+template <class T, int D, int TEAM, int STAGES, bool WIDE>
 __device__ void attend_share(const Stream &call) {
     constexpr bool SCALED = T::BYTES == 1;
     constexpr int CHUNKS = D * T::BYTES / 16;
@@ -138,7 +136,7 @@ __device__ void attend_share(const Stream &call) {
     // that ends at `source_stop`. While memory is busy a load takes as long as several slabs, so its page's number is known
     // early, and so are the head that follows, `upcoming`, and the number of the warp's first page there: where there are
     // registers for it.
-    constexpr bool LOOKS = AHEAD && D <= 128;
+    constexpr bool LOOKS = D <= 128;
     uint32_t index = share.head;
     Head head = attend.heads[index];
     uint32_t ahead = begin + warp, filled = 0, used = 0;
@@ -177,18 +175,14 @@ __device__ void attend_share(const Stream &call) {
     uint32_t id = next_page();
     // Until the kernel before has ended a long share is fetched half a slab after the other: what that kernel's last blocks
     // load would come after all that was asked for before.
-    bool paced = AHEAD && call.early && end - begin > STAGES * TEAM;
+    bool paced = call.early && end - begin > STAGES * TEAM;
     auto land = [&]() {
         commit();
         wait<0>();
     };
     auto fetch = [&]() {
         if (ahead < end) {
-            const uint64_t policy = AHEAD ? read_once() : 0;
-            auto copy = [&](uint32_t to, const unsigned char *from) {
-                if constexpr (AHEAD) copy16(to, from, policy);
-                else copy16(to, from);
-            };
+            const uint64_t policy = read_once();
             // Where lines lie in the slab is counted anew each time: rows of 256 bytes leave no registers to keep it in.
             uint32_t lane = threadIdx.x % LANES;
             if constexpr (SCALED && D == 256) asm volatile("" : "+r"(lane));
@@ -199,14 +193,14 @@ __device__ void attend_share(const Stream &call) {
             const uint32_t to = stage0 + filled * STAGE;
             if (SCALED && lane < 8) {
                 const unsigned char *scales = page + 2 * to_values + (lane < 4 ? 0 : attend.pool.page_size * sizeof(float));
-                copy(to + 2 * HALF + lane * 16, scales + inside * SLAB * sizeof(float) + lane % 4 * 16);
+                copy16(to + 2 * HALF + lane * 16, scales + inside * SLAB * sizeof(float) + lane % 4 * 16, policy);
             }
 #pragma unroll
             for (int i = 0; i < 2 * CHUNKS * SLAB / LANES; i++) {
                 constexpr int KEYS = CHUNKS * SLAB / LANES;
                 const uint32_t chunk = i * LANES + lane, row = chunk / CHUNKS;  // keys, then values: 32 rows
                 if (i == KEYS && paced) land();
-                copy(to + swizzled<D, T::BYTES>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16);
+                copy16(to + swizzled<D, T::BYTES>(row, chunk % CHUNKS), from + (i < KEYS ? 0 : to_values) + i % KEYS * LANES * 16, policy);
             }
         }
         commit();
@@ -258,7 +252,7 @@ __device__ void attend_share(const Stream &call) {
             }
         }
     };
-    if constexpr (AHEAD) load_queries(head.kv_head, head.first);
+    load_queries(head.kv_head, head.first);
     bool fresh = true;
     for (uint32_t at = begin;;) {
         if constexpr (SCALED) {
@@ -266,12 +260,9 @@ __device__ void attend_share(const Stream &call) {
             fresh = false;
         }
         const uint32_t first = head.slabs, stop = part_end(head, at);
-        auto head_ends = [&]() { return stop == past(head) && stop < end; };
-        bool leaves = AHEAD && head_ends();
+        const bool leaves = stop == past(head) && stop < end;
         const Head *next = attend.heads + index + leaves;
-        uint32_t next_kv_head = 0, next_token = 0;
-        if constexpr (AHEAD) next_kv_head = next->kv_head, next_token = next->first;
-        else load_queries(head.kv_head, head.first);
+        const uint32_t next_kv_head = next->kv_head, next_token = next->first;
         float out[D / 8][4], best[HALVES], sum[HALVES];
 #pragma unroll
         for (int half = 0; half < HALVES; half++) best[half] = -INFINITY, sum[half] = 0.0f;
@@ -380,7 +371,7 @@ __device__ void attend_share(const Stream &call) {
             }
         }
 
-        if (AHEAD && leaves) load_queries(next_kv_head, next_token), fresh = true;  // they come while the warps meet
+        if (leaves) load_queries(next_kv_head, next_token), fresh = true;  // they come while the warps meet
 
         // The warps' parts into one.
 #pragma unroll
@@ -402,13 +393,8 @@ __device__ void attend_share(const Stream &call) {
                 if (lane % 4 == 0) totals[warp * group + row] = make_float2(best[half], total);
             }
         }
-        Head late = head;
-        if constexpr (!AHEAD) {
-            leaves = head_ends();
-            late = leaves ? attend.heads[index + 1] : head;
-        }
         __syncthreads();
-        float *part = part_at<D, !AHEAD>(call, number);
+        float *part = part_at<D>(call, number);
 #pragma unroll 1
         for (uint32_t row = warp; row < group; row += TEAM) {
             float2 their[TEAM];
@@ -443,7 +429,7 @@ __device__ void attend_share(const Stream &call) {
             __syncthreads();
             if (arrived == head.parts) {
                 __threadfence();
-                fold<D, TEAM, !AHEAD>(call, head, merged, totals);
+                fold<D, TEAM>(call, head, merged, totals);
                 if (threadIdx.x == 0) call.arrivals[index] = 0;
             }
         }
@@ -454,10 +440,10 @@ __device__ void attend_share(const Stream &call) {
         if (!leaves) continue;
         done = 0;
         index++;
-        head = AHEAD ? *next : late;
+        head = *next;
         if (head.tokens == 0) {
             while (head.tokens == 0) head = attend.heads[++index];
-            if constexpr (AHEAD) load_queries(head.kv_head, head.first), fresh = true;
+            load_queries(head.kv_head, head.first), fresh = true;
         }
         number = head.opening;
     }
@@ -468,10 +454,9 @@ __device__ void attend_share(const Stream &call) {
 // Kernels of a type, one a head dim and one more for over 8 query heads a kv head. Slabs on their way get what the warps'
 // sums leave, which is less the more query heads there are. With many heads fewer are better, and room for a block of the
 // next attention. Mirrored in src/cuda/driver/attend.rs.
-#define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE) STREAM_KERNEL(NAME, T, D, TEAM, STAGES, WIDE, true)
-#define STREAM_KERNEL(NAME, T, D, TEAM, STAGES, WIDE, AHEAD)                                                \
+#define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE)                                                       \
     extern "C" __global__ void __launch_bounds__(TEAM *LANES, 1) stream_attend_##NAME(Stream call) {        \
-        stream::attend_share<stream::T, D, TEAM, STAGES, WIDE, AHEAD>(call);                                \
+        stream::attend_share<stream::T, D, TEAM, STAGES, WIDE>(call);                                       \
     }
 #define STREAM_KERNELS(T)                          \
     STREAM_ATTEND(d64, T, 64, 8, 4, false)         \
@@ -479,7 +464,7 @@ __device__ void attend_share(const Stream &call) {
     STREAM_ATTEND(d96, T, 96, 8, 3, false)         \
     STREAM_ATTEND(wide_d96, T, 96, 8, 2, true)     \
     STREAM_ATTEND(d128, T, 128, 8, 3, false)       \
-    STREAM_KERNEL(slim_d128, T, 128, 4, 2, false, false) \
+    STREAM_ATTEND(slim_d128, T, 128, 4, 2, false)  \
     STREAM_ATTEND(many_d128, T, 128, 6, 2, false)  \
     STREAM_ATTEND(wide_d128, T, 128, 8, 2, true)   \
     STREAM_ATTEND(d256, T, 256, 4, 3, false)       \

@@ -139,10 +139,19 @@ impl Device {
                 continue; // a card with less room takes the next, or the plain kernel
             }
             let kernel = function(module, stream.kernel)?;
-            let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is of a module that is loaded.
-            unsafe { result::function::set_function_attribute(kernel, which, bytes as i32) }
-                .map_err(failed("cuFuncSetAttribute"))?;
+            let set = |which, value: usize| {
+                // SAFETY: the function is of a module that is loaded.
+                unsafe { result::function::set_function_attribute(kernel, which, value as i32) }
+                    .map_err(failed("cuFuncSetAttribute"))
+            };
+            use sys::CUfunction_attribute as Attribute;
+            set(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes)?;
+            if stream.slim {
+                // Left to itself the driver makes room for three, and takes the first level apart for it and back again
+                // between the products of a step (BENCHMARKS.md).
+                let two = (200 * bytes).div_ceil(shared); // percent
+                set(Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, two)?;
+            }
             let &Stream { dim, group, team, stages, slim, heads, .. } = stream;
             self.streams.push(Stream { kernel, dim, group, team, stages, slim, heads });
         }
@@ -226,7 +235,7 @@ impl Device {
         let fits = |stream: &&Stream<_>| {
             stream.dim == pool.dim as usize
                 && step.group <= stream.group
-                && (!stream.slim || step.slim && step.group.is_multiple_of(2))
+                && (!stream.slim || step.slim)
                 && (stream.heads == 0 || step.cut == Cut::Fast && heads >= stream.heads)
         };
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
