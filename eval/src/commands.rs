@@ -12,6 +12,7 @@ mod prompt;
 pub mod report;
 pub mod train;
 
+use crate::files;
 use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -19,7 +20,6 @@ use kvzap::Surrogate;
 use models::Model;
 use serde_json::Value;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind};
 use tempfile::NamedTempFile;
@@ -193,21 +193,14 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     write(path, format!("{value:#}\n").as_bytes())
 }
 
-/// A file beside `path`, to be renamed to it, so that a half-written one is never found. Made before a long run, it says
-/// in time that there is no place for the results.
+/// A file beside `path`, to be renamed to it. Made before a long run, it says in time that there is no place for the results.
 fn beside(path: &Path) -> Result<NamedTempFile> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
     ensure!(
         !path.exists() || path.is_file(),
         "{} is no plain file; give another path",
         path.display()
     );
-    let readable = std::fs::Permissions::from_mode(0o644); // a temporary file is its owner's alone
-    let file = tempfile::Builder::new().permissions(readable).tempfile_in(folder);
-    file.with_context(|| no_place(path))
+    files::beside(path).with_context(|| no_place(path))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {

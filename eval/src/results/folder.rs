@@ -51,7 +51,7 @@ pub fn write(folder: &Path, summary: Summary, config: &[(&str, Value)]) -> Resul
 fn place(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let path = folder.join(name);
     let write = || -> std::io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder)?;
+        let mut file = files::beside(&path)?;
         file.write_all(bytes)?;
         file.persist(&path)?;
         Ok(())
