@@ -92,6 +92,21 @@ fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
         .collect();
     assert_eq!(scores, [0.5, 0.75]);
 
+    let mut report = both;
+    let said = refused(curve(&["--merge", &path("both"), "--against", "a"]));
+    assert!(said.contains("measure it with --each"), "{said}");
+    for (row, scores) in [(0, "1 1 0 0"), (1, "1 1 1 0")] {
+        report["curve"][row]["scores"] = scores.into();
+    }
+    std::fs::write(path("both"), report.to_string()).unwrap();
+    let paired = ["--merge", &path("both"), "--against", "b", "--json", &path("paired")];
+    ok(curve(&paired));
+    let paired: Value = serde_json::from_slice(&std::fs::read(path("paired")).unwrap()).unwrap();
+    assert_eq!(paired["curve"], report["curve"]);
+    let found = &paired["paired"][1];
+    assert_eq!(found["method"], "a", "{paired}");
+    assert_eq!((&found["difference"], &found["n"]), (&0.25.into(), &4.into()), "{paired}");
+
     let asked = ["--task", "niah_single_1", "--texts", &path("")];
     let said = refused(curve(&asked));
     assert!(said.contains("give --model"), "{said}");

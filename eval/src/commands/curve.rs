@@ -1,6 +1,7 @@
 //! `longctx curve`: what is still known of a text when more and more of it is forgotten, by every method at once.
 
 mod methods;
+mod paired;
 mod picture;
 mod probes;
 mod unfinished;
@@ -11,6 +12,7 @@ use crate::intervals::{Interval, normal, wilson};
 use anyhow::{Context, Result, bail, ensure};
 use methods::{Methods, Variant};
 use models::{Dense, Fan, Hooks, KvCache, Model, WINDOW};
+use paired::Difference;
 use probes::{Probe, Probes, Scored};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -67,6 +69,12 @@ pub struct Args {
     /// Write the rows and all settings here; a run that is cut off leaves what it has, and the same command goes on there
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write what each sample scored beside its row, for --against
+    #[arg(long)]
+    each: bool,
+    /// A method, or `full`, that all others are compared with, sample by sample
+    #[arg(long, value_name = "METHOD")]
+    against: Option<String>,
     /// Draw a picture of each task and length into this folder
     #[arg(long, value_name = "FOLDER")]
     svg: Option<PathBuf>,
@@ -95,6 +103,9 @@ pub struct Row {
     pub high: f64,
     /// How many samples.
     pub n: usize,
+    /// What each of them scored, where `--each` asked for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "paired::line")]
+    pub scores: Vec<f64>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -102,6 +113,8 @@ struct Report {
     r2: BTreeMap<String, f64>,
     settings: Vec<serde_json::Value>,
     curve: Vec<Row>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    paired: Vec<Difference>,
     #[serde(default, skip_serializing_if = "Unfinished::is_nothing")]
     unfinished: Unfinished,
 }
@@ -139,6 +152,10 @@ pub fn run(args: &Args) -> Result<()> {
     if !args.task.is_empty() {
         ask_all(args, &mut report)?;
     }
+    if let Some(against) = &args.against {
+        report.paired = paired::differences(&report.curve, &report.settings, against)?;
+        paired::print(&report.paired);
+    }
     save(args, &report)?;
     if let Some(folder) = &args.svg {
         for (name, svg) in picture::draw(&report.curve)? {
@@ -153,6 +170,17 @@ fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
     let model = run.load()?;
     let methods = Methods::load(args, &model)?;
     let variants = methods.variants();
+    if let Some(against) = &args.against {
+        let known = |method: &String| method == against;
+        ensure!(
+            variants
+                .iter()
+                .map(|v| &v.method)
+                .chain(report.curve.iter().map(|r| &r.method))
+                .any(known),
+            "--against {against}: no such method is measured or merged; name one of --method, a surrogate's folder, or full"
+        );
+    }
     let begun = Unfinished::new(args, run, variants)?;
     let left = args.json.as_deref().map(|path| begun.report(path)).transpose()?;
     match left.flatten() {
@@ -176,7 +204,7 @@ fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
             bar.inc(1);
             if saved.elapsed() > SAVES * took {
                 let start = Instant::now();
-                let rows = rows(variants, &probes, &report.unfinished.samples);
+                let rows = rows(args, variants, &probes, &report.unfinished.samples);
                 let more = more(&report.curve, rows);
                 supersede(&mut report.curve, more);
                 save(args, report)?;
@@ -184,7 +212,7 @@ fn ask_all(args: &Args, report: &mut Report) -> Result<()> {
             }
         }
         bar.finish_and_clear();
-        let rows = rows(variants, &probes, &std::mem::take(&mut report.unfinished.samples));
+        let rows = rows(args, variants, &probes, &std::mem::take(&mut report.unfinished.samples));
         print(&rows);
         supersede(&mut report.curve, rows);
         report.unfinished.cells += 1;
@@ -228,7 +256,7 @@ fn settings(args: &Args, run: &ModelArgs) -> Result<serde_json::Value> {
 }
 
 /// A row of each variant, over the samples so far.
-fn rows(variants: &[Variant], probes: &Probes, samples: &[Vec<[f64; 3]>]) -> Vec<Row> {
+fn rows(args: &Args, variants: &[Variant], probes: &Probes, samples: &[Vec<[f64; 3]>]) -> Vec<Row> {
     let row = |(index, variant): (usize, &Variant)| {
         let column = |of: usize| samples.iter().map(|points| points[index][of]).collect::<Vec<_>>();
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
@@ -248,6 +276,7 @@ fn rows(variants: &[Variant], probes: &Probes, samples: &[Vec<[f64; 3]>]) -> Vec
             low,
             high,
             n: scores.len(),
+            scores: if args.each || args.against.is_some() { scores } else { Vec::new() },
         }
     };
     variants.iter().enumerate().map(row).collect()
@@ -367,6 +396,7 @@ mod tests {
             low: 0.0,
             high: 1.0,
             n: 9,
+            scores: Vec::new(),
         };
         let mut curve = vec![
             row("a", 1, "mlp", 0.1),

@@ -220,6 +220,7 @@ mod tests {
             low: 0.0,
             high: 1.0,
             n,
+            scores: Vec::new(),
         };
         let known = |seed, rows| Known { arm: "rope".to_owned(), seed, tokens: 9, rows };
         let all = [
