@@ -220,8 +220,11 @@ __device__ void await(uint32_t stages) {
     }
 }
 
-template <int GROUPS>
+// Inputs of DEPTH pieces are asked for early: behind a ring that asks for all that memory gives they take as long as it does.
+// With few columns that gains nothing.
+template <int GROUPS, int DEPTH>
 __device__ void product(const Product &call) {
+    constexpr int SETS = DEPTH > 0 ? DEPTH : 1;
     constexpr int PIECE = ::PIECE<GROUPS>, TALL = ::TALL<GROUPS>, SUMS = WARPS * ROWS * GROUPS * COLUMNS;
     constexpr int ROW_LANES = PIECE / 8, LINE_ROWS = LANES / ROW_LANES;  // a copy of all lanes is of so many rows
     constexpr int EIGHTS = 2 * TALL, EIGHT_LINES = LINES / EIGHTS;       // rows of a tile, eight by eight
@@ -275,36 +278,53 @@ __device__ void product(const Product &call) {
     for (uint32_t i = 0; i < call.stages; i++) ask();
     settle();
 
+    uint4 a[SETS][PIECE / CHUNK][GROUPS];
+    const auto ask_inputs = [&](int set, int j, uint32_t piece) {
+        columns_of<GROUPS>(call, (first + piece) * PIECE + j * CHUNK, a[set][j]);
+    };
+#pragma unroll
+    for (int set = 0; set < DEPTH; set++) {
+#pragma unroll
+        for (int j = 0; j < PIECE / CHUNK; j++) ask_inputs(set, j, set);
+    }
     uint32_t stage = 0, turn = 0;
     for (uint32_t tile = blockIdx.x; tile < call.tiles; tile += gridDim.x) {
         Added<GROUPS> added = {};
         if (call.kind == ADD && TALL == 1) ask_added(call, tile, added);
         float c[(GROUPS + 1) / 2][EIGHTS][4] = {};
-        for (uint32_t piece = 0; piece < own; piece++) {
-            uint4 a[PIECE / CHUNK][GROUPS];
+        for (uint32_t begin = 0; begin < own; begin += SETS) {
 #pragma unroll
-            for (int j = 0; j < PIECE / CHUNK; j++) columns_of<GROUPS>(call, (first + piece) * PIECE + j * CHUNK, a[j]);
-            await(call.stages);
-            __syncwarp();
+            for (int set = 0; set < SETS; set++) {
+                const uint32_t piece = begin + set;
+                if (set > 0 && piece == own) break;
+                const uint32_t later = piece + DEPTH < own ? piece + DEPTH : set;  // of this tile, or of the next
+                if constexpr (DEPTH == 0) {
 #pragma unroll
-            for (int j = 0; j < PIECE / CHUNK; j++) {
-#pragma unroll
-                for (int e = 0; e < EIGHTS; e++) {
-                    uint4 b;
-                    const uint32_t place = ring + stage * STAGE_BYTES + place_of<GROUPS>(e * 8 + lane / 4, j * 4 + quad);
-                    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                                 : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w) : "r"(place) : "memory");
-#pragma unroll
-                    for (int g = 0; g < GROUPS; g += 2) {
-                        const uint4 none = make_uint4(0, 0, 0, 0), x = a[j][g], y = g + 1 < GROUPS ? a[j][g + 1] : none;
-                        multiply(c[g / 2][e], x.x, y.x, x.y, y.y, b.x, b.y);
-                        multiply(c[g / 2][e], x.z, y.z, x.w, y.w, b.z, b.w);
-                    }
+                    for (int j = 0; j < PIECE / CHUNK; j++) ask_inputs(set, j, piece);
                 }
+                await(call.stages);
+                __syncwarp();
+#pragma unroll
+                for (int j = 0; j < PIECE / CHUNK; j++) {
+#pragma unroll
+                    for (int e = 0; e < EIGHTS; e++) {
+                        uint4 b;
+                        const uint32_t place = ring + stage * STAGE_BYTES + place_of<GROUPS>(e * 8 + lane / 4, j * 4 + quad);
+                        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                                     : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w) : "r"(place) : "memory");
+#pragma unroll
+                        for (int g = 0; g < GROUPS; g += 2) {
+                            const uint4 none = make_uint4(0, 0, 0, 0), x = a[set][j][g], y = g + 1 < GROUPS ? a[set][j][g + 1] : none;
+                            multiply(c[g / 2][e], x.x, y.x, x.y, y.y, b.x, b.y);
+                            multiply(c[g / 2][e], x.z, y.z, x.w, y.w, b.z, b.w);
+                        }
+                    }
+                    if constexpr (DEPTH > 0) ask_inputs(set, j, later);
+                }
+                __syncwarp();
+                ask();
+                if (++stage == call.stages) stage = 0;
             }
-            __syncwarp();
-            ask();
-            if (++stage == call.stages) stage = 0;
         }
         float *const mine = sums + turn * SUMS;
         if (TALL == 1) turn ^= 1;
@@ -330,16 +350,16 @@ __device__ void product(const Product &call) {
     }
 }
 
-// By the columns that they have room for.
-#define PRODUCT(columns)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) step_product_##columns(Product call) {        \
-        product<columns / COLUMNS>(call);                                                                  \
+// By the columns that they have room for. What is asked for early wants registers.
+#define PRODUCT(COUNT, DEPTH, REGISTERS)                                                       \
+    extern "C" __global__ void REGISTERS step_product_##COUNT(Product call) {                  \
+        product<COUNT / COLUMNS, DEPTH>(call);                                                 \
     }
 
-PRODUCT(8)
-PRODUCT(16)
-PRODUCT(32)
-PRODUCT(64)
+PRODUCT(8, 0, __launch_bounds__(THREADS, 1))
+PRODUCT(16, 1, __maxnreg__(152))
+PRODUCT(32, 2, __launch_bounds__(THREADS, 1))
+PRODUCT(64, 1, __maxnreg__(192))
 
 struct Embed {
     const bf16 *embedding;  // [vocabulary][width]
