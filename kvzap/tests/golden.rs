@@ -1,6 +1,6 @@
 //! The plain forward against kvpress; tests/golden/make.py and shipped.py tell how the numbers came.
 
-use kvzap::{Array, Dtype, Surrogate};
+use kvzap::{Array, Calibration, Dtype, Surrogate, WINDOW};
 use safetensors::SafeTensors;
 
 fn golden(file: &str, name: &str) -> Array {
@@ -30,6 +30,18 @@ fn scores_are_those_of_kvpress() {
         assert_scores(&format!("tests/golden/{name}"), &golden("scores", "hidden"), &expected);
         let shipped = format!("surrogates/smollm2-135m-instruct-{name}");
         assert_scores(&shipped, &golden("shipped", "hidden"), &golden("shipped", name));
+    }
+}
+
+#[test]
+fn each_that_is_shipped_fits_the_model_and_knows_its_thresholds() {
+    let folders = std::fs::read_dir("surrogates").unwrap().map(|entry| entry.unwrap().path());
+    let shipped: Vec<_> = folders.filter(|folder| folder.join("config.json").exists()).collect();
+    assert_eq!(shipped.len(), 3);
+    for folder in shipped {
+        Surrogate::load(&folder).unwrap().check(30, 576, 3).unwrap();
+        let threshold = Calibration::load(&folder).unwrap().threshold(0.75, 2000, WINDOW).unwrap();
+        assert!(threshold.is_finite(), "{}", folder.display());
     }
 }
 
