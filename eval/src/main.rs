@@ -39,6 +39,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    sigpipe::reset(); // who reads no further, as `head`, ends it, as any command
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Demo(args) => demo::run(&args),

@@ -5,6 +5,7 @@ mod common;
 
 use common::{longctx, ok, refused};
 use serde_json::Value;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -192,4 +193,25 @@ const SAMPLES: usize = 60;
 
 fn read(path: &str) -> Option<Value> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
+
+#[test]
+fn a_reader_that_leaves_ends_the_command_without_a_word() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let row = |method: &str| {
+        serde_json::json!({
+            "task": "niah_single_1", "context": 500, "method": method, "asked": 0.5, "removed": 0.5,
+            "removed_of_judged": 0.6, "score": 0.5, "low": 0.0, "high": 1.0, "n": 2, "scores": "1 0",
+        })
+    };
+    let report =
+        serde_json::json!({"r2": {}, "settings": [], "curve": [row("mlp"), row("linear")]});
+    std::fs::write(&file, report.to_string()).unwrap();
+    let mut command = longctx(&["curve", "--against", "mlp", "--merge"]);
+    command.arg(file.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&ended.stderr), "");
+    assert_eq!(ended.status.signal(), Some(13), "SIGPIPE");
 }
