@@ -78,7 +78,7 @@ fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
     for (name, rows) in
         [("old", vec![row("a", 0.25), row("b", 0.5)]), ("new", vec![row("a", 0.75)])]
     {
-        let report = serde_json::json!({"r2": {}, "settings": [], "curve": rows});
+        let report = serde_json::json!({"r2": {}, "settings": [{"seed": 42}], "curve": rows});
         std::fs::write(path(name), report.to_string()).unwrap();
     }
     let curve = |arguments: &[&str]| longctx(&[&["curve"], arguments].concat());
@@ -92,6 +92,7 @@ fn rows_are_merged_without_a_model_and_nothing_is_asked_without_one() {
         .map(|row| row["score"].as_f64().unwrap())
         .collect();
     assert_eq!(scores, [0.5, 0.75]);
+    assert_eq!(both["settings"], serde_json::json!([{"seed": 42}]), "each once");
 
     let mut report = both;
     let said = refused(curve(&["--merge", &path("both"), "--against", "a"]));

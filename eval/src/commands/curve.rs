@@ -146,7 +146,11 @@ pub fn run(args: &Args) -> Result<()> {
             )
         })?;
         report.r2.extend(earlier.r2);
-        report.settings.extend(earlier.settings);
+        for settings in earlier.settings {
+            if !report.settings.contains(&settings) {
+                report.settings.push(settings);
+            }
+        }
         supersede(&mut report.curve, earlier.curve);
     }
     if !args.task.is_empty() {
