@@ -301,6 +301,46 @@ mod cuda {
         }
     }
 
+    /// Attention that leaves room for the kernel that follows is cut otherwise, which its last bits tell.
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn attention_that_leaves_room_is_as_in_the_reference() {
+        for (group, mode) in [
+            (1, Mode::Fast),
+            (3, Mode::BatchInvariant),
+            (4, Mode::Fast),
+            (5, Mode::Fast),
+            (7, Mode::BatchInvariant),
+            (8, Mode::BatchInvariant),
+        ] {
+            let shape = CacheShape { query_heads: 3 * group, ..wide() };
+            let mut twins = Twins::new(shape.clone(), Seats { mode, ..SEATS }, 0.4);
+            let texts = [650, 0, 21].map(|tokens| twins.prompt(tokens));
+            let batch = [Some(texts[0]), None, Some(texts[1]), Some(texts[2])];
+            twins.resident.batch(&batch.map(|pair| pair.map(|pair| pair.0))).unwrap();
+            let mut tensors = twins.tensors(batch.len());
+            let stream = twins.stream.clone();
+            for _ in 0..20 {
+                twins.step(&batch, &mut tensors, |twins, tensors| {
+                    twins.resident.leave_room(false);
+                    twins.queue_all(tensors, batch.len());
+                    let bits = |tensors: &Tensors| {
+                        let out = stream.clone_dtoh(&tensors.outs[0]).unwrap();
+                        out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                    };
+                    let filling = bits(tensors);
+                    twins.resident.leave_room(true);
+                    let views = tensors.views(&shape, batch.len(), &stream);
+                    for (layer, (out, lse)) in views.outs.into_iter().enumerate() {
+                        let scale = scale(shape.head_dim);
+                        twins.resident.attend(layer, views.queries, scale, out, Some(lse)).unwrap();
+                    }
+                    assert_ne!(bits(tensors), filling);
+                });
+            }
+        }
+    }
+
     /// A text that leaves for host memory and comes back, into another seat and other pages, in the middle of its window.
     #[test]
     #[ignore = "needs a CUDA device"]

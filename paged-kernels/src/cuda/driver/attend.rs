@@ -235,8 +235,7 @@ impl Device {
         let fits = |stream: &&Stream<_>| {
             stream.dim == pool.dim as usize
                 && step.group <= stream.group
-                // No card has run the slim one with an odd number of query heads a kv head.
-                && (!stream.slim || step.slim && step.group.is_multiple_of(2))
+                && (!stream.slim || step.slim)
                 && (stream.heads == 0 || step.cut == Cut::Fast && heads >= stream.heads)
         };
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
