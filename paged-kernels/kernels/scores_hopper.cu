@@ -184,13 +184,18 @@ __device__ float sum_each(float *x) {
     return x[0];
 }
 
-// The threads that multiply and decide meet; those that fetch need not, and stand elsewhere.
-__device__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+// Threads of a block: those that multiply and decide, and a warp that fetches, or the four that registers want.
+template <int BOXES>
+constexpr uint32_t BLOCK = THREADS + (BOXES > 1 ? 128 : LANES);
+
+// All threads meet, though not at one place of the code, which __syncthreads() asks for.
+template <uint32_t COUNT>
+__device__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
 
 template <int N, int BOXES, int COLUMNS, int SHARERS, int ROWS>
 __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
     constexpr uint32_t UNITS = N * BOXES, HIDDEN_BYTES = ROWS * 128, STAGE = HIDDEN_BYTES + UNITS * 128;
-    constexpr uint32_t PITCH = (UNITS + 31) / 32 * 32 + 8, TOKENS = ROWS / SHARERS, DECIDED = TOKENS / COLUMNS;
+    constexpr uint32_t PITCH = UNITS + 8, TOKENS = ROWS / SHARERS, DECIDED = TOKENS / COLUMNS;
     constexpr uint32_t WARPS = ROWS / 64 * 4;  // that multiply
     extern __shared__ __align__(1024) unsigned char shared[];
     float *products = reinterpret_cast<float *>(shared) + ROWS * PITCH;  // [TOKENS][heads], behind [ROWS][PITCH] sums, over the tiles
@@ -239,18 +244,24 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             }
         }
         __syncwarp();
-        // As the clusters of the others meet below.
+        // As the others meet below.
+        meet<BLOCK<BOXES>>();
+        if (SHARERS == 1) meet<BLOCK<BOXES>>();
         cluster_arrive();
         cluster_wait();
+        if (SHARERS > 1) meet<BLOCK<BOXES>>();
+        if (gridDim.y > 1) {
+            meet<BLOCK<BOXES>>();
+            meet<BLOCK<BOXES>>();
+        }
         cluster_arrive();
         cluster_wait();
         return;
     }
     if constexpr (BOXES > 1) take_registers<240>();
     settle();
-    float sums[BOXES][N / 2] = {};
-    const bool multiplies = WARPS == TEAM || warp < WARPS;
-    if (multiplies) {
+    if (warp < WARPS) {
+        float sums[BOXES][N / 2] = {};
         uint32_t stage = 0, round = 0, before = 0;
 #pragma unroll 1
         for (uint32_t i = 0; i < count; i++) {
@@ -273,9 +284,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         wgmma_wait<0>();
 #pragma unroll
         for (int box = 0; box < BOXES; box++) wgmma_end(sums[box]);
-    }
-    meet();  // all tiles have come and been read
-    if (multiplies) {
+        meet<BLOCK<BOXES>>();  // all tiles have come and been read
         float *to = reinterpret_cast<float *>(shared) + (warp * 16 + lane / 4) * PITCH + lane % 4 * 2;
 #pragma unroll
         for (int box = 0; box < BOXES; box++) {
@@ -287,6 +296,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             }
         }
     }
+    if (warp >= WARPS) meet<BLOCK<BOXES>>();
     // A lane's units are a pair in every 64. What the second layer wants is fetched while the others come.
     constexpr uint32_t PAIRS = (UNITS + 63) / 64;
     float2 bias[PAIRS], weights[PAIRS][GROUP];
@@ -312,7 +322,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         cluster_wait();
     } else {
         load_second(0);
-        meet();
+        meet<BLOCK<BOXES>>();
     }
     const uint32_t own_token = first_token + sharer * TOKENS;
     // A warp has several tokens at once, since what it waits for is longer than what it computes.
@@ -368,7 +378,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         cluster_wait();
     } else {
         static_assert(COLUMNS == 1, "a third meeting");
-        meet();
+        meet<BLOCK<BOXES>>();
     }
     const uint32_t all = (call.heads * DECIDED + LANES - 1) / LANES * LANES, decided_from = column * DECIDED;
     float *parts = call.parts + uint64_t(blockIdx.x) * gridDim.y * all;
@@ -388,9 +398,9 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         }
         __shared__ uint32_t arrived;
         __threadfence();
-        meet();
+        meet<BLOCK<BOXES>>();
         if (threadIdx.x == 0) arrived = atomicAdd(call.arrivals + blockIdx.x, 1u);
-        meet();
+        meet<BLOCK<BOXES>>();
         decides = arrived == gridDim.y - 1;
         if (decides && threadIdx.x == 0) call.arrivals[blockIdx.x] = 0;
         __threadfence();
@@ -437,15 +447,13 @@ SCORES_FEW(32, 4)
 // Named by the units of a block, how many have its tokens, and how many share its columns. Mirrored in src/cuda/driver/scores.rs.
 #define SCORES_MANY(NAME, N, BOXES, COLUMNS, SHARERS, ROWS)                                                      \
     extern "C" __global__ void __cluster_dims__(COLUMNS * SHARERS, 1, 1)                                        \
-        __launch_bounds__(THREADS + (BOXES > 1 ? 128 : LANES), 1) scores_many_##NAME(                           \
+        __launch_bounds__(BLOCK<BOXES>, 1) scores_many_##NAME(                                                \
             Scores call, const __grid_constant__ Map hidden, const __grid_constant__ Map first) {                \
         many<N, BOXES, COLUMNS, SHARERS, ROWS>(call, &hidden, &first);                                           \
     }
 SCORES_MANY(64_1_8, 64, 1, 1, 8, 64)
 SCORES_MANY(128_1_8, 128, 1, 1, 8, 128)
 SCORES_MANY(128_1_4, 128, 1, 1, 4, 128)
-SCORES_MANY(176_1_4, 176, 1, 1, 4, 128)
-SCORES_MANY(216_1_4, 216, 1, 1, 4, 128)
 SCORES_MANY(128_1_2, 128, 1, 1, 2, 128)
 SCORES_MANY(160_1_2, 160, 1, 1, 2, 128)
 SCORES_MANY(128_2_1, 128, 1, 2, 1, 128)
