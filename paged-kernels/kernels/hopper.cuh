@@ -58,38 +58,11 @@ __device__ inline uint32_t cluster_rank() {
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Fetches what the copy engine is told, ahead of the first box.
-__device__ inline void ready_map(const Map *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-
 // A box of a matrix, its corner at column x and row y.
 __device__ inline void copy_box(uint32_t to, const Map *map, uint32_t x, uint32_t y, uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
         "l"(map), "r"(x), "r"(y), "r"(barrier)
-        : "memory");
-}
-
-// A box of weights, which `passing` through the second-level cache leave it first: of createpolicy.
-__device__ inline void copy_box_passing(uint32_t to, const Map *map, uint32_t x, uint32_t y, uint32_t barrier,
-                                        uint64_t passing) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
-        "[%4], %5;" ::"r"(to),
-        "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(passing)
-        : "memory");
-}
-
-// Brings a box into the second-level cache. The copy engine waits for no more than some 24 KB at a time, and for this not at all.
-__device__ inline void announce_box(const Map *map, uint32_t x, uint32_t y, uint64_t passing) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], %3;" ::"l"(map), "r"(x), "r"(y), "l"(passing)
-                 : "memory");
-}
-
-// A box of a map of three dimensions.
-__device__ inline void copy_box(uint32_t to, const Map *map, uint32_t x, uint32_t y, uint32_t z, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
         : "memory");
 }
 
@@ -133,36 +106,6 @@ __device__ void wgmma(float (&c)[N / 2], uint64_t a, uint64_t b);
 #define SIXTEEN(c, i) FOUR(c, i), FOUR(c, i + 4), FOUR(c, i + 8), FOUR(c, i + 12)
 
 template <>
-__device__ inline void wgmma<8>(float (&c)[4], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3 "
-        "}, %4, %5, 1, 1, 1, 0, 0;"
-        : FOUR(c, 0)
-        : "l"(a), "l"(b));
-}
-
-template <>
-__device__ inline void wgmma<16>(float (&c)[8], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7 "
-        "}, %8, %9, 1, 1, 1, 0, 0;"
-        : FOUR(c, 0), FOUR(c, 4)
-        : "l"(a), "l"(b));
-}
-
-template <>
-__device__ inline void wgmma<32>(float (&c)[16], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15 "
-        "}, %16, %17, 1, 1, 1, 0, 0;"
-        : SIXTEEN(c, 0)
-        : "l"(a), "l"(b));
-}
-
-template <>
 __device__ inline void wgmma<64>(float (&c)[32], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
@@ -197,37 +140,6 @@ __device__ inline void wgmma<160>(float (&c)[80], uint64_t a, uint64_t b) {
         "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79 "
         "}, %80, %81, 1, 1, 1, 0, 0;"
         : SIXTEEN(c, 0), SIXTEEN(c, 16), SIXTEEN(c, 32), SIXTEEN(c, 48), SIXTEEN(c, 64)
-        : "l"(a), "l"(b));
-}
-
-template <>
-__device__ inline void wgmma<176>(float (&c)[88], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87 "
-        "}, %88, %89, 1, 1, 1, 0, 0;"
-        : SIXTEEN(c, 0), SIXTEEN(c, 16), SIXTEEN(c, 32), SIXTEEN(c, 48), SIXTEEN(c, 64), FOUR(c, 80), FOUR(c, 84)
-        : "l"(a), "l"(b));
-}
-
-template <>
-__device__ inline void wgmma<216>(float (&c)[108], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n216k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107 "
-        "}, %108, %109, 1, 1, 1, 0, 0;"
-        : SIXTEEN(c, 0), SIXTEEN(c, 16), SIXTEEN(c, 32), SIXTEEN(c, 48), SIXTEEN(c, 64), SIXTEEN(c, 80), FOUR(c, 96), FOUR(c, 100), FOUR(c, 104)
         : "l"(a), "l"(b));
 }
 

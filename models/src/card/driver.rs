@@ -6,7 +6,6 @@
 mod norms;
 mod scored;
 mod turn;
-mod wide;
 
 pub(super) use norms::{AddNormed, NormWhole};
 pub(crate) use scored::Scored;
@@ -73,7 +72,6 @@ pub(super) struct Kernels {
     multiprocessors: usize,
     /// Of a ring, by width.
     stages: [usize; 4],
-    wide: Option<wide::Wide>,
 }
 
 // SAFETY: the raw handles name a module and its functions, which any thread may use once the context is bound to it, as
@@ -138,7 +136,6 @@ impl Kernels {
             overlaps,
             multiprocessors: multiprocessors as usize,
             stages,
-            wide: (capability == (9, 0)).then(wide::Wide::load).transpose()?,
         };
         let sizes = Tensor::f_zeros([6], (Kind::Int, device(&kernels.stream)))?;
         after_torch(&kernels.stream)?;
@@ -168,9 +165,8 @@ impl Kernels {
         &self.stream
     }
 
-    /// `end` of `input` times the rows of `weights`, one after the other. Gives the parts that a column's squares then have,
-    /// if it is added.
-    pub fn product(&self, call: Product<'_>) -> Result<usize> {
+    /// `end` of `input` times the rows of `weights`, one after the other.
+    pub fn product(&self, call: Product<'_>) -> Result<()> {
         let Product { weight, more, input, norm, columns, end } = call;
         let (rows, inner) = matrix(weight)?;
         let mut raw = ProductCall {
@@ -230,12 +226,6 @@ impl Kernels {
             }
         };
         let width = self.width(columns)?;
-        if let Some(wide) = &self.wide
-            && wide::Wide::takes(&raw)
-        {
-            wide.launch(&self.stream, self.multiprocessors, width, &mut raw)?;
-            return Ok(raw.next_parts as usize);
-        }
         raw.stages = self.stages[width] as u32;
         tiles = tiles.div_ceil(TALL[width]);
         raw.tiles = tiles as u32;
@@ -244,8 +234,7 @@ impl Kernels {
             threads: THREADS,
             shared: room(WIDTHS[width], self.stages[width]),
         };
-        self.launch(self.products[width], grid, &raw)?;
-        Ok(raw.next_parts as usize)
+        self.launch(self.products[width], grid, &raw)
     }
 
     /// Which kernels have room for so many columns.
@@ -382,9 +371,6 @@ fn launch<T>(
 impl Drop for Kernels {
     fn drop(&mut self) {
         unload(&self.stream, &self.modules);
-        if let Some(wide) = &self.wide {
-            unload(&self.stream, &[wide.module]);
-        }
     }
 }
 
@@ -535,7 +521,7 @@ struct ProductCall {
     kind: u32,
     next_parts: u32,
     run_inverse: u32,
-    splits: u32,
+    unused: u32,
 }
 
 #[repr(C)]
