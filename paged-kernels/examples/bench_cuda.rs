@@ -82,9 +82,11 @@ fn main() -> Result<()> {
             "{line}  best peer {best:?} {best_us:?}  error {:.1e}",
             rows.error.max(invariant.error).max(large.error).max(eight.error)
         );
+        // After each case: a run that is cut off leaves those before.
+        let lines = json.iter().map(|row| format!("  {row}")).collect::<Vec<_>>();
+        std::fs::write(results, format!("[\n{}\n]\n", lines.join(",\n")))?;
     }
-    let lines = json.iter().map(|row| format!("  {row}")).collect::<Vec<_>>();
-    Ok(std::fs::write(results, format!("[\n{}\n]\n", lines.join(",\n")))?)
+    Ok(())
 }
 
 fn round(x: f64) -> f64 {

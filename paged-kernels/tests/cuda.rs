@@ -4,12 +4,11 @@
 
 mod common;
 
+use common::on_card::own_stream;
 use common::{Noise, Twins, small, view};
 use half::{bf16, f16};
-use paged_kernels::cudarc::driver::{CudaContext, CudaStream};
 use paged_kernels::{CacheShape, Cuda, DeviceView, Dtype, Error, PagedAttention, View, ViewMut};
 use std::process::Command;
-use std::sync::Arc;
 
 #[test]
 fn without_a_card_there_is_an_error_with_advice() {
@@ -59,11 +58,6 @@ fn a_shape_that_no_kernel_holds_is_refused_before_the_driver_is_asked() {
 
 mod cuda {
     use super::*;
-
-    fn own_stream() -> Arc<CudaStream> {
-        let context = CudaContext::new(0).unwrap();
-        context.new_stream().unwrap()
-    }
 
     /// Pages of 2^20 elements, of which each head uses one: the last of them lie past 2^32 elements.
     #[test]

@@ -4,9 +4,10 @@
 
 mod common;
 
+use common::on_card::own_stream;
 use common::{Noise, view};
 use half::bf16;
-use paged_kernels::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use paged_kernels::cudarc::driver::{CudaSlice, CudaStream};
 use paged_kernels::{
     Beside, CacheShape, DeviceView, DeviceViewMut, Dtype, Error, Gate, HeadNorms, Mode,
     PagedAttention, Positions, Projected, Reference, Resident, ScorePrecision, ScoreRule, Seats,
@@ -133,7 +134,7 @@ fn run(case: Case) {
     let shape = shape(case.head_dim, case.dtype);
     let CacheShape { kv_heads, query_heads, head_dim, .. } = shape;
     let (group, columns) = (query_heads / kv_heads, (query_heads + 2 * kv_heads) * head_dim);
-    let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+    let stream = own_stream();
     let seats = Seats { texts: 3, tokens: 500, pass: 1, mode: Mode::Fast };
     let mut cache = Resident::on(stream.clone(), shape.clone(), seats).unwrap();
     let mut reference = Reference::new(shape).unwrap();
@@ -329,7 +330,7 @@ mod cuda {
     #[test]
     #[ignore = "needs a CUDA device"]
     fn wrong_tensors_are_refused() {
-        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        let stream = own_stream();
         let seats = Seats { texts: 1, tokens: 100, pass: 1, mode: Mode::Fast };
         let mut cache = Resident::on(stream.clone(), shape(64, Dtype::Bf16), seats).unwrap();
         let text = cache.allocate().unwrap();

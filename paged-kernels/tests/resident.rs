@@ -4,11 +4,11 @@
 
 mod common;
 
-use common::on_card::pack;
+use common::on_card::{own_stream, pack};
 use common::{Noise, small, view};
 use half::bf16;
 use paged_kernels::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use paged_kernels::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use paged_kernels::cudarc::driver::{CudaSlice, CudaStream};
 use paged_kernels::{
     CacheShape, DeviceBits, DeviceView, DeviceViewMut, Dtype, Error, Mode, PagedAttention,
     Reference, Resident, Seats, Sequence, ViewMut,
@@ -83,7 +83,7 @@ type Pair = (Sequence, Sequence);
 
 impl Twins {
     fn new(shape: CacheShape, seats: Seats, drop: f64) -> Self {
-        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        let stream = own_stream();
         let resident = Resident::on(stream.clone(), shape.clone(), seats).unwrap();
         let reference = Reference::new(shape).unwrap();
         Self { stream, resident, reference, noise: Noise(77), drop }

@@ -5,8 +5,9 @@
 mod common;
 
 use common::Noise;
+use common::on_card::own_stream;
 use half::bf16;
-use paged_kernels::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use paged_kernels::cudarc::driver::{CudaSlice, CudaStream};
 use paged_kernels::{
     DeviceBits, DeviceBitsMut, DeviceView, DeviceViewMut, Error, ScorePrecision, ScoreRule, Scores,
     Surrogate, SurrogateWeights,
@@ -139,10 +140,6 @@ fn ulp(x: f64) -> f64 {
 
 mod cuda {
     use super::*;
-
-    fn own_stream() -> Arc<CudaStream> {
-        CudaContext::new(0).unwrap().new_stream().unwrap()
-    }
 
     fn first_rows<'a>(
         rows: &'a CudaSlice<bf16>,

@@ -7,7 +7,15 @@ use paged_kernels::{
     Seats, Sequence, Stats, View, ViewMut,
 };
 use std::cell::RefCell;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+/// A stream of its own. Tests share the context: cudarc waits for the whole card where a context gets its first stream, and
+/// that would end what another test captures.
+pub fn own_stream() -> Arc<CudaStream> {
+    static FIRST: OnceLock<Arc<CudaStream>> = OnceLock::new();
+    let first = FIRST.get_or_init(|| CudaContext::new(0).unwrap().new_stream().unwrap());
+    first.context().new_stream().unwrap()
+}
 
 pub struct OnCard {
     cache: RefCell<Resident>,
@@ -31,7 +39,7 @@ pub fn pack(drops: &[bool], heads: usize) -> Vec<u32> {
 
 impl OnCard {
     pub fn new(shape: CacheShape) -> Result<Self> {
-        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        let stream = own_stream();
         let seats = Seats { texts: 64, tokens: 1200, pass: 60, mode: Mode::Fast };
         let cache = RefCell::new(Resident::on(stream.clone(), shape.clone(), seats)?);
         let (living, batch) = (Vec::new(), None);
