@@ -12,13 +12,24 @@
 // A norm's factor is one number a column, so it is applied to the sums: what adds to the residual stream also leaves the
 // stream times the next norm's weight, and each tile's sum of squares.
 
-#include "product.cuh"
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "launch.cuh"
+#include "rank.cuh"
 
 namespace step {
 
+constexpr int LANES = 32;
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * LANES;
-constexpr int CHUNK = 32;  // of the inner dimension: eight elements for each lane of four
+constexpr int ROWS = 16;     // of a tile, or of each half of a tall one
+constexpr int COLUMNS = 8;   // of a group
+constexpr int PARTS = 4;     // of a column's squares that a tile, or a token, brings: a warp each
+constexpr int CHUNK = 32;   // of the inner dimension: eight elements for each lane of four
+
+using bf16 = __nv_bfloat16;
 
 // c += a * b: 16 columns, a, and 8 rows of a weight, b.
 __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -28,6 +39,65 @@ __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
 }
 
 }  // namespace step
+
+using namespace step;
+
+// What becomes of the sums.
+enum Kind : uint32_t {
+    STORE,  // out: bf16 [columns][rows + more], times the norm's factor, with bias
+    GATED,  // out: bf16 [columns][rows / 2] = silu(first half) * second half, times the norm's factor
+    ADD,    // residual += sums + bias; and what the next norm needs
+    SCORE,  // out: f32 [columns][rows], times the norm's factor; and the best of each column
+};
+
+struct Product {
+    const bf16 *weight;     // [rows][inner]
+    const bf16 *more;       // [more_rows][inner], rows that follow; or null
+    const bf16 *bias;       // [rows], or null
+    const bf16 *more_bias;  // [more_rows], or null
+    const bf16 *input;      // element i of column c: i / run * run_stride + c * column_stride + i % run
+    const float *squares;   // [columns][parts]: of the inputs before their norm; null where there is none
+    void *out;
+    float *residual;        // [columns][rows]
+    const bf16 *norm;       // [rows]: the next norm's weight
+    bf16 *normed;           // [columns][rows]: residual * norm
+    float *next_squares;    // [columns][next_parts]
+    unsigned long long *best;  // [columns]
+    uint32_t tiles;
+    uint32_t rows;
+    uint32_t more_rows;
+    uint32_t inner;
+    uint32_t columns;
+    uint32_t run;
+    uint32_t run_stride;
+    uint32_t column_stride;
+    uint32_t parts;
+    uint32_t vocabulary;  // tokens below it may be the best
+    float epsilon;
+    uint32_t stages;  // of a ring
+    uint32_t kind;
+    uint32_t next_parts;   // PARTS for each 16 rows
+    uint32_t run_inverse;  // 2^32 / run, rounded up
+    uint32_t unused;
+
+    __device__ uint32_t row(uint32_t tile, uint32_t i) const {
+        // A tile of a gated product is eight rows of each half.
+        if (kind == GATED) return tile * (ROWS / 2) + i % 8 + (i < 8 ? 0 : rows / 2);
+        return tile * ROWS + i;
+    }
+};
+
+// The factor of a column's norm, by a warp.
+__device__ float factor(const Product &call, uint32_t column) {
+    const float4 *parts = reinterpret_cast<const float4 *>(call.squares + column * call.parts);
+    float sum = 0.0f;
+#pragma unroll 8
+    for (uint32_t i = threadIdx.x % LANES; i < call.parts / PARTS; i += LANES) {
+        const float4 part = parts[i];
+        sum += (part.x + part.y) + (part.z + part.w);
+    }
+    return rsqrtf(warp_sum(sum) / float(call.inner) + call.epsilon);
+}
 
 // 32 elements of the inner dimension of each group's columns, a lane its eight.
 template <int GROUPS>
@@ -39,6 +109,85 @@ __device__ void columns_of(const Product &call, uint32_t inner, uint4 (&a)[GROUP
         const uint32_t column = g * COLUMNS + lane / 4;
         const bool there = at < call.inner && column < call.columns;
         a[g] = there ? *reinterpret_cast<const uint4 *>(from + column * call.column_stride) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// What a thread adds to its rows, on its way while the tile is multiplied. A thread a row and column; four warps take a group
+// of columns, and every second one.
+template <int GROUPS>
+struct Added {
+    float residual[(GROUPS + 1) / 2];
+    float bias;
+    float norm;
+};
+
+template <int GROUPS>
+__device__ void ask_added(const Product &call, uint32_t tile, Added<GROUPS> &added) {
+    const uint32_t row = tile * ROWS + threadIdx.x % 128 / COLUMNS;
+    if (row >= call.rows) return;
+    added.bias = call.bias ? __bfloat162float(call.bias[row]) : 0.0f;
+    added.norm = __bfloat162float(call.norm[row]);
+#pragma unroll
+    for (int i = 0; i < (GROUPS + 1) / 2; i++) {
+        const uint32_t g = threadIdx.x / 128 + 2 * i, column = g * COLUMNS + threadIdx.x % COLUMNS;
+        if (g < GROUPS && column < call.columns) added.residual[i] = call.residual[uint64_t(column) * call.rows + row];
+    }
+}
+
+// What becomes of a tile's sums.
+template <int GROUPS>
+__device__ void finish(const Product &call, uint32_t tile, const float *sums, const float *factors,
+                       const Added<GROUPS> &added) {
+    const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, total = call.rows + call.more_rows;
+    const uint32_t i = threadIdx.x % 128 / COLUMNS, within = threadIdx.x % COLUMNS, row = call.row(tile, i);
+#pragma unroll
+    for (int n = 0; n < (GROUPS + 1) / 2; n++) {
+        const uint32_t g = threadIdx.x / 128 + 2 * n;
+        if (g >= GROUPS) break;
+        const uint32_t column = g * COLUMNS + within;
+        const bool there = row < total && column < call.columns;
+        const auto sum_of = [&](uint32_t i) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += sums[(w * ROWS + i) * GROUPS * COLUMNS + column];
+            return sum;
+        };
+        if (call.kind == GATED) {
+            if (i >= 8 || column >= call.columns || row >= call.rows / 2) continue;
+            const float gate = sum_of(i) * factors[column], up = sum_of(i + 8) * factors[column];
+            static_cast<bf16 *>(call.out)[uint64_t(column) * (call.rows / 2) + row] =
+                __float2bfloat16(gate / (1.0f + __expf(-gate)) * up);
+            continue;
+        }
+        float sum = sum_of(i);
+        if (call.kind == STORE) {
+            if (!there) continue;
+            sum *= factors[column];
+            if (row < call.rows) sum += call.bias ? __bfloat162float(call.bias[row]) : 0.0f;
+            else sum += call.more_bias ? __bfloat162float(call.more_bias[row - call.rows]) : 0.0f;
+            static_cast<bf16 *>(call.out)[uint64_t(column) * total + row] = __float2bfloat16(sum);
+        } else if (call.kind == SCORE) {
+            if (there) static_cast<float *>(call.out)[uint64_t(column) * total + row] = sum *= factors[column];
+            unsigned long long best = there && row < call.vocabulary ? ranked(sum, row) : 0;
+            best = max(best, __shfl_xor_sync(~0u, best, 8));
+            best = max(best, __shfl_xor_sync(~0u, best, 16));
+            // Most tiles see at a glance that another was better.
+            if (lane < 8 && column < call.columns && best > *(volatile unsigned long long *)(call.best + column))
+                atomicMax(call.best + column, best);
+        } else {
+            float square = 0.0f;
+            if (there) {
+                const uint64_t at = uint64_t(column) * call.rows + row;
+                sum += added.residual[n] + added.bias;
+                call.residual[at] = sum;
+                call.normed[at] = __float2bfloat16(sum * added.norm);
+                square = sum * sum;
+            }
+            square += __shfl_xor_sync(~0u, square, 8);
+            square += __shfl_xor_sync(~0u, square, 16);
+            if (lane < 8 && column < call.columns && tile * PARTS < call.next_parts)
+                call.next_squares[column * call.next_parts + tile * PARTS + warp % 4] = square;
+        }
     }
 }
 
@@ -138,19 +287,10 @@ __device__ void product(const Product &call) {
 #pragma unroll
         for (int j = 0; j < PIECE / CHUNK; j++) ask_inputs(set, j, set);
     }
-    // Four warps take a group of columns, and every second one.
-    constexpr int HELD = (GROUPS + 1) / 2;
-    const auto ask_all = [&](uint32_t sixteen, Added (&added)[HELD]) {
-#pragma unroll
-        for (int n = 0; n < HELD; n++) {
-            const uint32_t g = threadIdx.x / 128 + 2 * n;
-            if (g < GROUPS) added[n] = ask_added(call, sixteen * ROWS + place_row(), g * COLUMNS + place_column());
-        }
-    };
     uint32_t stage = 0, turn = 0;
     for (uint32_t tile = blockIdx.x; tile < call.tiles; tile += gridDim.x) {
-        Added added[HELD] = {};
-        if (call.kind == ADD && TALL == 1) ask_all(tile, added);
+        Added<GROUPS> added = {};
+        if (call.kind == ADD && TALL == 1) ask_added(call, tile, added);
         float c[(GROUPS + 1) / 2][EIGHTS][4] = {};
         for (uint32_t begin = 0; begin < own; begin += SETS) {
 #pragma unroll
@@ -197,27 +337,15 @@ __device__ void product(const Product &call) {
                 mine[i / 4 * SUMS + (warp * ROWS + row) * GROUPS * COLUMNS + column] = c[g / 2][i / 2][g % 2 * 2 + i % 2];
             }
         }
-        if (call.kind != ADD && tile == blockIdx.x) factors_of<GROUPS>(call, warp * GROUPS, factors);
+        for (uint32_t column = warp; call.kind != ADD && tile == blockIdx.x && column < call.columns; column += WARPS) {
+            const float x = call.squares ? factor(call, column) : 1.0f;
+            if (lane == 0) factors[column] = x;
+        }
         __syncthreads();
 #pragma unroll 1
         for (int half = 0; half < TALL; half++) {
-            const uint32_t sixteen = tile * TALL + half;
-            if (call.kind == ADD && TALL > 1) ask_all(sixteen, added);
-#pragma unroll
-            for (int n = 0; n < HELD; n++) {
-                const uint32_t g = threadIdx.x / 128 + 2 * n;
-                if (g >= GROUPS) break;
-                const float square = finish(call, sixteen, g, factors, added[n], [&](uint32_t i) {
-                    float sum = 0.0f;
-#pragma unroll
-                    for (int w = 0; w < WARPS; w++) {
-                        sum += mine[half * SUMS + (w * ROWS + i) * GROUPS * COLUMNS + g * COLUMNS + place_column()];
-                    }
-                    return sum;
-                });
-                if (call.kind == ADD && lane < COLUMNS && g * COLUMNS + lane < call.columns && sixteen * PARTS < call.next_parts)
-                    call.next_squares[(g * COLUMNS + lane) * call.next_parts + sixteen * PARTS + warp % 4] = square;
-            }
+            if (call.kind == ADD && TALL > 1) ask_added(call, tile * TALL + half, added);
+            finish<GROUPS>(call, tile * TALL + half, mine + half * SUMS, factors, added);
         }
     }
 }
@@ -229,8 +357,8 @@ __device__ void product(const Product &call) {
     }
 
 PRODUCT(8, 0, __launch_bounds__(THREADS, 1))
-PRODUCT(16, 1, __launch_bounds__(THREADS, 1))
-PRODUCT(32, 1, __launch_bounds__(THREADS, 1))
+PRODUCT(16, 1, __maxnreg__(152))
+PRODUCT(32, 2, __launch_bounds__(THREADS, 1))
 PRODUCT(64, 1, __maxnreg__(192))
 
 struct Embed {

@@ -106,36 +106,6 @@ __device__ void wgmma(float (&c)[N / 2], uint64_t a, uint64_t b);
 #define SIXTEEN(c, i) FOUR(c, i), FOUR(c, i + 4), FOUR(c, i + 8), FOUR(c, i + 12)
 
 template <>
-__device__ inline void wgmma<8>(float (&c)[4], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3 "
-        "}, %4, %5, 1, 1, 1, 0, 0;"
-        : FOUR(c, 0)
-        : "l"(a), "l"(b));
-}
-
-template <>
-__device__ inline void wgmma<16>(float (&c)[8], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7 "
-        "}, %8, %9, 1, 1, 1, 0, 0;"
-        : FOUR(c, 0), FOUR(c, 4)
-        : "l"(a), "l"(b));
-}
-
-template <>
-__device__ inline void wgmma<32>(float (&c)[16], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15 "
-        "}, %16, %17, 1, 1, 1, 0, 0;"
-        : SIXTEEN(c, 0)
-        : "l"(a), "l"(b));
-}
-
-template <>
 __device__ inline void wgmma<64>(float (&c)[32], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"

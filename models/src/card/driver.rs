@@ -6,7 +6,6 @@
 mod norms;
 mod scored;
 mod turn;
-mod wide;
 
 pub(super) use norms::{AddNormed, NormWhole};
 pub(crate) use scored::Scored;
@@ -33,12 +32,8 @@ const THREADS: u32 = 256;
 const DRAWERS: u32 = 1024;
 /// Rows of a product's tile.
 pub(super) const ROWS: usize = 16;
-// What becomes of a product's sums.
-const STORE: u32 = 0;
-const GATED: u32 = 1;
-const ADD: u32 = 2;
-const SCORE: u32 = 3;
-const WIDTHS: [usize; 4] = [8, 16, 32, 64]; // columns that the kernels of a product have room for
+/// Columns that the kernels of a product have room for.
+const WIDTHS: [usize; 4] = [8, 16, 32, 64];
 /// Parts of a column's squares that a tile, or a token, brings.
 pub(super) const PARTS: usize = 4;
 /// Bytes of a stage of a block's ring of weights, and, for each column, of its warps' sums, twice: of kernels/step.cu.
@@ -77,7 +72,6 @@ pub(super) struct Kernels {
     multiprocessors: usize,
     /// Of a ring, by width.
     stages: [usize; 4],
-    wide: Option<wide::Wide>,
 }
 
 // SAFETY: the raw handles name a module and its functions, which any thread may use once the context is bound to it, as
@@ -142,7 +136,6 @@ impl Kernels {
             overlaps,
             multiprocessors: multiprocessors as usize,
             stages,
-            wide: (capability == (9, 0)).then(wide::Wide::load).transpose()?,
         };
         let sizes = Tensor::f_zeros([6], (Kind::Int, device(&kernels.stream)))?;
         after_torch(&kernels.stream)?;
@@ -172,9 +165,8 @@ impl Kernels {
         &self.stream
     }
 
-    /// `end` of `input` times the rows of `weights`, one after the other. Gives the parts that a column's squares then have,
-    /// if it is added.
-    pub fn product(&self, call: Product<'_>) -> Result<usize> {
+    /// `end` of `input` times the rows of `weights`, one after the other.
+    pub fn product(&self, call: Product<'_>) -> Result<()> {
         let Product { weight, more, input, norm, columns, end } = call;
         let (rows, inner) = matrix(weight)?;
         let mut raw = ProductCall {
@@ -211,12 +203,12 @@ impl Kernels {
         raw.kind = match end {
             End::Store(out) => {
                 raw.out = address(out, Kind::BFloat16, columns * total)?;
-                STORE
+                0
             }
             End::Gated(out) => {
                 raw.out = address(out, Kind::BFloat16, columns * rows / 2)?;
                 tiles = (rows / 2).div_ceil(ROWS / 2);
-                GATED
+                1
             }
             End::Add { residual, norm, normed, squares } => {
                 raw.residual = address(residual, Kind::Float, columns * rows)?;
@@ -224,20 +216,16 @@ impl Kernels {
                 raw.normed = address(normed, Kind::BFloat16, columns * rows)?;
                 raw.next_squares = address(squares, Kind::Float, columns * tiles * PARTS)?;
                 raw.next_parts = (tiles * PARTS) as u32;
-                ADD
+                2
             }
             End::Score { scores, best, vocabulary } => {
                 raw.out = address(scores, Kind::Float, columns * rows)?;
                 raw.best = address(best, Kind::Int64, columns)?;
                 raw.vocabulary = vocabulary as u32;
-                SCORE
+                3
             }
         };
         let width = self.width(columns)?;
-        if let Some(wide) = &self.wide {
-            wide.launch(&self.stream, self.multiprocessors, width, &mut raw)?;
-            return Ok(raw.next_parts as usize);
-        }
         raw.stages = self.stages[width] as u32;
         tiles = tiles.div_ceil(TALL[width]);
         raw.tiles = tiles as u32;
@@ -246,8 +234,7 @@ impl Kernels {
             threads: THREADS,
             shared: room(WIDTHS[width], self.stages[width]),
         };
-        self.launch(self.products[width], grid, &raw)?;
-        Ok(raw.next_parts as usize)
+        self.launch(self.products[width], grid, &raw)
     }
 
     /// Which kernels have room for so many columns.
@@ -384,9 +371,6 @@ fn launch<T>(
 impl Drop for Kernels {
     fn drop(&mut self) {
         unload(&self.stream, &self.modules);
-        if let Some(wide) = &self.wide {
-            unload(&self.stream, &[wide.module]);
-        }
     }
 }
 
@@ -537,7 +521,7 @@ struct ProductCall {
     kind: u32,
     next_parts: u32,
     run_inverse: u32,
-    splits: u32,
+    unused: u32,
 }
 
 #[repr(C)]

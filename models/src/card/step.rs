@@ -3,7 +3,7 @@
 use super::buffers::Buffers;
 use super::driver::{
     self, AddNormed, Draw, Embed, End, Input, Kernels, MOST_COLUMNS, Norm, NormWhole, PARTS,
-    Product, Stream,
+    Product, ROWS, Stream,
 };
 use super::memory::{self, Mailbox};
 use super::ranks::Across;
@@ -307,13 +307,18 @@ impl Step {
         })?;
         let mut parts = PARTS;
         for (i, layer) in self.layers.iter().enumerate() {
-            parts = self.attention(cache, i, parts, columns)?;
+            self.attention(cache, i, parts, columns)?;
+            if self.across.is_some() {
+                parts = PARTS;
+            } else if self.ones.is_none() {
+                parts = hidden_size.div_ceil(ROWS) * PARTS;
+            }
             let next = match (self.layers.get(i + 1), &self.ones) {
                 (Some(_), Some(ones)) => ones,
                 (Some(next), None) => &next.attention_norm,
                 (None, _) => &self.norm,
             };
-            parts = self.mlp(layer, next, parts, columns)?;
+            self.mlp(layer, next, parts, columns)?;
         }
         let vocabulary = self.vocabulary;
         self.kernels.product(Product {
@@ -342,7 +347,7 @@ impl Step {
         i: usize,
         parts: usize,
         columns: usize,
-    ) -> Result<usize> {
+    ) -> Result<()> {
         let layer = &self.layers[i];
         let Config { query_heads, kv_heads, head_dim, hidden_size, .. } = self.config;
         let Buffers { positions, normed, squares, projected, queries, attended, .. } =
@@ -431,7 +436,7 @@ impl Step {
         self.add(&layer.output, [&layer.attention_norm, next], input, columns)
     }
 
-    fn mlp(&self, layer: &Layer, norm: &Tensor, parts: usize, columns: usize) -> Result<usize> {
+    fn mlp(&self, layer: &Layer, norm: &Tensor, parts: usize, columns: usize) -> Result<()> {
         let Buffers { normed, squares, hidden, .. } = &self.buffers;
         self.kernels.product(Product {
             weight: &layer.gate_up,
@@ -446,14 +451,14 @@ impl Step {
     }
 
     /// Adds `weight` times `input` to the residual stream, by the norm `own` where blocks norm what they write, and readies
-    /// that for the norm `next`. Gives the parts that a column's squares then have.
+    /// that for the norm `next`.
     fn add(
         &self,
         weight: &Linear,
         [own, next]: [&Tensor; 2],
         input: Input<'_>,
         columns: usize,
-    ) -> Result<usize> {
+    ) -> Result<()> {
         let stream @ Stream { residual, normed, squares } = self.buffers.stream();
         let Buffers { written, best, .. } = &self.buffers;
         // Where it is not added at once: scores, of which none is the best.
@@ -463,26 +468,15 @@ impl Step {
             (None, Some(_)) => apart(written),
             (None, None) => End::Add { residual, norm: next, normed, squares },
         };
-        let product = Product { weight, more: None, input, norm: None, columns, end };
-        let parts = self.kernels.product(product)?;
+        self.kernels.product(Product { weight, more: None, input, norm: None, columns, end })?;
         if let Some(across) = &self.across {
-            across.add(stream, next, columns)?;
-            return Ok(PARTS);
+            return across.add(stream, next, columns);
         }
         if self.ones.is_none() {
-            return Ok(parts);
+            return Ok(());
         }
         let (bias, epsilon) = (weight.bias.as_ref(), self.config.norm_epsilon as f32);
-        self.kernels.add_normed(AddNormed {
-            written,
-            bias,
-            own,
-            next,
-            stream,
-            columns,
-            epsilon,
-        })?;
-        Ok(PARTS)
+        self.kernels.add_normed(AddNormed { written, bias, own, next, stream, columns, epsilon })
     }
 
     /// The norm of what a block reads, if it norms that.
