@@ -2,6 +2,7 @@
 //! versions and hashes are data in `xtask/*.txt`.
 
 mod cache;
+mod card;
 mod ci;
 mod demo;
 mod fetch;
@@ -44,6 +45,12 @@ const TASKS: &[Task] = &[
         run: |_| fetch::fetch().map(|_| ()),
     },
     Task { name: "ci", arguments: "", help: "every check, cheapest first", run: |_| ci::ci() },
+    Task {
+        name: "card",
+        arguments: "[tool]",
+        help: "the tests that need an NVIDIA card, or those of the kernels under a compute-sanitizer tool",
+        run: card::card,
+    },
     Task {
         name: "tidy",
         arguments: "",
