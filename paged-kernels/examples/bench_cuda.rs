@@ -84,7 +84,9 @@ fn main() -> Result<()> {
         );
         // After each case: a run that is cut off leaves those before.
         let lines = json.iter().map(|row| format!("  {row}")).collect::<Vec<_>>();
-        std::fs::write(results, format!("[\n{}\n]\n", lines.join(",\n")))?;
+        let part = format!("{results}.part");
+        std::fs::write(&part, format!("[\n{}\n]\n", lines.join(",\n")))?;
+        std::fs::rename(part, results)?;
     }
     Ok(())
 }

@@ -12,13 +12,13 @@ const RUNNER: &str = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
 
 /// Runs them in release: what they compare with is computed on the CPU.
 pub fn card(arguments: &[String]) -> Result<()> {
-    let cards = cards()?;
     let mut test = sh::cargo();
     let kernels =
         "test --release --all-features --no-fail-fast --lib --tests --package paged-kernels";
     test.args(kernels.split(' '));
     match arguments {
         [] => {
+            let cards = cards()?;
             test.envs(fetch()?.variables());
             test.args("--package models -- --ignored cuda --skip=long_soak".split(' '));
             if cards < 2 {
@@ -26,6 +26,7 @@ pub fn card(arguments: &[String]) -> Result<()> {
             }
         }
         [tool] if TOOLS.contains(&tool.as_str()) => {
+            cards()?;
             let version = sh::command(SANITIZER).arg("--version").output();
             version.with_context(|| {
                 format!("cannot start {SANITIZER}: put CUDA's bin folder on the PATH")
