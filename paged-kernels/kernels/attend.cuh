@@ -40,6 +40,12 @@ inline __device__ void save(void *data, uint32_t type, int64_t i, float x) {
 }
 
 // Hopper starts a kernel while the one before still runs. What that one writes may be read only after `settle`.
+#if __CUDA_ARCH__ >= 900
+constexpr bool OVERLAPS = true;
+#else
+constexpr bool OVERLAPS = false;
+#endif
+
 inline __device__ void settle() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -8,7 +8,8 @@
 // parts to fold. A part goes to a workspace; who brings the last of a head folds them in their order, so the same cuts give
 // the same bits. Fast cuts move when a neighbour grows, and then a head's bits may change; invariant ones do not.
 //
-// A slim block leaves room for a block of the kernel that follows, which may then fetch what it needs while this one runs.
+// A slim block leaves room for a block of the kernel that follows, which may then fetch what it needs while this one runs. The
+// others' successors begin as they end, and ask for what they will need beyond their own room (`announce`).
 
 #pragma once
 
@@ -19,6 +20,8 @@ namespace stream {
 using namespace tile;
 
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
+// Slabs that a warp has brought into the second-level cache while it waits for its turn, and cycles from one to the next.
+constexpr uint32_t ANNOUNCED = 4, PAUSE = 1500;
 
 // A part of a head: [group][D] sums, and for each row its best score and the sum of its weights. It begins where a lane can
 // read four sums at once.
@@ -109,6 +112,8 @@ __device__ void attend_share(const Stream &call) {
     constexpr int CHUNKS = D * T::BYTES / 16;
     constexpr int HALF = SLAB * PITCH<D, T::BYTES>;  // bytes of a slab's keys in shared memory
     constexpr int STAGE = 2 * HALF + (SCALED ? 2 * SLAB * int(sizeof(float)) : 0);  // scales come last
+    constexpr int KEY_BYTES = SLAB * D * T::BYTES;  // of a slab's keys, or values, in a page
+    constexpr bool ANNOUNCES = OVERLAPS && TEAM * STAGES * STAGE > 96 << 10;  // not where it would be for long
     constexpr int STEPS = D / 16;
     constexpr int HALVES = WIDE ? 2 : 1;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -180,16 +185,18 @@ __device__ void attend_share(const Stream &call) {
         commit();
         wait<0>();
     };
+    auto page_at = [&](uint32_t id) {
+        return pool + (uint64_t(id) << shift) * (2 * SLAB * (D * T::BYTES + (SCALED ? sizeof(float) : 0)));
+    };
+    auto inside_page = [&](uint32_t slab) { return slab & (1u << shift) - 1; };  // in slabs
     auto fetch = [&]() {
         if (ahead < end) {
             const uint64_t policy = read_once();
             // Where lines lie in the slab is counted anew each time: rows of 256 bytes leave no registers to keep it in.
             uint32_t lane = threadIdx.x % LANES;
             if constexpr (SCALED && D == 256) asm volatile("" : "+r"(lane));
-            const uint32_t inside = ahead - source.slabs & (1u << shift) - 1;  // the page, in slabs
-            const uint64_t page_of_16 = uint64_t(id) << shift;
-            const unsigned char *page = pool + page_of_16 * (2 * SLAB * (D * T::BYTES + (SCALED ? sizeof(float) : 0)));
-            const unsigned char *from = page + inside * (SLAB * D * T::BYTES) + lane * 16;
+            const uint32_t inside = inside_page(ahead - source.slabs);
+            const unsigned char *page = page_at(id), *from = page + inside * KEY_BYTES + lane * 16;
             const uint32_t to = stage0 + filled * STAGE;
             if (SCALED && lane < 8) {
                 const unsigned char *scales = page + 2 * to_values + (lane < 4 ? 0 : attend.pool.page_size * sizeof(float));
@@ -213,12 +220,27 @@ __device__ void attend_share(const Stream &call) {
     for (int i = 0; i < STAGES - 1; i++) {
         // Since the step was planned nothing has changed in the pages but the rows of its own tokens.
         if (call.early && ahead < end) {
-            const uint64_t slab = (uint64_t(id) << shift) + (ahead - source.slabs & (1u << shift) - 1);
+            const uint64_t slab = (uint64_t(id) << shift) + inside_page(ahead - source.slabs);
             if (slab == attend.slots[source_index] / SLAB) settle(), paced = false;
         }
         fetch();
         if (paced) land();
     }
+    // While that kernel's last blocks fold memory would have nothing to do once this one's have all that they have room for. So
+    // each lane asks for one of the warp's slabs that follow, a little after the lane before.
+    if (const uint32_t later = lane; ANNOUNCES && paced && later < ANNOUNCED) {
+        const uint32_t at = ahead + later * TEAM;
+        const Head owner = LOOKS && at >= past(source) ? upcoming : source;
+        if (at < min(past(owner), end)) {
+            const uint32_t slab = at - owner.slabs;
+            const unsigned char *from = page_at(attend.tables[(slab >> shift) + owner.table]) + inside_page(slab) * KEY_BYTES;
+            const uint32_t start = clock();
+            while (clock() - start < later * PAUSE) {}
+            announce(from, KEY_BYTES);
+            announce(from + to_values, KEY_BYTES);
+        }
+    }
+    __syncwarp();
     settle();
     paced = false;
 
@@ -423,12 +445,10 @@ __device__ void attend_share(const Stream &call) {
         }
         done++;
         if (head.parts > 1 && (leaves || stop == end)) {
-            __threadfence();
             __syncthreads();
-            if (threadIdx.x == 0) arrived = atomicAdd(call.arrivals + index, done) + done;
+            if (threadIdx.x == 0) arrived = arrive(call.arrivals + index, done) + done;
             __syncthreads();
             if (arrived == head.parts) {
-                __threadfence();
                 fold<D, TEAM>(call, head, merged, totals);
                 if (threadIdx.x == 0) call.arrivals[index] = 0;
             }
@@ -452,8 +472,7 @@ __device__ void attend_share(const Stream &call) {
 }  // namespace stream
 
 // Kernels of a type, one a head dim and one more for over 8 query heads a kv head. Slabs on their way get what the warps'
-// sums leave, which is less the more query heads there are. With many heads fewer are better, and room for a block of the
-// next attention. Mirrored in src/cuda/driver/attend.rs.
+// sums leave, which is less the more query heads there are. Mirrored in src/cuda/driver/attend.rs.
 #define STREAM_ATTEND(NAME, T, D, TEAM, STAGES, WIDE)                                                       \
     extern "C" __global__ void __launch_bounds__(TEAM *LANES, 1) stream_attend_##NAME(Stream call) {        \
         stream::attend_share<stream::T, D, TEAM, STAGES, WIDE>(call);                                       \
@@ -465,7 +484,6 @@ __device__ void attend_share(const Stream &call) {
     STREAM_ATTEND(wide_d96, T, 96, 8, 2, true)     \
     STREAM_ATTEND(d128, T, 128, 8, 3, false)       \
     STREAM_ATTEND(slim_d128, T, 128, 4, 2, false)  \
-    STREAM_ATTEND(many_d128, T, 128, 6, 2, false)  \
     STREAM_ATTEND(wide_d128, T, 128, 8, 2, true)   \
     STREAM_ATTEND(d256, T, 256, 4, 3, false)       \
     STREAM_ATTEND(wide_d256, T, 256, 4, 2, true)   \

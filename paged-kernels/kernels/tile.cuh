@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attend.cuh"
+#include "second_level.cuh"
 
 #include <cuda_fp16.h>
 

@@ -27,11 +27,10 @@ pub(super) fn in_slabs(page_size: u32) -> bool {
     page_size.is_power_of_two() && page_size >= SLAB as u32
 }
 
-/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each, but for the slim ones and those for many
-/// heads. The first that fits is taken.
-const STREAM_KERNELS: [Stream<&CStr>; 10] = [
+/// Their kernels, as in kernels/stream.cuh, whose blocks fill a multiprocessor each, but for the slim ones. The first that fits
+/// is taken.
+const STREAM_KERNELS: [Stream<&CStr>; 9] = [
     Stream { slim: true, ..kernel(c"stream_attend_slim_d128", 128, 8, 4, 2) },
-    Stream { heads: MANY_HEADS, ..kernel(c"stream_attend_many_d128", 128, 8, 6, 2) },
     kernel(c"stream_attend_d64", 64, 8, 8, 4),
     kernel(c"stream_attend_wide_d64", 64, 16, 8, 4),
     kernel(c"stream_attend_d96", 96, 8, 8, 3),
@@ -51,9 +50,6 @@ const STREAM_F8_KERNELS: [Stream<&CStr>; 7] = [
     kernel(c"stream_attend_d256", 256, 8, 4, 5),
 ];
 
-/// Heads of a batch's texts from which fewer slabs on their way are better.
-const MANY_HEADS: usize = 64;
-
 const fn kernel(
     kernel: &CStr,
     dim: usize,
@@ -61,7 +57,7 @@ const fn kernel(
     team: usize,
     stages: usize,
 ) -> Stream<&CStr> {
-    Stream { kernel, dim, group, team, stages, slim: false, heads: 0 }
+    Stream { kernel, dim, group, team, stages, slim: false }
 }
 
 /// 32-bit words of a head's record.
@@ -79,8 +75,6 @@ pub(super) struct Stream<K> {
     /// Slabs that each of them has on their way.
     stages: usize,
     slim: bool,
-    /// The fewest heads of the batch's texts, and then only where a text's bits may depend on its neighbours.
-    heads: usize,
 }
 
 impl<K> Stream<K> {
@@ -152,8 +146,8 @@ impl Device {
                 let two = (200 * bytes).div_ceil(shared); // percent
                 set(Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, two)?;
             }
-            let &Stream { dim, group, team, stages, slim, heads, .. } = stream;
-            self.streams.push(Stream { kernel, dim, group, team, stages, slim, heads });
+            let &Stream { dim, group, team, stages, slim, .. } = stream;
+            self.streams.push(Stream { kernel, dim, group, team, stages, slim });
         }
         self.sizes(function(module, c"stream_sizes")?, 2)
     }
@@ -231,12 +225,10 @@ impl Device {
         let even = data % 4 == 0 && head_stride % 2 == 0 && token_stride % 2 == 0;
         let made_for =
             (pool.dtype, dtype) == (self.dtype.code(), pool.queries()) && in_slabs(pool.page_size);
-        let heads = step.heads.words / HEAD_WORDS;
         let fits = |stream: &&Stream<_>| {
             stream.dim == pool.dim as usize
                 && step.group <= stream.group
                 && (!stream.slim || step.slim)
-                && (stream.heads == 0 || step.cut == Cut::Fast && heads >= stream.heads)
         };
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
     }
