@@ -74,7 +74,7 @@ struct Admit {
     View keys;    // [kv heads][tokens][dim]
     View values;
     const uint32_t *drops;  // [kv heads][words]: the bit of token t is t % 32 of word t / 32
-    uint32_t *starts;       // [kv heads][stretches]: kept tokens before each
+    uint32_t *starts;       // [kv heads][stretches + 1]: kept tokens before each; last, what `take` gave
     uint32_t layer;
     uint32_t seat;
     uint32_t tokens;
@@ -82,6 +82,7 @@ struct Admit {
 
     __device__ uint32_t words() const { return (tokens + LANES - 1) / LANES; }
     __device__ uint32_t stretches() const { return (words() + STRETCH - 1) / STRETCH; }
+    __device__ uint32_t *starts_of(uint32_t kv_head) const { return starts + uint64_t(kv_head) * (stretches() + 1); }
     // Bits of the tokens of a word that stay: the newest, and those not dropped.
     __device__ uint32_t kept(uint32_t kv_head, uint32_t word) const {
         const uint32_t first = word * LANES, old = tokens - min(tokens, state.window);
@@ -95,30 +96,25 @@ struct Admit {
 // Room for a prompt in one layer of a text: a block a kv head counts what stays, takes its pages and begins its ring.
 extern "C" __global__ void __launch_bounds__(ADMITTERS) resident_admit(Admit call) {
     __shared__ uint32_t sums[ADMITTERS / LANES];
-    __shared__ int32_t had;
-    start_next();
+    settle();
+    start_next();  // not before: resident_fill reads at once what was there when this one began
     const State &state = call.state;
     const uint32_t kv_head = blockIdx.x;
-    uint32_t kept = 0;
+    uint32_t *starts = call.starts_of(kv_head), kept = 0;
     for (uint32_t base = 0; base < call.words(); base += ADMITTERS) {
         uint32_t all, word = base + threadIdx.x;
         const uint32_t before = kept + sum_before<ADMITTERS>(__popc(call.kept(kv_head, word)), sums, all);
-        if (word % STRETCH == 0 && word < call.words()) {
-            call.starts[uint64_t(kv_head) * call.stretches() + word / STRETCH] = before;
-        }
+        if (word % STRETCH == 0 && word < call.words()) starts[word / STRETCH] = before;
         kept += all;
     }
-    const uint32_t len = min(kept, state.most_pages * state.pool.page_size), pages = state.pages(len);
+    const uint32_t len = min(kept, state.most_pages * state.pool.page_size);
     const uint64_t row = state.row(call.layer, kv_head, call.seat);
     if (threadIdx.x == 0) {
-        had = take(state, pages);
+        starts[call.stretches()] = take(state, state.pages(len));
         if (len < kept) atomicAdd(state.counters + 1, int32_t(kept - len));
         state.lens[row] = len;
         if (kv_head == 0) state.ages[call.layer * state.seats + call.seat] = call.tokens;
     }
-    __syncthreads();
-    uint32_t *table = state.tables + row * state.most_pages;
-    for (uint32_t i = threadIdx.x; i < pages; i += ADMITTERS) table[i] = taken(state, had, i);
     const uint32_t places = state.places, recent = min(call.tokens, state.window);
     for (uint32_t i = threadIdx.x; i < places; i += ADMITTERS) {
         // The newest tokens; what is left of the ring is of tokens to come.
@@ -132,8 +128,10 @@ extern "C" __global__ void __launch_bounds__(ADMITTERS) resident_admit(Admit cal
     }
 }
 
-// The rows of a prompt into the pages that resident_admit has taken. A warp has 32 tokens of a head.
+// The rows of a prompt into the pages that resident_admit has taken, and these into the tables. A warp has 32 tokens of a
+// head.
 extern "C" __global__ void resident_fill(Admit call) {
+    start_next();
     const State &state = call.state;
     const Pool &pool = state.pool;
     const uint32_t blocks = (call.words() + WARPS - 1) / WARPS, kv_head = blockIdx.x / blocks;
@@ -146,10 +144,13 @@ extern "C" __global__ void resident_fill(Admit call) {
     // The row of the lane's token, once resident_admit has made room.
     auto find = [&]() -> uint32_t {
         settle();
-        const uint32_t slot = call.starts[uint64_t(kv_head) * call.stretches() + stretch] + in_stretch;
-        const uint64_t row = state.row(call.layer, kv_head, call.seat);
-        if (!(keep >> lane & 1) || slot >= state.lens[row]) return NO_ROW;
-        return state.tables[row * state.most_pages + slot / pool.page_size] * pool.page_size + slot % pool.page_size;
+        const uint32_t *starts = call.starts_of(kv_head);
+        const uint32_t slot = starts[stretch] + in_stretch, number = slot / pool.page_size, inside = slot % pool.page_size;
+        const int32_t had = starts[call.stretches()];
+        if (!(keep >> lane & 1) || number >= state.most_pages) return NO_ROW;
+        const uint32_t page = taken(state, had, number);
+        if (inside == 0) state.tables[state.row(call.layer, kv_head, call.seat) * state.most_pages + number] = page;
+        return page * pool.page_size + inside;
     };
     const int64_t first = int64_t(word) * LANES;
     if (!call.wide || !keep) {

@@ -370,7 +370,7 @@ impl Device {
         );
         assert_eq!(drops.shape(), [heads, tokens]);
         assert!(layer < state.layers && seat < state.seats);
-        self.reserve(heads * tokens.div_ceil(STRETCH) * 4, &mut step.starts)?;
+        self.reserve(heads * (tokens.div_ceil(STRETCH) + 1) * 4, &mut step.starts)?;
         let call = AdmitCall {
             state: state.raw(),
             keys: keys.raw(),
@@ -384,12 +384,13 @@ impl Device {
                 || [&keys, &values].into_iter().all(|rows| state.narrows(rows)))
             .into(),
         };
-        let blocks = Grid { blocks: heads, threads: ADMITTERS, shared: 0, overlaps: false };
+        let overlaps = self.overlaps;
+        let blocks = Grid { blocks: heads, threads: ADMITTERS, shared: 0, overlaps };
         // SAFETY: the state's rooms are of its sizes, the views and bits hold what their shapes say, layer and seat
-        // exist, and `starts` has a word for each stretch of each head.
+        // exist, and `starts` has a word for each stretch of each head and one more. It may overlap: it waits at once.
         unsafe { self.launch(state.kernels.admit, blocks, &call) }?;
         let words = tokens.div_ceil(32);
-        let blocks = Grid { overlaps: self.overlaps, ..grid(words.div_ceil(WARPS) * heads, 0) };
+        let blocks = Grid { overlaps, ..grid(words.div_ceil(WARPS) * heads, 0) };
         // SAFETY: as above. It may overlap: it waits before it reads what `admit` writes.
         unsafe { self.launch(state.kernels.fill, blocks, &call) }
     }
