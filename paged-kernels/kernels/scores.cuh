@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include "second_level.cuh"
+
 #include <cuda_bf16.h>
 
 #include <cmath>
@@ -105,13 +107,11 @@ __device__ float warp_sum(float x) {
 // Whether a block is the last of `blocks` to come to a counter, whose parts it may then read. The last one clears it.
 __device__ bool last_of(uint32_t *arrivals, uint32_t blocks) {
     __shared__ uint32_t arrived;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) arrived = atomicAdd(arrivals, 1u);
+    if (threadIdx.x == 0) arrived = arrive(arrivals, 1);
     __syncthreads();
     if (arrived != blocks - 1) return false;
     if (threadIdx.x == 0) *arrivals = 0;
-    __threadfence();
     return true;
 }
 

@@ -184,18 +184,13 @@ __device__ float sum_each(float *x) {
     return x[0];
 }
 
-// Threads of a block: those that multiply and decide, and a warp that fetches, or the four that registers want.
-template <int BOXES>
-constexpr uint32_t BLOCK = THREADS + (BOXES > 1 ? 128 : LANES);
-
-// All threads meet, though not at one place of the code, which __syncthreads() asks for.
-template <uint32_t COUNT>
-__device__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
+// The threads that multiply and decide meet; those that fetch need not, and stand elsewhere.
+__device__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
 template <int N, int BOXES, int COLUMNS, int SHARERS, int ROWS>
 __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
     constexpr uint32_t UNITS = N * BOXES, HIDDEN_BYTES = ROWS * 128, STAGE = HIDDEN_BYTES + UNITS * 128;
-    constexpr uint32_t PITCH = UNITS + 8, TOKENS = ROWS / SHARERS, DECIDED = TOKENS / COLUMNS;
+    constexpr uint32_t PITCH = (UNITS + 31) / 32 * 32 + 8, TOKENS = ROWS / SHARERS, DECIDED = TOKENS / COLUMNS;
     constexpr uint32_t WARPS = ROWS / 64 * 4;  // that multiply
     extern __shared__ __align__(1024) unsigned char shared[];
     float *products = reinterpret_cast<float *>(shared) + ROWS * PITCH;  // [TOKENS][heads], behind [ROWS][PITCH] sums, over the tiles
@@ -205,28 +200,34 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
     const uint32_t first_unit = (blockIdx.y * COLUMNS + column) * UNITS, first_token = blockIdx.x / (COLUMNS * SHARERS) * ROWS;
     const uint32_t steps = (call.dim + 63) / 64, from = steps * sharer / SHARERS, count = steps * (sharer + 1) / SHARERS - from;
     start_next();
-    if (threadIdx.x == 0) {
+    auto fetch_weights = [&](uint32_t i, uint32_t stage) {
+        barrier_expect(full + stage * 8, STAGE);
+#pragma unroll
+        for (int box = 0; box < BOXES; box++) {
+            copy_box(base + stage * STAGE + HIDDEN_BYTES + box * N * 128, first, (from + i) * 64, first_unit + box * N, full + stage * 8);
+        }
+    };
+    const bool fetches = threadIdx.x == THREADS;
+    if (fetches) {
         for (uint32_t i = 0; i < stages; i++) {
             barrier_init(full + i * 8, 1);
             barrier_init(empty + i * 8, COLUMNS * WARPS);
         }
         barriers_ready();
+        // Weights wait neither for the kernel before nor for the cluster.
+        for (uint32_t i = 0; i < min(stages, count); i++) fetch_weights(i, i);
     }
-    cluster_arrive();
-    cluster_wait();
+    __syncwarp();
+    if constexpr (COLUMNS > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();  // what a sharer has is read only once all have met
+    }
 
     if (warp >= TEAM) {
         if constexpr (BOXES > 1) leave_registers<24>();
-        if (threadIdx.x == THREADS) {
-            auto fetch_weights = [&](uint32_t i, uint32_t stage) {
-                barrier_expect(full + stage * 8, STAGE);
-#pragma unroll
-                for (int box = 0; box < BOXES; box++) {
-                    copy_box(base + stage * STAGE + HIDDEN_BYTES + box * N * 128, first, (from + i) * 64, first_unit + box * N, full + stage * 8);
-                }
-            };
-            // Weights do not wait for the kernel before.
-            for (uint32_t i = 0; i < min(stages, count); i++) fetch_weights(i, i);
+        if (fetches) {
             settle();
             uint32_t stage = 0, round = 0;
             for (uint32_t i = 0; i < count; i++) {
@@ -244,24 +245,18 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             }
         }
         __syncwarp();
-        // As the others meet below.
-        meet<BLOCK<BOXES>>();
-        if (SHARERS == 1) meet<BLOCK<BOXES>>();
+        // As the clusters of the others meet below.
         cluster_arrive();
         cluster_wait();
-        if (SHARERS > 1) meet<BLOCK<BOXES>>();
-        if (gridDim.y > 1) {
-            meet<BLOCK<BOXES>>();
-            meet<BLOCK<BOXES>>();
-        }
         cluster_arrive();
         cluster_wait();
         return;
     }
     if constexpr (BOXES > 1) take_registers<240>();
     settle();
-    if (warp < WARPS) {
-        float sums[BOXES][N / 2] = {};
+    float sums[BOXES][N / 2] = {};
+    const bool multiplies = WARPS == TEAM || warp < WARPS;
+    if (multiplies) {
         uint32_t stage = 0, round = 0, before = 0;
 #pragma unroll 1
         for (uint32_t i = 0; i < count; i++) {
@@ -284,7 +279,9 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         wgmma_wait<0>();
 #pragma unroll
         for (int box = 0; box < BOXES; box++) wgmma_end(sums[box]);
-        meet<BLOCK<BOXES>>();  // all tiles have come and been read
+    }
+    meet();  // all tiles have come and been read
+    if (multiplies) {
         float *to = reinterpret_cast<float *>(shared) + (warp * 16 + lane / 4) * PITCH + lane % 4 * 2;
 #pragma unroll
         for (int box = 0; box < BOXES; box++) {
@@ -296,7 +293,6 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             }
         }
     }
-    if (warp >= WARPS) meet<BLOCK<BOXES>>();
     // A lane's units are a pair in every 64. What the second layer wants is fetched while the others come.
     constexpr uint32_t PAIRS = (UNITS + 63) / 64;
     float2 bias[PAIRS], weights[PAIRS][GROUP];
@@ -322,9 +318,12 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         cluster_wait();
     } else {
         load_second(0);
-        meet<BLOCK<BOXES>>();
+        meet();
     }
     const uint32_t own_token = first_token + sharer * TOKENS;
+    const uint32_t all = (call.heads * DECIDED + LANES - 1) / LANES * LANES, decided_from = column * DECIDED;
+    // Products that other blocks add to: [clusters of units][heads][DECIDED].
+    float *parts = call.parts + uint64_t(blockIdx.x) * gridDim.y * all, *own_part = parts + blockIdx.y * all;
     // A warp has several tokens at once, since what it waits for is longer than what it computes.
     constexpr uint32_t TOGETHER = TOKENS / TEAM < 4 ? TOKENS / TEAM : 4;
     auto second_layer = [&](uint32_t group, auto torch) {
@@ -361,7 +360,10 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             }
             const float sum = sum_each<TOGETHER * GROUP>(product);
             const uint32_t which = lane * TOGETHER * GROUP / LANES, head = group + which % GROUP;
-            if (lane % (LANES / TOGETHER / GROUP) == 0 && head < call.heads) products[(t + which / GROUP) * call.heads + head] = sum;
+            if (lane % (LANES / TOGETHER / GROUP) == 0 && head < call.heads) {
+                const uint32_t token = t + which / GROUP;
+                (COLUMNS == 1 && gridDim.y > 1 ? own_part[head * DECIDED + token] : products[token * call.heads + head]) = sum;
+            }
         }
     };
     for (uint32_t group = 0; group < call.heads; group += GROUP) {
@@ -373,15 +375,14 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         }
     }
     // Now of each head and token; a block of a column decides on its part of the tokens.
+    __syncwarp();
+    cluster_arrive();
     if constexpr (SHARERS == 1) {
-        cluster_arrive();
         cluster_wait();
     } else {
         static_assert(COLUMNS == 1, "a third meeting");
-        meet<BLOCK<BOXES>>();
+        if (gridDim.y == 1) meet();
     }
-    const uint32_t all = (call.heads * DECIDED + LANES - 1) / LANES * LANES, decided_from = column * DECIDED;
-    float *parts = call.parts + uint64_t(blockIdx.x) * gridDim.y * all;
     auto product_of = [&](uint32_t head, uint32_t t) {
         float sum = 0.0f;
 #pragma unroll
@@ -393,17 +394,15 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
     };
     bool decides = true;
     if (gridDim.y > 1) {
-        for (uint32_t i = threadIdx.x; i < call.heads * DECIDED; i += THREADS) {
-            parts[blockIdx.y * all + i] = product_of(i / DECIDED, i % DECIDED);
+        for (uint32_t i = threadIdx.x; COLUMNS > 1 && i < call.heads * DECIDED; i += THREADS) {
+            own_part[i] = product_of(i / DECIDED, i % DECIDED);
         }
         __shared__ uint32_t arrived;
-        __threadfence();
-        meet<BLOCK<BOXES>>();
-        if (threadIdx.x == 0) arrived = atomicAdd(call.arrivals + blockIdx.x, 1u);
-        meet<BLOCK<BOXES>>();
+        meet();
+        if (threadIdx.x == 0) arrived = arrive(call.arrivals + blockIdx.x, 1);
+        meet();
         decides = arrived == gridDim.y - 1;
         if (decides && threadIdx.x == 0) call.arrivals[blockIdx.x] = 0;
-        __threadfence();
     }
     if (decides) {
         for (uint32_t i = threadIdx.x; i < all; i += THREADS) {
@@ -427,8 +426,9 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             }
         }
     }
+    // Nobody leaves while others read what is theirs.
     __syncwarp();
-    cluster_arrive();  // nobody leaves while others read what is theirs
+    if constexpr (SHARERS == 1) cluster_arrive();
     cluster_wait();
 }
 
@@ -447,13 +447,15 @@ SCORES_FEW(32, 4)
 // Named by the units of a block, how many have its tokens, and how many share its columns. Mirrored in src/cuda/driver/scores.rs.
 #define SCORES_MANY(NAME, N, BOXES, COLUMNS, SHARERS, ROWS)                                                      \
     extern "C" __global__ void __cluster_dims__(COLUMNS * SHARERS, 1, 1)                                        \
-        __launch_bounds__(BLOCK<BOXES>, 1) scores_many_##NAME(                                                \
+        __launch_bounds__(THREADS + (BOXES > 1 ? 128 : LANES), 1) scores_many_##NAME(                           \
             Scores call, const __grid_constant__ Map hidden, const __grid_constant__ Map first) {                \
         many<N, BOXES, COLUMNS, SHARERS, ROWS>(call, &hidden, &first);                                           \
     }
 SCORES_MANY(64_1_8, 64, 1, 1, 8, 64)
 SCORES_MANY(128_1_8, 128, 1, 1, 8, 128)
 SCORES_MANY(128_1_4, 128, 1, 1, 4, 128)
+SCORES_MANY(176_1_4, 176, 1, 1, 4, 128)
+SCORES_MANY(216_1_4, 216, 1, 1, 4, 128)
 SCORES_MANY(128_1_2, 128, 1, 1, 2, 128)
 SCORES_MANY(160_1_2, 160, 1, 1, 2, 128)
 SCORES_MANY(128_2_1, 128, 1, 2, 1, 128)

@@ -34,10 +34,12 @@ const FEW_MOST: usize = 32;
 const FEW_KERNELS: [(&CStr, usize); 2] = [(c"scores_few_8", 8), (c"scores_few_32", FEW_MOST)];
 /// `scores_many`, in the order in which they are asked: those whose clusters share columns, then those that have all of
 /// them, then those that have all units too and take any number of tokens.
-const MANY_KERNELS: [Many<&CStr>; 10] = [
+const MANY_KERNELS: [Many<&CStr>; 12] = [
     many(c"scores_many_64_1_8", 64, 1, [1, 8], 64),
     many(c"scores_many_128_1_8", 128, 1, [1, 8], 128),
     many(c"scores_many_128_1_4", 128, 1, [1, 4], 128),
+    many(c"scores_many_176_1_4", 176, 1, [1, 4], 128),
+    many(c"scores_many_216_1_4", 216, 1, [1, 4], 128),
     many(c"scores_many_128_1_2", 128, 1, [1, 2], 128),
     many(c"scores_many_160_1_2", 160, 1, [1, 2], 128),
     many(c"scores_many_128_2_1", 128, 1, [2, 1], 128),
@@ -527,7 +529,9 @@ mod tests {
             assert!([33, 5_000, 100_000_000].iter().all(|&tokens| chosen(tokens, width).is_some()));
         }
         assert_eq!(chosen(64, 512), Some((c"scores_many_64_1_8", [1, 8])));
-        assert_eq!(chosen(1024, 512), Some((c"scores_many_128_1_2", [8, 4])));
+        assert_eq!(chosen(1024, 512), Some((c"scores_many_176_1_4", [8, 3])));
+        assert_eq!(chosen(1024, 640), Some((c"scores_many_216_1_4", [8, 3])));
+        assert_eq!(chosen(1536, 512), Some((c"scores_many_128_1_2", [12, 4])));
         assert_eq!(chosen(4096, 512), Some((c"scores_many_128_2_1", [32, 2])));
         assert_eq!(chosen(4096, 640), Some((c"scores_many_160_2_1", [32, 2])));
         assert_eq!(chosen(8192, 640), Some((c"scores_many_320_2_1", [64, 1])));
