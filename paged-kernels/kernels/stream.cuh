@@ -20,8 +20,7 @@ namespace stream {
 using namespace tile;
 
 constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
-// Slabs that a warp has brought into the second-level cache while it waits for its turn, and cycles from one to the next.
-constexpr uint32_t ANNOUNCED = 4, PAUSE = 1500;
+constexpr int ANNOUNCED = 4;  // slabs that a warp has brought into the second-level cache while it waits for its turn
 
 // A part of a head: [group][D] sums, and for each row its best score and the sum of its weights. It begins where a lane can
 // read four sums at once.
@@ -227,15 +226,13 @@ __device__ void attend_share(const Stream &call) {
         if (paced) land();
     }
     // While that kernel's last blocks fold memory would have nothing to do once this one's have all that they have room for. So
-    // each lane asks for one of the warp's slabs that follow, a little after the lane before.
-    if (const uint32_t later = lane; ANNOUNCES && paced && later < ANNOUNCED) {
-        const uint32_t at = ahead + later * TEAM;
+    // lanes ask for the warp's slabs that follow.
+    if (ANNOUNCES && paced && lane < ANNOUNCED) {
+        const uint32_t at = ahead + lane * TEAM;
         const Head owner = LOOKS && at >= past(source) ? upcoming : source;
         if (at < min(past(owner), end)) {
             const uint32_t slab = at - owner.slabs;
             const unsigned char *from = page_at(attend.tables[(slab >> shift) + owner.table]) + inside_page(slab) * KEY_BYTES;
-            const uint32_t start = clock();
-            while (clock() - start < later * PAUSE) {}
             announce(from, KEY_BYTES);
             announce(from + to_values, KEY_BYTES);
         }
