@@ -112,7 +112,7 @@ __device__ void attend_share(const Stream &call) {
     constexpr int HALF = SLAB * PITCH<D, T::BYTES>;  // bytes of a slab's keys in shared memory
     constexpr int STAGE = 2 * HALF + (SCALED ? 2 * SLAB * int(sizeof(float)) : 0);  // scales come last
     constexpr int KEY_BYTES = SLAB * D * T::BYTES;  // of a slab's keys, or values, in a page
-    constexpr bool ANNOUNCES = OVERLAPS && TEAM * STAGES * STAGE > 96 << 10;  // not where it would be for long
+    constexpr bool ANNOUNCES = OVERLAPS && TEAM * STAGES * STAGE > 96 << 10;  // not slim blocks, which begin long before their turn
     constexpr int STEPS = D / 16;
     constexpr int HALVES = WIDE ? 2 : 1;
     extern __shared__ __align__(128) unsigned char shared[];
