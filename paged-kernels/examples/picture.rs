@@ -42,16 +42,10 @@ fn cases(rows: &[Value]) -> Result<Vec<Case>, Box<dyn Error>> {
         .collect()
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let arguments = std::env::args().skip(1).collect::<Vec<_>>();
-    let [results, picture] = &arguments[..] else {
-        return Err("usage: picture results.json picture.svg".into());
-    };
-    let rows: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(results)?)?;
-    let cases = cases(&rows)?;
-    let card = rows.first().and_then(|row| row["card"].as_str()).unwrap_or("a card");
-
-    let root = SVGBackend::new(picture, (760, 360)).into_drawing_area();
+/// An SVG: a line a case, from the floor to what the best library takes where nothing is pruned.
+fn svg(cases: &[Case], card: &str) -> Result<String, Box<dyn Error>> {
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (760, 360)).into_drawing_area();
     root.fill(&WHITE)?;
     let height = cases.len() as f64;
     let mut chart = ChartBuilder::on(&root)
@@ -113,5 +107,32 @@ fn main() -> Result<(), Box<dyn Error>> {
         ])?;
     }
     root.present()?;
+    drop(chart);
+    drop(root);
+    Ok(svg)
+}
+
+fn main() -> std::process::ExitCode {
+    match draw() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn draw() -> Result<(), Box<dyn Error>> {
+    let arguments = std::env::args().skip(1).collect::<Vec<_>>();
+    let [results, picture] = &arguments[..] else {
+        return Err("usage: picture results.json picture.svg".into());
+    };
+    let in_file = |error: &dyn Error| format!("{results}: {error}; bench_cuda writes such a file");
+    let text = std::fs::read_to_string(results).map_err(|error| in_file(&error))?;
+    let rows: Vec<Value> = serde_json::from_str(&text).map_err(|error| in_file(&error))?;
+    let cases = cases(&rows).map_err(|error| in_file(&*error))?;
+    let card = rows.first().and_then(|row| row["card"].as_str()).unwrap_or("a card");
+    std::fs::write(picture, svg(&cases, card)?)
+        .map_err(|error| format!("{picture}: {error}; is there such a folder?"))?;
     Ok(())
 }
