@@ -283,25 +283,42 @@ mod cuda {
         }
     }
 
+    /// Steps of 24 texts, every ninth of which rests.
+    fn steps_of_many(
+        shape: CacheShape,
+        seats: Seats,
+        tokens: impl Fn(usize) -> usize,
+        steps: usize,
+    ) {
+        let mut twins = Twins::new(shape, Seats { texts: 24, ..seats }, 0.4);
+        let texts = (0..24).map(|text| twins.prompt(tokens(text))).collect::<Vec<_>>();
+        let batch = texts.into_iter().enumerate();
+        let batch = batch.map(|(i, text)| (i % 9 != 5).then_some(text)).collect::<Vec<_>>();
+        let seats = batch.iter().map(|pair| pair.map(|pair| pair.0)).collect::<Vec<_>>();
+        twins.resident.batch(&seats).unwrap();
+        let mut tensors = twins.tensors(batch.len());
+        for _ in 0..steps {
+            twins.step(&batch, &mut tensors, |twins, tensors| twins.queue_all(tensors, 24));
+        }
+        assert_eq!(twins.resident.missing().unwrap(), 0);
+    }
+
+    /// So many short heads that a block has several, one of them longer than what is on its way at once.
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn texts_among_many_are_as_in_the_reference() {
+        let tokens = |text| if text == 7 { 650 } else { text * 5 };
+        steps_of_many(CacheShape { pages: 4096, ..wide() }, SEATS, tokens, 40);
+    }
+
     /// Shares of a layer that are longer than what a block has on its way, and has asked for, before its turn.
     #[test]
     #[ignore = "needs a CUDA device"]
     fn long_shares_are_as_in_the_reference() {
+        let tokens = |text| if text == 7 { 6_500 } else { 5 + text * 120 };
         for (page_size, mode) in [(16, Mode::Fast), (64, Mode::Fast), (16, Mode::BatchInvariant)] {
             let shape = CacheShape { page_size, pages: 12_000 * 16 / page_size, ..wide() };
-            let seats = Seats { texts: 24, tokens: 7_000, mode, ..SEATS };
-            let mut twins = Twins::new(shape, seats, 0.4);
-            let lengths = (0..24).map(|text| if text == 7 { 6_500 } else { 5 + text * 120 });
-            let texts = lengths.map(|tokens| twins.prompt(tokens)).collect::<Vec<_>>();
-            let batch = texts.into_iter().enumerate();
-            let batch = batch.map(|(i, text)| (i % 9 != 5).then_some(text)).collect::<Vec<_>>();
-            let seats = batch.iter().map(|pair| pair.map(|pair| pair.0)).collect::<Vec<_>>();
-            twins.resident.batch(&seats).unwrap();
-            let mut tensors = twins.tensors(batch.len());
-            for _ in 0..4 {
-                twins.step(&batch, &mut tensors, |twins, tensors| twins.queue_all(tensors, 24));
-            }
-            assert_eq!(twins.resident.missing().unwrap(), 0);
+            steps_of_many(shape, Seats { tokens: 7_000, mode, ..SEATS }, tokens, 4);
         }
     }
 
