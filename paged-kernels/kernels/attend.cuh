@@ -196,8 +196,7 @@ inline __device__ uint32_t piece_of(uint32_t slabs) { return max(16u, (slabs + 3
 struct Stream {
     Attend attend;
     const Share *shares;  // [blocks]
-    float *parts;         // [parts][group * (dim + 2)], each a multiple of four
-    uint32_t *arrivals;   // [H][sequences]: parts of a head that are done; 0 between launches
+    float *parts;         // [parts][group * (dim + 2)], each a multiple of four; 0 between launches
     uint32_t cut;
     uint32_t early;  // Attend::slots are rows of the pool, and the kernel before writes no other rows
 };

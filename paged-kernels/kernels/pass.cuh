@@ -445,7 +445,7 @@ __device__ void fold_rows(const Pass &call) {
             const float *from = call.parts + uint64_t(which) * call.height * (D + 2);
             their[k] = make_float2(-INFINITY, 0.0f);
             if (j + k < tile.parts) {
-                read_row<D, false>(theirs[k], from + row * D);
+                read_row<D>(theirs[k], from + row * D);
                 their[k] = reinterpret_cast<const float2 *>(from + call.height * D)[row];
             } else {
 #pragma unroll

@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(16 * LANES, 2) scores_linear_8(Scor
 extern "C" __global__ void __launch_bounds__(THREADS) scores_linear_32(Scores call) { linear<4, TEAM>(call); }
 
 // An MLP for few tokens: a block has 8 units and 32 tokens. Its part of the second layer goes to the last block of those
-// tokens, which adds the parts up in the order of the units. `arrivals` is [words].
+// tokens, which adds the parts up in the order of the units.
 extern "C" __global__ void __launch_bounds__(THREADS) scores_thin(Scores call) {
     __shared__ float merged[TEAM][8 * THIN_PITCH];
     __shared__ float units[8][LANES];
@@ -230,14 +230,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_thin(Scores call) {
         for (uint32_t i = 0; i < 8 && unit + i < call.width; i++) {
             sum += units[i][lane] * __bfloat162float(call.second[uint64_t(head) * call.pitch + unit + i]);
         }
-        parts[(blockIdx.x * call.heads + head) * LANES + lane] = sum;
+        leave(parts + (blockIdx.x * call.heads + head) * LANES + lane, {sum});
     }
-    if (!last_of(call.arrivals + word, gridDim.x)) return;
+    if (blockIdx.x + 1 < gridDim.x) return;
     for (uint32_t head = warp; head < call.heads; head += TEAM) {
-        float sum = 0.0f;
-#pragma unroll 16
-        for (uint32_t i = 0; i < gridDim.x; i++) sum += __ldcg(parts + (i * call.heads + head) * LANES + lane);
-        decide(call, head, word, sum);
+        decide(call, head, word, collect<16>(parts + head * LANES + lane, gridDim.x, call.heads * LANES));
     }
 }
 

@@ -35,7 +35,6 @@ struct Scores {
     uint32_t *bits;            // [heads][words]: token t is bit t % 32 of word t / 32
     float *scores;             // [heads][tokens], or null
     float *parts;              // what blocks hand to each other
-    uint32_t *arrivals;        // blocks that have come; 0 between launches
     uint32_t tokens;
     uint32_t dim;
     uint32_t width;            // units of the hidden layer; 0 for a linear surrogate
@@ -104,15 +103,31 @@ __device__ float warp_sum(float x) {
     return x;
 }
 
-// Whether a block is the last of `blocks` to come to a counter, whose parts it may then read. The last one clears it.
-__device__ bool last_of(uint32_t *arrivals, uint32_t blocks) {
-    __shared__ uint32_t arrived;
-    __syncthreads();
-    if (threadIdx.x == 0) arrived = arrive(arrivals, 1);
-    __syncthreads();
-    if (arrived != blocks - 1) return false;
-    if (threadIdx.x == 0) *arrivals = 0;
-    return true;
+// The sum of `count` numbers that blocks have left `pitch` apart, in their order; AT_ONCE are looked for together.
+template <int AT_ONCE>
+__device__ float collect(float *parts, uint32_t count, uint32_t pitch) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (uint32_t i = 0; i < count; i += AT_ONCE, parts += AT_ONCE * pitch) {
+        auto is = [&](uint32_t j) { return i + j < count; };
+        float found[AT_ONCE][1];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) found[j][0] = -0.0f;
+        bool all;
+        do {
+            all = true;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) look(is(j), found[j], parts + j * pitch);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) all = all & have_come(found[j]);
+        } while (!all);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            clear<1>(is(j), parts + j * pitch);
+            sum += found[j][0];
+        }
+    }
+    return sum;
 }
 
 }  // namespace scores

@@ -17,7 +17,7 @@ __device__ void start_next() { asm volatile("griddepcontrol.launch_dependents;" 
 
 // An MLP for few tokens: a cluster of 8 blocks has 32 units and 8 * TILES tokens, and shares the columns. Weights are on
 // their way before the kernel before has ended. Sums meet by warp, then by block, in order; then each block goes on with
-// 8 tokens, if there are as many. `arrivals` is [8].
+// 8 tokens, if there are as many.
 constexpr uint32_t SHORT_UNITS = 32;
 constexpr uint32_t SHORT_BLOCKS = 8;
 constexpr uint32_t SHORT_PITCH = 36;
@@ -126,16 +126,12 @@ __device__ void few(const Scores &call) {
         }
         // [8 blocks][shares][8 tokens][heads]
         float *parts = call.parts + uint64_t(rank) * shares * 8 * call.heads;
-        if (lane < call.heads) parts[(share * 8 + warp) * call.heads + lane] = mine;
-        if (last_of(call.arrivals + rank, shares)) {
+        if (lane < call.heads) leave(parts + (share * 8 + warp) * call.heads + lane, {mine});
+        if (share == shares - 1) {
             const uint32_t t = threadIdx.x % 8, head = threadIdx.x / 8;
-            const bool here = head < call.heads && rank * 8 + t < call.tokens;
             float sum = 0.0f;
-            if (here) {
-#pragma unroll 16
-                for (uint32_t i = 0; i < shares; i++) sum += __ldcg(parts + (i * 8 + t) * call.heads + head);
-            }
-            const bool drop = here && drops(call, head, rank * 8 + t, sum);
+            if (head < call.heads) sum = collect<16>(parts + t * call.heads + head, shares, 8 * call.heads);
+            const bool drop = head < call.heads && rank * 8 + t < call.tokens && drops(call, head, rank * 8 + t, sum);
             const uint32_t four = __ballot_sync(~0u, drop);
             if (t == 0 && head < call.heads) bits[uint64_t(head) * bytes + rank] = uint8_t(four >> lane);
         }
@@ -324,6 +320,8 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
     const uint32_t all = (call.heads * DECIDED + LANES - 1) / LANES * LANES, decided_from = column * DECIDED;
     // Products that other blocks add to: [clusters of units][heads][DECIDED].
     float *parts = call.parts + uint64_t(blockIdx.x) * gridDim.y * all, *own_part = parts + blockIdx.y * all;
+    // The last cluster of a tile decides. It waits for the others, which wait for nobody, so there is always room for them.
+    const bool decides = blockIdx.y == gridDim.y - 1;
     // A warp has several tokens at once, since what it waits for is longer than what it computes.
     constexpr uint32_t TOGETHER = TOKENS / TEAM < 4 ? TOKENS / TEAM : 4;
     auto second_layer = [&](uint32_t group, auto torch) {
@@ -362,7 +360,8 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
             const uint32_t which = lane * TOGETHER * GROUP / LANES, head = group + which % GROUP;
             if (lane % (LANES / TOGETHER / GROUP) == 0 && head < call.heads) {
                 const uint32_t token = t + which / GROUP;
-                (COLUMNS == 1 && gridDim.y > 1 ? own_part[head * DECIDED + token] : products[token * call.heads + head]) = sum;
+                if (COLUMNS > 1 || decides) products[token * call.heads + head] = sum;
+                else leave(own_part + head * DECIDED + token, {sum});
             }
         }
     };
@@ -381,7 +380,7 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         cluster_wait();
     } else {
         static_assert(COLUMNS == 1, "a third meeting");
-        if (gridDim.y == 1) meet();
+        if (decides) meet();
     }
     auto product_of = [&](uint32_t head, uint32_t t) {
         float sum = 0.0f;
@@ -392,28 +391,17 @@ __device__ void many(const Scores &call, const Map *hidden, const Map *first) {
         }
         return sum;
     };
-    bool decides = true;
-    if (gridDim.y > 1) {
-        for (uint32_t i = threadIdx.x; COLUMNS > 1 && i < call.heads * DECIDED; i += THREADS) {
-            own_part[i] = product_of(i / DECIDED, i % DECIDED);
+    if (COLUMNS > 1 && !decides) {
+        for (uint32_t i = threadIdx.x; i < call.heads * DECIDED; i += THREADS) {
+            leave(own_part + i, {product_of(i / DECIDED, i % DECIDED)});
         }
-        __shared__ uint32_t arrived;
-        meet();
-        if (threadIdx.x == 0) arrived = arrive(call.arrivals + blockIdx.x, 1);
-        meet();
-        decides = arrived == gridDim.y - 1;
-        if (decides && threadIdx.x == 0) call.arrivals[blockIdx.x] = 0;
     }
     if (decides) {
         for (uint32_t i = threadIdx.x; i < all; i += THREADS) {
             const uint32_t head = i / DECIDED, token = own_token + decided_from + i % DECIDED;
             const bool here = head < call.heads && token < call.tokens;
             float sum = 0.0f;
-            if (here && gridDim.y == 1) sum = product_of(head, i % DECIDED);
-            if (here && gridDim.y > 1) {
-#pragma unroll 8
-                for (uint32_t b = 0; b < gridDim.y; b++) sum += __ldcg(parts + b * all + i);
-            }
+            if (head < call.heads) sum = collect<4>(parts + i, blockIdx.y, all) + product_of(head, i % DECIDED);
             const uint32_t found = __ballot_sync(~0u, here && drops(call, head, token, sum));
             if (head >= call.heads || token / 32 >= call.words) continue;
             uint32_t *words = call.bits + uint64_t(head) * call.words;

@@ -5,8 +5,8 @@
 // (stream-K). A head that several blocks share is cut into parts. In a part each warp takes every eighth slab through a
 // pipeline of its own, which runs on into the next part: 16-byte asynchronous copies into swizzled shared memory, then mma.sync with the query heads
 // as rows. One block fills a multiprocessor: two of half the size would keep as much in flight and leave twice as many
-// parts to fold. A part goes to a workspace; who brings the last of a head folds them in their order, so the same cuts give
-// the same bits. Fast cuts move when a neighbour grows, and then a head's bits may change; invariant ones do not.
+// parts to fold. A part goes to a workspace; the block with a head's end folds them in their order, so the same cuts give the
+// same bits. Fast cuts move when a neighbour grows, and then a head's bits may change; invariant ones do not.
 //
 // A slim block leaves room for a block of the kernel that follows, which may then fetch what it needs while this one runs. The
 // others' successors begin as they end, and ask for what they will need beyond their own room (`announce`).
@@ -15,68 +15,98 @@
 
 #include "tile.cuh"
 
+#include <type_traits>
+
 namespace stream {
 
 using namespace tile;
 
-constexpr int FOLDED = 8;  // parts of a head on their way to a lane at once
+// Parts of a head on their way to a lane at once. Of a head that has few no more are asked for, since each wants its code.
+template <int D, int TEAM>
+constexpr int FEW = D > 128 ? 3 : TEAM < 8 ? 6 : 8;
+template <int D, int TEAM>
+constexpr int MANY = D > 128 || TEAM < 8 ? FEW<D, TEAM> : 12;
 constexpr int ANNOUNCED = 4;  // slabs that a warp has brought into the second-level cache while it waits for its turn
 
 // A part of a head: [group][D] sums, and for each row its best score and the sum of its weights. It begins where a lane can
 // read four sums at once.
 template <int D>
-__device__ float *part_at(const Stream &call, uint32_t i) {
-    return call.parts + uint64_t(i) * ((call.attend.group * (D + 2) + 3) / 4 * 4);
-}
+__device__ uint32_t part_fours(const Stream &call) { return (call.attend.group * (D + 2) + 3) / 4; }
 
-// Folds a head's parts in their order, a warp a row. With few rows several warps share one,
+template <int D>
+__device__ float *part_at(const Stream &call, uint32_t i) { return call.parts + uint64_t(i) * part_fours<D>(call) * 4; }
+
+// Folds a head's parts in their order as they come, a warp a row. With few rows several warps share one,
 // each taking every n-th part, and meet in shared memory: the more loads are on their way at once the better.
 template <int D, int TEAM>
 __device__ void fold(const Stream &call, const Head &head, float *merged, float2 *totals) {
     const uint32_t warp = threadIdx.x / LANES, group = call.attend.group;
     const uint32_t teams = group < TEAM ? TEAM / group : 1, team = group < TEAM ? warp / group : 0;
-    const float *first = part_at<D>(call, head.opening);
     const uint32_t stride = call.cut == FAST ? 2 : 1, later = head.opening & ~(stride - 1);
-    if (team < teams) {
-        for (uint32_t row = warp - team * group; row < group; row += TEAM) {
-            Lane<D> all = {};
-            float best = -INFINITY, sum = 0.0f;
-            for (uint32_t j = team; j < head.parts; j += FOLDED * teams) {
-                float theirs[FOLDED][D / LANES];
-                float2 their[FOLDED];
-                float top = best;
+    const uint32_t fours = part_fours<D>(call), pace = teams * stride * fours;
+    auto fold_row = [&](uint32_t row, auto at_once) {
+        constexpr int AT_ONCE = decltype(at_once)::value;
+        Lane<D> all = {};
+        float best = -INFINITY, sum = 0.0f;
+        // What the lane has of the first of the parts that lie evenly; where it has that of another is then one instruction.
+        auto *sums = reinterpret_cast<char *>(part_at<D>(call, later) + row * D + threadIdx.x % LANES * (D / LANES));
+        auto *pairs = reinterpret_cast<char *>(part_at<D>(call, later) + group * D + row * 2);
+        asm volatile("" : "+l"(sums), "+l"(pairs));
+#pragma unroll 1
+        for (uint32_t j = team; j < head.parts; j += AT_ONCE * teams) {
+            uint32_t from = j;
+            auto is = [&](int k) { return from + k * teams < head.parts; };
+            auto place = [&](int k) {
+                const uint32_t evenly = from * stride * fours + k * pace;
+                return uint64_t(k == 0 && from == 0 ? (head.opening - later) * fours : evenly) * 16;
+            };
+            float theirs[AT_ONCE][D / LANES], their[AT_ONCE][2];  // sums; best and sum
 #pragma unroll
-                for (int k = 0; k < FOLDED; k++) {
-                    const uint32_t at = j + k * teams;
-                    const float *part = at == 0 ? first : part_at<D>(call, later + at * stride);
-                    their[k] = make_float2(-INFINITY, 0.0f);
-                    if (at < head.parts) {
-                        read_row<D, true>(theirs[k], part + row * D);
-                        their[k] = __ldcg(reinterpret_cast<const float2 *>(part + group * D) + row);
-                    } else {
+            for (int k = 0; k < AT_ONCE; k++) {
+                their[k][0] = -INFINITY, their[k][1] = -0.0f;
 #pragma unroll
-                        for (int i = 0; i < D / LANES; i++) theirs[k][i] = 0.0f;
-                    }
-                }
-#pragma unroll
-                for (int k = 0; k < FOLDED; k++) top = fmaxf(top, their[k].x);
-                const float base = anchor(top), old = exp2_of(best - base);
-                best = top;
-                sum *= old;
-                all.scale(old);
-#pragma unroll
-                for (int k = 0; k < FOLDED; k++) {
-                    const float weight = exp2_of(their[k].x - base);
-                    sum += weight * their[k].y;
-                    all.add(weight, theirs[k]);
-                }
+                for (int i = 0; i < D / LANES; i++) theirs[k][i] = -0.0f;
             }
-            if (teams == 1) {
-                finish<D>(call.attend, head.kv_head * group + row, head.first, all, best, sum);
-            } else {
-                write_row<D>(merged + (team * group + row) * D, all.x);
-                totals[team * group + row] = make_float2(best, sum);
+            bool come;
+            do {
+                asm volatile("" : "+r"(from));  // there are no registers for all places
+                come = true;
+#pragma unroll
+                for (int k = 0; k < AT_ONCE; k++) look(is(k), theirs[k], sums + place(k)), look(is(k), their[k], pairs + place(k));
+#pragma unroll
+                for (int k = 0; k < AT_ONCE; k++) come = come & have_come(theirs[k]) & have_come(their[k]);
+            } while (!__all_sync(~0u, come));
+            asm volatile("" : "+r"(from));
+            float top = best;
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                clear<D / LANES>(is(k), sums + place(k)), clear<2>(is(k), pairs + place(k));
+                top = fmaxf(top, their[k][0]);
             }
+            const float base = anchor(top), old = exp2_of(best - base);
+            best = top;
+            sum *= old;
+            all.scale(old);
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                const float weight = exp2_of(their[k][0] - base);
+                sum += weight * their[k][1];
+                all.add(weight, theirs[k]);
+            }
+        }
+        if (teams == 1) {
+            finish<D>(call.attend, head.kv_head * group + row, head.first, all, best, sum);
+        } else {
+            write_row<D>(merged + (team * group + row) * D, all.x);
+            totals[team * group + row] = make_float2(best, sum);
+        }
+    };
+    constexpr int FEWER = FEW<D, TEAM>, MORE = MANY<D, TEAM>;
+    for (uint32_t row = warp - team * group; team < teams && row < group; row += TEAM) {
+        if (MORE > FEWER && head.parts > FEWER * teams) {
+            fold_row(row, std::integral_constant<int, MORE>());
+        } else {
+            fold_row(row, std::integral_constant<int, FEWER>());
         }
     }
     if (teams == 1) return;
@@ -90,7 +120,7 @@ __device__ void fold(const Stream &call, const Head &head, float *merged, float2
             const float2 their = totals[i * group + warp];
             const float weight = exp2_of(their.x - base);
             float theirs[D / LANES];
-            read_row<D, false>(theirs, merged + (i * group + warp) * D);
+            read_row<D>(theirs, merged + (i * group + warp) * D);
             sum += weight * their.y;
             all.add(weight, theirs);
         }
@@ -116,7 +146,7 @@ __device__ void attend_share(const Stream &call) {
     constexpr int STEPS = D / 16;
     constexpr int HALVES = WIDE ? 2 : 1;
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ uint32_t arrived;
+    __shared__ Head opening;  // the block's first
     const Attend &attend = call.attend;
     const uint32_t group = attend.group;
     float *merged = reinterpret_cast<float *>(shared + TEAM * STAGES * STAGE);        // [TEAM][group][D]
@@ -143,6 +173,7 @@ __device__ void attend_share(const Stream &call) {
     constexpr bool LOOKS = D <= 128;
     uint32_t index = share.head;
     Head head = attend.heads[index];
+    if (threadIdx.x == 0) opening = head;
     uint32_t ahead = begin + warp, filled = 0, used = 0;
     uint32_t source_index = index, source_stop = part_end(head, begin);
     Head source = head, upcoming = head;
@@ -243,7 +274,7 @@ __device__ void attend_share(const Stream &call) {
 
     const float scale = attend.scale * LOG2E;
     constexpr int QUERIES = SCALED ? 4 : 2;  // of a row of 16, that lie together in a lane
-    uint32_t done = 0, number = share.part;  // parts of the head, and the one under way
+    uint32_t number = share.part;  // of the part under way
     uint32_t query[STEPS][4];
     auto load_queries = [&](uint32_t kv_head, uint32_t token) {
 #pragma unroll
@@ -421,7 +452,7 @@ __device__ void attend_share(const Stream &call) {
 #pragma unroll
             for (int w = 0; w < TEAM; w++) {
                 their[w] = totals[w * group + row];
-                read_row<D, false>(theirs[w], merged + (w * group + row) * D);
+                read_row<D>(theirs[w], merged + (w * group + row) * D);
             }
 #pragma unroll
             for (int w = 0; w < TEAM; w++) most = fmaxf(most, their[w].x);
@@ -436,26 +467,24 @@ __device__ void attend_share(const Stream &call) {
             if (head.parts == 1) {
                 finish<D>(attend, head.kv_head * group + row, head.first, all, most, all_sum);
             } else {
-                write_row<D>(part + row * D, all.x);
-                if (lane == 0) reinterpret_cast<float2 *>(part + group * D)[row] = make_float2(most, all_sum);
+                leave(part + row * D + lane * (D / LANES), all.x);
+                if (lane == 0) leave(part + group * D + row * 2, {most, all_sum});
             }
         }
-        done++;
-        if (head.parts > 1 && (leaves || stop == end)) {
+        // A head is folded by the block that has its end; one that others have parts of, the block's first, last of all.
+#pragma unroll 1
+        for (int turn = 0; turn < 2; turn++) {
+            const Head ended = turn ? opening : head;
+            const bool now = turn ? stop == end && past(ended) <= end : index != share.head && stop == past(ended);
+            if (!now || ended.parts <= 1) continue;
             __syncthreads();
-            if (threadIdx.x == 0) arrived = arrive(call.arrivals + index, done) + done;
-            __syncthreads();
-            if (arrived == head.parts) {
-                fold<D, TEAM>(call, head, merged, totals);
-                if (threadIdx.x == 0) call.arrivals[index] = 0;
-            }
+            fold<D, TEAM>(call, ended, merged, totals);
         }
         if (stop == end) return;
         __syncthreads();  // `merged` is free again
         at = stop;
         number++;
         if (!leaves) continue;
-        done = 0;
         index++;
         head = *next;
         if (head.tokens == 0) {

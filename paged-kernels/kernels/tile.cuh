@@ -164,13 +164,12 @@ struct Lane {
 template <int D>
 using Vector = std::conditional_t<D % 128 == 0, float4, std::conditional_t<D % 64 == 0, float2, float>>;
 
-// `FRESH` reads past the L1: another block wrote it.
-template <int D, bool FRESH>
+template <int D>
 __device__ void read_row(float (&x)[D / LANES], const float *row) {
     constexpr int COUNT = D / LANES * sizeof(float) / sizeof(Vector<D>);
     const auto *from = reinterpret_cast<const Vector<D> *>(row) + threadIdx.x % LANES * COUNT;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) reinterpret_cast<Vector<D> *>(x)[i] = FRESH ? __ldcg(from + i) : from[i];
+    for (int i = 0; i < COUNT; i++) reinterpret_cast<Vector<D> *>(x)[i] = from[i];
 }
 
 template <int D>

@@ -50,7 +50,6 @@ pub struct Cuda {
     rows: Room,
     /// What the blocks of a fast attention hand to each other, and how many have come to each head.
     parts: Room,
-    arrivals: Room,
     staged: Staged,
 }
 
@@ -96,14 +95,10 @@ impl Cuda {
         let pool = Pool { room, dtype: dtype.code(), page_size, dim };
         let empty = || device.room(0);
         let staged = Staged { keys: empty()?, values: empty()?, out: empty()?, lse: empty()? };
-        let (words, rows, parts, arrivals) = (
-            empty()?,
-            empty()?,
-            device.parts(&pool, book.shape.group(), 2 * device.blocks)?,
-            empty()?,
-        );
+        let (words, rows) = (empty()?, empty()?);
+        let parts = device.parts(&pool, book.shape.group(), 2 * device.blocks)?;
         let plan = Plan::default();
-        Ok(Self { book, device, pool, plan, words, rows, parts, arrivals, staged })
+        Ok(Self { book, device, pool, plan, words, rows, parts, staged })
     }
 
     /// The stream that the cache works on.
@@ -135,7 +130,6 @@ impl Cuda {
             owners: self.part(self.plan.owners),
             shares: self.part(arrays.shares),
             parts: self.parts.whole(),
-            arrivals: self.arrivals.whole(),
             cut: Cut::Fast,
             single: self.plan.single,
             early: false,
@@ -226,10 +220,6 @@ impl PagedAttention for Cuda {
             self.device.shift(&self.pool, self.rows.part(0, moves.len()))?;
         }
         self.plan = Plan::of(&self.book, self.device.blocks)?;
-        let heads = self.book.shape.kv_heads * self.plan.sequences;
-        if self.arrivals.bytes() < heads * 4 {
-            self.device.upload(&vec![0u32; heads.next_power_of_two()], &mut self.arrivals)?;
-        }
         self.device.upload(&self.plan.words, &mut self.words)
     }
 

@@ -69,9 +69,8 @@ pub struct Surrogate {
     pub(super) first_bias: Held<f32>,
     pub(super) second: Held<bf16>,
     pub(super) second_bias: Held<f32>,
-    /// What blocks hand to each other, and how many have come.
+    /// What blocks hand to each other.
     pub(super) parts: Held<f32>,
-    pub(super) arrivals: Held<u32>,
 }
 
 impl Surrogate {
@@ -178,7 +177,6 @@ impl Scores {
         let mut units = first_bias.to_vec();
         units.resize(if width == 0 { 0 } else { pitch }, bf16::ZERO);
         let first = upload(first)?;
-        let (parts, arrivals) = launch::exchange(width, heads);
         Ok(Surrogate {
             dim,
             width,
@@ -188,8 +186,7 @@ impl Scores {
             first_bias: wide(&units)?,
             second: upload(&padded)?,
             second_bias: wide(second_bias)?,
-            parts: self.kernels.zeros(parts)?,
-            arrivals: self.kernels.zeros(arrivals)?,
+            parts: self.kernels.zeros(launch::parts(width, heads))?,
         })
     }
 

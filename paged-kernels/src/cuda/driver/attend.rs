@@ -104,7 +104,6 @@ pub struct AttendStep<'a> {
     pub owners: Part<'a>,
     pub shares: Part<'a>,
     pub parts: Part<'a>,
-    pub arrivals: Part<'a>,
     pub cut: Cut,
     pub sequences: usize,
     pub group: usize,
@@ -170,17 +169,16 @@ impl Device {
         let call = self.attend_call(pool, step, queries, scale, out, lse);
         if let Some(stream) = self.fast(pool, step, &queries) {
             let (shares, parts) = (step.shares.address, step.parts.address);
-            let (arrivals, cut) = (step.arrivals.address, step.cut as u32);
-            let call =
-                StreamCall { attend: call, shares, parts, arrivals, cut, early: step.early.into() };
+            let (cut, early) = (step.cut as u32, step.early.into());
+            let call = StreamCall { attend: call, shares, parts, cut, early };
             let grid = Grid {
                 blocks: self.blocks,
                 threads: 32 * stream.team as u32,
                 shared: stream.shared(self.dtype, step.group) as u32,
                 overlaps: self.overlaps,
             };
-            // SAFETY: as below; `shares` is the plan's, `parts` holds the parts of its cut, and `arrivals` a number
-            // for each head, 0 between launches. It may overlap: it waits before it reads what the kernel before writes.
+            // SAFETY: as below; `shares` is the plan's, `parts` holds the parts of its cut, 0 between launches.
+            // It may overlap: it waits before it reads what the kernel before writes.
             return unsafe { self.launch(stream.kernel, grid, &call) };
         }
         // SAFETY: the views hold what their shapes say; the arrays are a `Plan`'s, whose heads name ranges of its
@@ -233,9 +231,13 @@ impl Device {
         (step.single && made_for && even).then(|| self.streams.iter().find(fits))?
     }
 
-    /// Room for what the blocks of a fast attention hand to each other: `count` parts of heads.
+    /// Room for what the blocks of a fast attention hand to each other: `count` parts of heads, 0 as they must be
+    /// between launches.
     pub fn parts(&self, pool: &Pool, group: usize, count: usize) -> Result<Room> {
-        self.room(count * (group * (pool.dim as usize + 2)).next_multiple_of(4) * 4)
+        let mut room =
+            self.room(count * (group * (pool.dim as usize + 2)).next_multiple_of(4) * 4)?;
+        self.zero(&mut room)?;
+        Ok(room)
     }
 }
 
@@ -263,7 +265,6 @@ pub(super) struct StreamCall {
     attend: AttendCall,
     shares: u64,
     parts: u64,
-    arrivals: u64,
     cut: u32,
     early: u32,
 }

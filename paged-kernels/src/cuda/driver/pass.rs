@@ -393,7 +393,6 @@ impl Device {
             owners: pass.owners.part(0, tokens),
             shares: pass.shares.whole(),
             parts: pass.parts.whole(),
-            arrivals: pass.parts.whole(),
             cut: Cut::Fast,
             single: false,
             early: false,

@@ -260,7 +260,6 @@ pub struct Step {
     /// `0..seats`: each text has one token, its own.
     owners: Room,
     parts: Room,
-    arrivals: Room,
     pub cut: Cut,
     /// Attention leaves room for the kernel that follows.
     pub slim: bool,
@@ -278,8 +277,6 @@ impl Step {
         };
         let mut owners = device.room(state.seats * 4)?;
         device.upload(&(0..state.seats as u32).collect::<Vec<_>>(), &mut owners)?;
-        let mut arrivals = device.room(heads * 4)?;
-        device.zero(&mut arrivals)?;
         Ok(Self {
             batch: device.room(state.seats * 4)?,
             heads: device.room(rows * HEAD_WORDS * 4)?,
@@ -288,7 +285,6 @@ impl Step {
             marks: device.room(rows * 8)?,
             owners,
             parts: device.parts(&state.pool, group, parts)?,
-            arrivals,
             cut,
             slim: false,
             starts: device.room(0)?,
@@ -314,7 +310,6 @@ impl Step {
             owners: self.owners.part(0, texts),
             shares: self.shares.part(layer * shares, shares),
             parts: self.parts.whole(),
-            arrivals: self.arrivals.whole(),
             cut: self.cut,
             single: true,
             early: true,

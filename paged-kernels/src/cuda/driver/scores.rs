@@ -72,11 +72,11 @@ pub fn units_of_tiles(width: usize) -> usize {
     width.next_multiple_of(128)
 }
 
-/// f32 that blocks of the kernels for few tokens hand to each other, and their counters. The card takes none of nothing.
-pub fn exchange(width: usize, heads: usize) -> (usize, usize) {
+/// f32 that blocks of the kernels for few tokens hand to each other. The card takes none of nothing.
+pub fn parts(width: usize, heads: usize) -> usize {
     let few = width.div_ceil(FEW_UNITS) * FEW_BLOCKS * 8;
     let thin = width.div_ceil(THIN[0]) * THIN_MOST;
-    ((few.max(thin) * heads).max(1), FEW_BLOCKS.max(THIN_MOST / THIN[1]))
+    (few.max(thin) * heads).max(1)
 }
 
 fn zeros<T: DeviceRepr + ValidAsZeroBits>(
@@ -169,9 +169,8 @@ struct Hopper {
     module: sys::CUmodule,
     few: Vec<Few>,
     many: Vec<Many<sys::CUfunction>>,
-    /// Products that clusters leave each other, and how many have come.
+    /// Products that clusters leave each other.
     parts: Held<f32>,
-    arrivals: Held<u32>,
 }
 
 /// The kernels, loaded for a stream's card.
@@ -234,13 +233,11 @@ impl Kernels {
             });
             let many = many.into_iter().collect::<Result<Vec<_>>>()?;
             let parts = many.iter().map(Many::parts).max().unwrap_or(0);
-            let arrivals = many.iter().map(|many| many.clusters * many.cluster()).max();
             Some(Hopper {
                 module,
                 few: few.into_iter().collect::<Result<_>>()?,
                 many,
                 parts: zeros(&stream, parts)?,
-                arrivals: zeros(&stream, arrivals.unwrap_or(0))?,
             })
         } else {
             None
@@ -306,7 +303,6 @@ impl Kernels {
             bits: call.bits.address(),
             scores: call.scores.map_or(0, |scores| scores.raw().data),
             parts: call.surrogate.parts.address,
-            arrivals: call.surrogate.arrivals.address,
             tokens: tokens as u32,
             dim: dim as u32,
             width: width as u32,
@@ -332,7 +328,7 @@ impl Kernels {
             (kernel, grid)
         } else if let Some((many, [tiles, clusters], hopper)) = self.many(tokens, width) {
             raw.stages = many.stages as u32;
-            (raw.parts, raw.arrivals) = (hopper.parts.address, hopper.arrivals.address);
+            raw.parts = hopper.parts.address;
             let hidden = [dim, tokens];
             let hidden = encode(Dtype::Bf16, raw.hidden, hidden, stride, many.rows / many.columns)?;
             let first = encode(Dtype::Bf16, raw.first, [dim, width], dim, many.units)?;
@@ -349,8 +345,8 @@ impl Kernels {
             (self.plain, Grid { shared: width * 4, ..Grid::of(words) })
         };
         // SAFETY: views and bits hold what their shapes say, which go with each other and the surrogate, as the caller has
-        // checked; `second` is padded to `pitch` and to 8 heads with zeros; parts and counters are of `exchange`, the
-        // counters 0 between launches.
+        // checked; `second` is padded to `pitch` and to 8 heads with zeros; `parts` is as large as its function says, and 0
+        // between launches.
         unsafe { self.launch(kernel, grid, &[argument(&raw)]) }
     }
 
@@ -494,7 +490,6 @@ struct RawCall {
     bits: u64,
     scores: u64,
     parts: u64,
-    arrivals: u64,
     tokens: u32,
     dim: u32,
     width: u32,
@@ -550,8 +545,7 @@ mod tests {
 
     #[test]
     fn parts_have_room_for_the_most_tokens() {
-        let (parts, counters) = exchange(512, 8);
-        assert_eq!((parts, counters), (64 * 64 * 8, 8));
-        assert_eq!(exchange(0, 3), (1, 8));
+        assert_eq!(parts(512, 8), 64 * 64 * 8);
+        assert_eq!(parts(0, 3), 1);
     }
 }
