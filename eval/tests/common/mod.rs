@@ -5,6 +5,7 @@ use serde_json::json;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
 
 pub fn longctx(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
@@ -39,8 +40,11 @@ pub fn tiny_model(folder: &Path) {
     write_weights(folder);
 }
 
-/// A Llama of chance with the tokenizer's vocabulary.
+/// A Llama of chance with the tokenizer's vocabulary, the same for every test.
 fn write_weights(folder: &Path) {
+    // The generator that is seeded is the process's, and tests run side by side.
+    static DRAWING: Mutex<()> = Mutex::new(());
+    let _drawing = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 40, "head_dim": 16,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 512, "rms_norm_eps": 1e-6,
