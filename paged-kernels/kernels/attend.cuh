@@ -94,11 +94,12 @@ struct Pool {
     }
 };
 
-// The scale of a row of which each lane of a warp has seen the largest size `most`, and has added x - x of each x to
+// The scale of a row of which each of so many lanes has seen the largest size `most`, and has added x - x of each x to
 // `odd`: NaN if one of them is not finite. Mirrors src/e4m3.rs.
-inline __device__ float row_scale(float most, float odd) {
+template <int SEEN_BY = LANES>
+__device__ float row_scale(float most, float odd) {
 #pragma unroll
-    for (int i = LANES / 2; i > 0; i /= 2) {
+    for (int i = SEEN_BY / 2; i > 0; i /= 2) {
         most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
         odd += __shfl_xor_sync(~0u, odd, i);
     }

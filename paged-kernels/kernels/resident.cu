@@ -12,8 +12,8 @@ constexpr int PLANNERS = 512;   // threads of the block that plans a layer
 constexpr int ADMITTERS = 1024;  // threads of the block that makes room for a prompt in a head
 constexpr int STRETCH = 32;     // words of drop bits whose kept tokens are counted together
 constexpr int COPIES = 8;       // rows on their way in a warp
-constexpr int NARROWED = 4;     // the same, of rows that become eight-bit floats
-constexpr int QUADS = 2;        // four elements, that a lane holds of such a row at most
+constexpr int NARROWERS = 8;    // lanes that have a row that becomes eight-bit floats
+constexpr int CHUNKS = 4;       // eight elements, that a lane holds of such a row at most
 constexpr uint32_t LEAST = 16;       // as in src/cuda/plan.rs
 constexpr uint32_t SECOND_HEAD = 8;  // as in src/cuda/plan.rs
 constexpr uint32_t NO_SEAT = 0xffffffffu;
@@ -21,53 +21,6 @@ constexpr uint32_t NO_SEAT = 0xffffffffu;
 }  // namespace resident
 
 using namespace resident;
-
-// Some of a head's tokens, a bit each, into the rows of their lanes, by a warp: bf16 that becomes eight-bit floats. Rows
-// are multiples of four, up to 256 elements.
-__device__ void narrow_rows(const Pool &pool, const View &view, bool value, int64_t head, int64_t first, uint32_t keep,
-                            uint32_t row) {
-    const uint32_t lane = threadIdx.x % LANES, quads = pool.dim / 4;
-    for (uint32_t left = keep; left;) {
-        uint2 x[NARROWED][QUADS];
-        int tokens[NARROWED];
-#pragma unroll
-        for (int k = 0; k < NARROWED; k++) {
-            tokens[k] = left ? __ffs(left) - 1 : -1;
-            left &= left - 1;
-            const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(head, first + max(tokens[k], 0));
-#pragma unroll
-            for (int i = 0; i < QUADS; i++) {
-                const uint32_t quad = lane + i * LANES;
-                x[k][i] = quad < quads && tokens[k] >= 0 ? __ldcs(reinterpret_cast<const uint2 *>(from) + quad) : uint2{};
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < NARROWED; k++) {
-            const uint32_t to = tokens[k] >= 0 ? __shfl_sync(~0u, row, tokens[k]) : NO_ROW;
-            if (to == NO_ROW) continue;
-            float wide[QUADS][4], most = 0.0f, odd = 0.0f;
-#pragma unroll
-            for (int i = 0; i < QUADS; i++) {
-                const float2 low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 &>(x[k][i].x));
-                const float2 high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 &>(x[k][i].y));
-                wide[i][0] = low.x, wide[i][1] = low.y, wide[i][2] = high.x, wide[i][3] = high.y;
-#pragma unroll
-                for (float y : wide[i]) most = fmaxf(most, fabsf(y)), odd += y - y;
-            }
-            const float scale = row_scale(most, odd), inverse = 1.0f / scale;
-            if (lane == 0) *pool.scale(to, value) = scale;
-            auto *at = reinterpret_cast<uchar4 *>(static_cast<uint8_t *>(pool.data) + pool.key_or_value(to, value));
-#pragma unroll
-            for (int i = 0; i < QUADS; i++) {
-                uchar4 quad;
-                auto *bytes = reinterpret_cast<uint8_t *>(&quad);
-#pragma unroll
-                for (int j = 0; j < 4; j++) save(bytes, F8, j, wide[i][j] * inverse);
-                if (lane + i * LANES < quads) at[lane + i * LANES] = quad;
-            }
-        }
-    }
-}
 
 struct Admit {
     State state;
@@ -78,7 +31,7 @@ struct Admit {
     uint32_t layer;
     uint32_t seat;
     uint32_t tokens;
-    uint32_t wide;  // rows may be copied 16 bytes at a time, or are bf16 that may be read 8 bytes at a time
+    uint32_t wide;  // rows may be copied 16 bytes at a time, or are bf16 that may be read so
 
     __device__ uint32_t words() const { return (tokens + LANES - 1) / LANES; }
     __device__ uint32_t stretches() const { return (words() + STRETCH - 1) / STRETCH; }
@@ -128,46 +81,12 @@ extern "C" __global__ void __launch_bounds__(ADMITTERS) resident_admit(Admit cal
     }
 }
 
-// The rows of a prompt into the pages that resident_admit has taken, and these into the tables. A warp has 32 tokens of a
-// head.
-extern "C" __global__ void resident_fill(Admit call) {
-    start_next();
-    const State &state = call.state;
-    const Pool &pool = state.pool;
-    const uint32_t blocks = (call.words() + WARPS - 1) / WARPS, kv_head = blockIdx.x / blocks;
-    const uint32_t lane = threadIdx.x % LANES;
-    const uint32_t word = blockIdx.x % blocks * WARPS + threadIdx.x / LANES, stretch = word / STRETCH;
-    if (word >= call.words()) return;
-    const uint32_t keep = call.kept(kv_head, word);
-    const uint32_t earlier = lane < word % STRETCH ? __popc(call.kept(kv_head, stretch * STRETCH + lane)) : 0;
-    const uint32_t in_stretch = __reduce_add_sync(~0u, earlier) + __popc(keep & ((1u << lane) - 1));
-    // The row of the lane's token, once resident_admit has made room.
-    auto find = [&]() -> uint32_t {
-        settle();
-        const uint32_t *starts = call.starts_of(kv_head);
-        const uint32_t slot = starts[stretch] + in_stretch, number = slot / pool.page_size, inside = slot % pool.page_size;
-        const int32_t had = starts[call.stretches()];
-        if (!(keep >> lane & 1) || number >= state.most_pages) return NO_ROW;
-        const uint32_t page = taken(state, had, number);
-        if (inside == 0) state.tables[state.row(call.layer, kv_head, call.seat) * state.most_pages + number] = page;
-        return page * pool.page_size + inside;
-    };
-    const int64_t first = int64_t(word) * LANES;
-    if (!call.wide || !keep) {
-        const uint32_t row = find();
-        for (uint32_t left = keep; left; left &= left - 1) {
-            const int token = __ffs(left) - 1;
-            const uint32_t to = __shfl_sync(~0u, row, token);
-            if (to != NO_ROW) store_row(pool, call.keys, call.values, kv_head, first + token, to);
-        }
-        return;
-    }
-    if (pool.type == F8) {
-        const uint32_t row = find();
-        narrow_rows(pool, call.keys, false, kv_head, first, keep, row);
-        return narrow_rows(pool, call.values, true, kv_head, first, keep, row);
-    }
-    const uint32_t chunks = pool.dim * 2 / 16;  // of a key, or of a value
+// Rows of the tokens of a word, a bit each, as they are. `find` gives the row of the lane's token, once resident_admit has
+// made room; it is asked while the first rows are on their way.
+template <class Find>
+__device__ void copy_rows(const Admit &call, uint32_t kv_head, int64_t first, uint32_t keep, Find find) {
+    const Pool &pool = call.state.pool;
+    const uint32_t lane = threadIdx.x % LANES, chunks = pool.dim * 2 / 16;  // of a key, or of a value
     auto *data = static_cast<int4 *>(pool.data);
     uint32_t row = 0;
     bool found = false;
@@ -189,7 +108,7 @@ extern "C" __global__ void resident_fill(Admit call) {
                     x[k] = __ldcs(reinterpret_cast<const int4 *>(from) + chunk);
                 }
             }
-            if (!found) row = find(), found = true;  // while the first rows are on their way
+            if (!found) row = find(), found = true;
 #pragma unroll
             for (int k = 0; k < COPIES; k++) {
                 const uint32_t to = tokens[k] >= 0 ? __shfl_sync(~0u, row, tokens[k]) : NO_ROW;
@@ -198,6 +117,106 @@ extern "C" __global__ void resident_fill(Admit call) {
         }
     }
 }
+
+// The same of bf16 that becomes eight-bit floats. Rows are multiples of eight, up to 256 elements.
+template <class Find>
+__device__ void narrow_rows(const Admit &call, uint32_t kv_head, int64_t first, uint32_t keep, Find find) {
+    const Pool &pool = call.state.pool;
+    const uint32_t lane = threadIdx.x % LANES, part = lane % NARROWERS, chunks = pool.dim / 8;
+    uint32_t row = 0;
+    for (uint32_t left = keep; left;) {
+        const bool began = left != keep;
+        uint32_t mine = left;  // the lane's token and later ones
+#pragma unroll
+        for (uint32_t k = 0; k < LANES / NARROWERS; k++) {
+            if (k < lane / NARROWERS) mine &= mine - 1;
+            left &= left - 1;
+        }
+        const int token = mine ? __ffs(mine) - 1 : 0;
+        int4 x[2][CHUNKS];  // of a key, and of a value
+#pragma unroll
+        for (int value = 0; value < 2; value++) {
+            const View &view = value ? call.values : call.keys;
+            const auto *from = static_cast<const __nv_bfloat16 *>(view.data) + view.at(kv_head, first + token);
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                const uint32_t chunk = part + i * NARROWERS;
+                x[value][i] = mine && chunk < chunks ? __ldcs(reinterpret_cast<const int4 *>(from) + chunk) : int4{};
+            }
+        }
+        if (!began) row = find();
+        const uint32_t to = __shfl_sync(~0u, row, token);
+        const bool is = mine && to != NO_ROW;
+#pragma unroll
+        for (int value = 0; value < 2; value++) {
+            float most = 0.0f, odd = 0.0f;
+#pragma unroll
+            for (int i = 0; i < CHUNKS * 4; i++) {
+                const float2 two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 *>(x[value])[i]);
+                most = fmaxf(most, fmaxf(fabsf(two.x), fabsf(two.y)));
+                odd += (two.x - two.x) + (two.y - two.y);
+            }
+            const float scale = row_scale<NARROWERS>(most, odd), inverse = 1.0f / scale;
+            if (is && part == 0) *pool.scale(to, value) = scale;
+            auto *at = reinterpret_cast<uint2 *>(static_cast<uint8_t *>(pool.data) + pool.key_or_value(is ? to : 0, value));
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                uint32_t words[2] = {};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float2 two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162 *>(x[value])[4 * i + j]);
+                    two.x *= inverse, two.y *= inverse;
+                    const uint32_t bytes = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
+                    words[j / 2] |= bytes << j % 2 * 16;
+                }
+                const bool number = scale == scale;  // as `save` has it
+                const uint32_t chunk = part + i * NARROWERS;
+                if (is && chunk < chunks) at[chunk] = number ? uint2{words[0], words[1]} : uint2{};
+            }
+        }
+    }
+}
+
+// The rows of a prompt into the pages that resident_admit has taken, and these into the tables. A warp has 32 tokens of a
+// head.
+template <bool NARROW>
+__device__ void fill(const Admit &call) {
+    start_next();
+    const State &state = call.state;
+    const Pool &pool = state.pool;
+    const uint32_t blocks = (call.words() + WARPS - 1) / WARPS, kv_head = blockIdx.x / blocks;
+    const uint32_t lane = threadIdx.x % LANES;
+    const uint32_t word = blockIdx.x % blocks * WARPS + threadIdx.x / LANES, stretch = word / STRETCH;
+    if (word >= call.words()) return;
+    const uint32_t keep = call.kept(kv_head, word);
+    const uint32_t earlier = lane < word % STRETCH ? __popc(call.kept(kv_head, stretch * STRETCH + lane)) : 0;
+    const uint32_t in_stretch = __reduce_add_sync(~0u, earlier) + __popc(keep & ((1u << lane) - 1));
+    auto find = [&]() -> uint32_t {
+        settle();
+        const uint32_t *starts = call.starts_of(kv_head);
+        const uint32_t slot = starts[stretch] + in_stretch, number = slot / pool.page_size, inside = slot % pool.page_size;
+        const int32_t had = starts[call.stretches()];
+        if (!(keep >> lane & 1) || number >= state.most_pages) return NO_ROW;
+        const uint32_t page = taken(state, had, number);
+        if (inside == 0) state.tables[state.row(call.layer, kv_head, call.seat) * state.most_pages + number] = page;
+        return page * pool.page_size + inside;
+    };
+    const int64_t first = int64_t(word) * LANES;
+    if (call.wide && keep) {
+        if constexpr (NARROW) narrow_rows(call, kv_head, first, keep, find);
+        else copy_rows(call, kv_head, first, keep, find);
+        return;
+    }
+    const uint32_t row = find();
+    for (uint32_t left = keep; left; left &= left - 1) {
+        const int token = __ffs(left) - 1;
+        const uint32_t to = __shfl_sync(~0u, row, token);
+        if (to != NO_ROW) store_row(pool, call.keys, call.values, kv_head, first + token, to);
+    }
+}
+
+extern "C" __global__ void resident_fill(Admit call) { fill<false>(call); }
+extern "C" __global__ void resident_fill_narrow(Admit call) { fill<true>(call); }
 
 // The head that a slab is of: the last that begins at or before it.
 __device__ uint32_t owner_of(const Head *heads, uint32_t count, uint32_t slab) {

@@ -38,6 +38,7 @@ struct Kernels {
     fused_reading: sys::CUfunction,
     admit: sys::CUfunction,
     fill: sys::CUfunction,
+    fill_narrow: sys::CUfunction,
     begin: sys::CUfunction,
     append: sys::CUfunction,
     release: sys::CUfunction,
@@ -60,6 +61,7 @@ impl Kernels {
             fused_reading: function(fused, c"fused_append_reading")?,
             admit: function(module, c"resident_admit")?,
             fill: function(module, c"resident_fill")?,
+            fill_narrow: function(module, c"resident_fill_narrow")?,
             begin: function(module, c"resident_begin")?,
             append: function(module, c"resident_append")?,
             release: function(module, c"resident_release")?,
@@ -220,15 +222,15 @@ impl State {
             && token_stride % 8 == 0
     }
 
-    /// Whether rows of `view` become eight-bit floats, read 8 bytes at a time.
+    /// Whether rows of `view` become eight-bit floats, read 16 bytes at a time.
     fn narrows(&self, view: &DeviceView<'_>) -> bool {
         let RawView { data, head_stride, token_stride, dtype, .. } = view.raw();
         (self.pool.dtype, dtype) == (Dtype::F8.code(), Dtype::Bf16.code())
-            && self.pool.dim.is_multiple_of(4)
+            && self.pool.dim.is_multiple_of(8)
             && self.pool.dim <= 256
-            && data % 8 == 0
-            && head_stride % 4 == 0
-            && token_stride % 4 == 0
+            && data % 16 == 0
+            && head_stride % 8 == 0
+            && token_stride % 8 == 0
     }
 }
 
@@ -366,6 +368,9 @@ impl Device {
         assert_eq!(drops.shape(), [heads, tokens]);
         assert!(layer < state.layers && seat < state.seats);
         self.reserve(heads * (tokens.div_ceil(STRETCH) + 1) * 4, &mut step.starts)?;
+        let all =
+            |fits: fn(&State, &DeviceView<'_>) -> bool| fits(state, &keys) && fits(state, &values);
+        let narrows = all(State::narrows);
         let call = AdmitCall {
             state: state.raw(),
             keys: keys.raw(),
@@ -375,9 +380,7 @@ impl Device {
             layer: layer as u32,
             seat: seat as u32,
             tokens: tokens as u32,
-            wide: ([&keys, &values].into_iter().all(|rows| state.wide(rows))
-                || [&keys, &values].into_iter().all(|rows| state.narrows(rows)))
-            .into(),
+            wide: (narrows || all(State::wide)).into(),
         };
         let overlaps = self.overlaps;
         let blocks = Grid { blocks: heads, threads: ADMITTERS, shared: 0, overlaps };
@@ -386,8 +389,9 @@ impl Device {
         unsafe { self.launch(state.kernels.admit, blocks, &call) }?;
         let words = tokens.div_ceil(32);
         let blocks = Grid { overlaps, ..grid(words.div_ceil(WARPS) * heads, 0) };
+        let kernel = if narrows { state.kernels.fill_narrow } else { state.kernels.fill };
         // SAFETY: as above. It may overlap: it waits before it reads what `admit` writes.
-        unsafe { self.launch(state.kernels.fill, blocks, &call) }
+        unsafe { self.launch(kernel, blocks, &call) }
     }
 
     /// Plans a step of the first `texts` places of the batch, one token each.
