@@ -48,7 +48,7 @@ pub struct Cuda {
     words: Room,
     /// Rows of a prompt, or moves.
     rows: Room,
-    /// What the blocks of a fast attention hand to each other, and how many have come to each head.
+    /// What the blocks of a fast attention hand to each other.
     parts: Room,
     staged: Staged,
 }
