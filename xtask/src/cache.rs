@@ -37,7 +37,7 @@ impl Stage {
         fs::create_dir_all(cache).with_context(advice)?;
         let lock = File::create(cache.join(".lock")).with_context(advice)?;
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
-            eprintln!("another `cargo xtask` is filling {}: waiting for it", cache.display());
+            say!("another `cargo xtask` is filling {}: waiting for it", cache.display());
         }
         lock.lock().with_context(|| format!("cannot lock {}", cache.display()))?;
         let path = cache.join(".partial");

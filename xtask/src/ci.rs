@@ -32,7 +32,7 @@ pub fn ci() -> Result<()> {
     let mut times: Vec<(&str, Duration)> = Vec::new();
     let mut result = Ok(());
     for (name, step) in STEPS {
-        eprintln!("\n== {name}");
+        say!("\n== {name}");
         let start = Instant::now();
         result = step().with_context(|| format!("step `{name}`"));
         times.push((name, start.elapsed()));
@@ -40,10 +40,10 @@ pub fn ci() -> Result<()> {
             break;
         }
     }
-    eprintln!();
+    say!("");
     let all = times.iter().map(|(_, time)| time).sum();
     for (name, time) in times.into_iter().chain([("all", all)]) {
-        eprintln!("{:>8.1} s  {name}", time.as_secs_f64());
+        say!("{:>8.1} s  {name}", time.as_secs_f64());
     }
     result
 }

@@ -45,7 +45,7 @@ pub fn fetch() -> Result<Data> {
             }
         }
     }
-    eprintln!("model and texts: {}", cache.display());
+    say!("model and texts: {}", cache.display());
     Ok(Data { model: cache.join(MODEL), haystack: cache.join(HAYSTACK) })
 }
 

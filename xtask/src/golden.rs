@@ -38,10 +38,10 @@ pub fn golden(names: &[String]) -> Result<()> {
     }
     let status = sh::read(sh::command("git").args(["status", "--short", "--"]).args(&folders))?;
     if status.is_empty() {
-        eprintln!("nothing changed");
+        say!("nothing changed");
         return Ok(());
     }
-    eprint!("changed:\n{status}");
+    say!("changed:\n{}", status.trim_end());
     sh::run(sh::command("git").args(["--no-pager", "diff", "--stat", "--"]).args(&folders))
 }
 

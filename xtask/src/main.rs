@@ -1,6 +1,14 @@
 //! Everything that is not `cargo build`. `cargo xtask` alone prints the list; each task is a file here, and
 //! versions and hashes are data in `xtask/*.txt`.
 
+/// A line to standard error, for whoever still reads it: `eprintln` would panic where nobody does.
+macro_rules! say {
+    ($($line:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($line)*);
+    }};
+}
+
 mod cache;
 mod card;
 mod ci;
@@ -14,6 +22,7 @@ mod tidy;
 mod wheels;
 
 use std::env;
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -79,17 +88,17 @@ fn main() -> ExitCode {
         return help(name.as_deref());
     };
     if task.arguments.is_empty() && !arguments.is_empty() {
-        eprintln!("error: `{}` takes no arguments, found `{}`", task.name, arguments.join(" "));
+        say!("error: `{}` takes no arguments, found `{}`", task.name, arguments.join(" "));
         return ExitCode::from(2);
     }
     if env::var_os(sh::MANIFEST).is_none() {
-        eprintln!("error: run it as `cargo xtask {}`, which tells it the checkout", task.name);
+        say!("error: run it as `cargo xtask {}`, which tells it the checkout", task.name);
         return ExitCode::from(2);
     }
     match (task.run)(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -104,11 +113,11 @@ fn help(name: Option<&str>) -> ExitCode {
     text += &format!("\nDownloads are kept in ${}, else ~/.cache/longctx.", cache::VARIABLE);
     match name {
         None | Some("help" | "-h" | "--help") => {
-            println!("{text}");
+            let _ = writeln!(std::io::stdout(), "{text}"); // to `head`, perhaps
             ExitCode::SUCCESS
         }
         Some(name) => {
-            eprintln!("error: no task `{name}`\n\n{text}");
+            say!("error: no task `{name}`\n\n{text}");
             ExitCode::from(2)
         }
     }

@@ -32,7 +32,7 @@ pub fn setup() -> Result<()> {
     if text != written {
         fs::write(&config, &text).with_context(|| format!("cannot write {}", config.display()))?;
     }
-    eprintln!("libtorch: {} (written to {CONFIG})", libtorch.display());
+    say!("libtorch: {} (written to {CONFIG})", libtorch.display());
     Ok(())
 }
 

@@ -77,7 +77,7 @@ fn succeeded(line: &str, status: ExitStatus) -> Result<()> {
 /// Prints `command` and returns its beginning, enough to tell in an error which of the printed ones failed.
 fn print(command: &Command) -> String {
     let line = line(command);
-    eprintln!("$ {line}");
+    say!("$ {line}");
     let words = [command.get_program()].into_iter().chain(command.get_args());
     let mut words: Vec<_> =
         words.map(|word| Path::new(word).file_name().unwrap_or(word)).map(quoted).collect();

@@ -71,7 +71,7 @@ pub fn tidy() -> Result<()> {
         breaches.extend(file(path, &bytes, &forbidden));
     }
     for breach in &breaches {
-        eprintln!("{breach}");
+        say!("{breach}");
     }
     match breaches.len() {
         0 => Ok(()),

@@ -108,7 +108,7 @@ pub fn unpack(name: &str, pins: &Pins, stage: &Stage, instead: &str) -> Result<(
     check_python(instead)?;
     check_disk(pins, stage, instead)?;
 
-    eprintln!("fetching {}", pins.wheels.join(", "));
+    say!("fetching {}", pins.wheels.join(", "));
     let mut pip = sh::command("python3");
     pip.args("-m pip download --no-deps --require-hashes --no-cache-dir --dest".split(' '));
     pip.arg(&wheels).arg("--requirement").arg(&pins_file);
