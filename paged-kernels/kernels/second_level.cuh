@@ -32,6 +32,7 @@ __device__ void look(bool is, float (&x)[N], const void *from) {
     }
 }
 
+// Stores, if it is.
 template <int N>
 __device__ void put(bool is, void *to, const float (&x)[N]) {
 #pragma unroll
@@ -51,6 +52,7 @@ __device__ void put(bool is, void *to, const float (&x)[N]) {
 
 #undef ONLY_IF
 
+// For another block, to a place that is 0.
 template <int N>
 __device__ void leave(void *to, const float (&x)[N]) {
     float left[N];
@@ -59,6 +61,7 @@ __device__ void leave(void *to, const float (&x)[N]) {
     put(true, to, left);
 }
 
+// Of what `look` has loaded.
 template <int N>
 __device__ bool have_come(const float (&x)[N]) {
     bool all = true;
@@ -67,6 +70,7 @@ __device__ bool have_come(const float (&x)[N]) {
     return all;
 }
 
+// For the next launch, if it is.
 template <int N>
 __device__ void clear(bool is, void *to) {
     const float none[N] = {};
